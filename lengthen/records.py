@@ -1,0 +1,689 @@
+"""Records, their files, and the promise that nothing is lost and nothing is done twice.
+
+A stage reads JSONL, appends one line per finished sample, and leaves a sidecar `X.meta.json` beside `X.jsonl`.
+
+    X.jsonl            accepted records, one per line
+    X.rejected.jsonl   records given up, with a `reason`
+    X.meta.json        the sidecar: stage, status ("running" or "done"), settings, input hashes, counts, times
+    X.work.jsonl       a journal of work inside a job; exists only while the stage runs
+
+`Job` holds the rules: one writer at a time, torn last lines cut before anything is appended, other settings
+refused, whole-file decisions made last and by rename. Standard library and jsonlines only: no torch here, so
+a no-op resume takes a fraction of a second.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jsonlines
+
+WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
+LANGUAGES = ("en", "zh")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that says what and where, and a hint (a command where possible)."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+class LowYield(UserError):
+    """Fewer records than --min-yield came out: exit code 3."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Record types. Flat, every field always present: tools that infer column types from early rows then agree.
+
+
+class Instruction(TypedDict):
+    id: str  # 16 hex digits, see record_id
+    parent_id: str  # "" = none
+    language: str  # "en" or "zh"
+    run_id: str  # "NAME/iter_K", from the output's folders
+    sample: int  # index among the samples of one parent
+    attempt: int  # which draw succeeded, from 0
+    prompt: str
+    source: str  # "seed", "self-instruct" or "file"
+    example_ids: list[str]  # the two seeds shown to the model
+    prompt_words: int  # strict measure, lengthen.text.count_words
+
+
+class Response(TypedDict):
+    id: str
+    parent_id: str
+    language: str
+    run_id: str
+    sample: int
+    attempt: int
+    prompt: str
+    response: str
+    response_words: int
+    response_tokens: int  # generated tokens, EOS included
+    finish: str  # "eos", "length", "stop" or "repetition"
+
+
+class Extended(TypedDict):
+    id: str
+    parent_id: str
+    language: str
+    run_id: str
+    sample: int
+    attempt: int
+    prompt: str
+    initial: str  # the draft before any round
+    initial_words: int
+    response: str
+    response_words: int
+    response_tokens: int
+    finish: str
+    rounds: int  # accepted two-stage rounds
+    round_words: list[int]  # words after each accepted round
+    gain: float  # response_words / initial_words
+
+
+class Constrained(TypedDict):
+    id: str
+    parent_id: str
+    language: str
+    run_id: str
+    sample: int
+    attempt: int
+    prompt: str
+    query: str  # the prompt with the length demand woven in
+    type: str  # "about", "range", "above" or "below"
+    constraint: str  # the demand in words
+    min_words: int  # the literal demand: about N = (N, N), above t = (t, -1), below t = (-1, t)
+    max_words: int
+    response: str
+    response_words: int
+    response_tokens: int
+    origin: str  # "extended" or "response"
+
+
+class Output(TypedDict):
+    id: str
+    parent_id: str
+    language: str
+    run_id: str
+    sample: int
+    attempt: int
+    query: str
+    range: str  # the benchmark's own label
+    type: str
+    constraint: str
+    min_words: int
+    max_words: int
+    response: str
+    response_words: int
+    longen_words: int  # the published measure, used for the length score only
+    response_tokens: int
+    finish: str
+    length_score: float  # 0..1, -1 = no demand
+
+
+KINDS = {
+    "instruction": Instruction,
+    "response": Response,
+    "extended": Extended,
+    "constrained": Constrained,
+    "output": Output,
+}
+EMPTY = {str: "", int: -1, float: -1.0}  # lists: []
+
+
+def new_record(kind: str, **fields: Any) -> dict:
+    """A record of `kind` with every field present: those given, and "" / -1 / [] for the rest."""
+    types = KINDS[kind].__annotations__
+    unknown = set(fields) - set(types)
+    assert not unknown, f"{kind} records have no field {sorted(unknown)}"
+    return {name: fields[name] if name in fields else EMPTY.get(type_, []) for name, type_ in types.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Identity. Ids and seeds are hashes, so they depend on neither batch, order nor resume.
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def record_id(stage: str, parent_id: str, sample: int, scope: str = "") -> str:
+    """16 hex digits over (scope, parent, stage, sample). `scope` is the run id where there is no parent."""
+    return _digest(scope, parent_id, stage, sample)[:16]
+
+
+def prompt_id(language: str, prompt: str, occurrence: int = 0) -> str:
+    """The id of a seed or of a user's own record; `occurrence` counts equal prompts within one file."""
+    return _digest(language, prompt, occurrence)[:16]
+
+
+def draw_seed(run_seed: int, id_: str, attempt: int, *more: Any) -> int:
+    """The sampling seed of one draw, 63 bits: the same whatever else is in the batch."""
+    return int(_digest(run_seed, id_, attempt, *more)[:16], 16) >> 1
+
+
+def run_id_of(output: str | Path) -> str:
+    """'NAME/iter_K' out of runs/NAME/iter_K/file.jsonl."""
+    folder = Path(output).resolve().parent
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def fingerprint(path: str | Path | None) -> str:
+    """A cheap identity of a model, adapter or file: names, sizes, and contents (of large files the first and last MiB).
+
+    A name that is no path (a hub id, "smollm2") stands for itself. 15 GB of weights are told apart by their headers.
+    """
+    if not path:
+        return ""
+    root = Path(path)
+    if not root.exists():
+        return str(path)
+    # A folder of a run holds logs and checkpoints beside the weights: only what a loader reads counts.
+    names = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt") if root.is_dir() else ()
+    files = sorted({p for n in names for p in root.glob(n) if p.name != "meta.json"}) if root.is_dir() else [root]
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.name}\x1f{size}\x1f".encode())
+        with open(file, "rb") as handle:
+            total.update(handle.read(1 << 20))
+            if size > 2 << 20:
+                handle.seek(-(1 << 20), os.SEEK_END)
+            total.update(handle.read(1 << 20))
+    return total.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a result; "" where not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "triton", "bitsandbytes", "flash-attn"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_jsonl(path: str | Path, needs: Iterable[str] = ("prompt",)) -> list[dict]:
+    """All records of a JSONL file. Each field in `needs` must be a non-empty string, ids unique.
+
+    Raises UserError that names file and line for anything else, a missing or an empty file included.
+    """
+    path = Path(path)
+    records, seen = [], {}
+    for line, record in _lines(path):
+        where = f"{path}, line {line}"
+        for field in needs:
+            value = record.get(field)
+            if not isinstance(value, str):
+                found = "no field" if field not in record else f"a {type(value).__name__} in the field"
+                raise UserError(f"{where}: {found} {field!r}, a string is needed")
+            if not value.strip():
+                raise UserError(f"{where}: the field {field!r} is empty")
+        if record.get("language", "en") not in LANGUAGES:
+            raise UserError(f"{where}: language {record['language']!r} is neither 'en' nor 'zh'")
+        if "id" in record:
+            if record["id"] in seen:
+                raise UserError(
+                    f"{where}: id {record['id']!r} was already used in line {seen[record['id']]}",
+                    "remove the second record, or its `id`",
+                )
+            seen[record["id"]] = line
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no record", "see what the stage before it printed, and its *.rejected.jsonl")
+    return records
+
+
+def _lines(path: Path) -> Iterable[tuple[int, dict]]:
+    number = 0
+
+    def filled(handle: Iterable[str]) -> Iterable[str]:
+        nonlocal number  # an empty line (an editor's last one) is skipped, yet counted
+        for number, line in enumerate(handle, start=1):  # noqa: B007
+            if line.strip():
+                yield line
+
+    try:
+        with open(path, encoding="utf-8-sig") as handle:
+            for record in jsonlines.Reader(filled(handle)).iter(type=dict):
+                yield number, record
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
+    except jsonlines.InvalidLineError as error:
+        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "mend or delete that line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: {error}", f"iconv -f GB18030 -t UTF-8 {path}  (or what it is in)"
+        ) from None
+
+
+def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict]:
+    """Seed files or a user's own: any JSONL with `prompt` (and optionally `language`, `id`) as instruction records."""
+    from lengthen.text import count_words, detect_language
+
+    records, occurrences, origin = [], Counter(), {}
+    for path in paths:
+        for line, row in enumerate(read_jsonl(path), start=1):
+            language = row.get("language") or detect_language(row["prompt"]) or "en"
+            known = {k: v for k, v in row.items() if k in Instruction.__annotations__}
+            number = occurrences[language, row["prompt"]]
+            occurrences[language, row["prompt"]] += 1
+            record = new_record("instruction", **{"source": source, "sample": 0, "attempt": 0, **known})
+            record["language"] = language
+            record["id"] = str(row.get("id") or prompt_id(language, row["prompt"], number))
+            record["prompt_words"] = count_words(row["prompt"])
+            if record["id"] in origin:
+                raise UserError(f"{path}, line {line}: id {record['id']!r} is also in {origin[record['id']]}")
+            origin[record["id"]] = f"{path}, line {line}"
+            records.append(record)
+    return records
+
+
+def filter_language(records: list[dict], language: str) -> list[dict]:
+    """Those of one language; "both" keeps all."""
+    return [r for r in records if language in ("both", r["language"])]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _write(descriptor: int, data: bytes) -> int:
+    """os.write, on its own so that the tests can make it fail."""
+    return os.write(descriptor, data)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """os.replace, on its own so that the tests can make it fail."""
+    os.replace(source, target)
+
+
+def _no_room(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}",
+        "finished samples are on disk: mend that and run the same command again, it goes on where it was",
+    )
+
+
+def replace_file(path: str | Path, content: str | bytes) -> None:
+    """Write the whole file or nothing: a temporary file in the same folder, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb", buffering=0) as handle:
+            view = memoryview(data)
+            while view:
+                view = view[_write(handle.fileno(), view) :]
+            os.fsync(handle.fileno())
+        _replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _no_room(path, error) from error
+
+
+def to_line(record: Mapping) -> bytes:
+    """One JSONL line. A lone surrogate (half a character) cannot be encoded: it becomes a question mark."""
+    text = json.dumps(record, ensure_ascii=False, separators=(", ", ": "))
+    return text.encode("utf-8", "replace") + b"\n"
+
+
+class Appender:
+    """Appends records to one JSONL file, one write per line, fsync at most every `sync_seconds`.
+
+    A torn last line (the process died inside a write) is cut first: appending to it would lose two records.
+    """
+
+    def __init__(self, path: Path, sync_seconds: float = 2.0):
+        self.path, self.sync_seconds, self.last_sync = path, sync_seconds, time.monotonic()
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise _no_room(path, error) from error
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        size = os.fstat(self.descriptor).st_size
+        end, block = size, b""
+        while end > 0 and b"\n" not in block:
+            start = max(0, end - 65536)
+            block = os.pread(self.descriptor, end - start, start)
+            if b"\n" in block:
+                end = start + block.rindex(b"\n") + 1
+            else:
+                end = start
+        if end < size:
+            os.ftruncate(self.descriptor, end)
+
+    def append(self, record: Mapping) -> None:
+        data, start = to_line(record), os.fstat(self.descriptor).st_size
+        try:
+            written = _write(self.descriptor, data)
+            if written < len(data):  # a full disk takes part of a line and says no only to the next write
+                raise OSError(28, "No space left on device")
+            if time.monotonic() - self.last_sync > self.sync_seconds:
+                self.sync()
+        except OSError as error:
+            os.ftruncate(self.descriptor, start)
+            raise _no_room(self.path, error) from error
+
+    def sync(self) -> None:
+        os.fsync(self.descriptor)
+        self.last_sync = time.monotonic()
+
+    def close(self) -> None:
+        self.sync()
+        os.close(self.descriptor)
+
+
+def sidecar_path(output: str | Path) -> Path:
+    """X.meta.json beside X.jsonl; meta.json inside a folder (an adapter)."""
+    output = Path(output)
+    return output / "meta.json" if output.is_dir() else output.with_name(output.stem + ".meta.json")
+
+
+def read_sidecar(output: str | Path) -> dict:
+    """The sidecar of an output, {} where there is none. UserError when it is damaged."""
+    path = sidecar_path(output)
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}", "run the stage that wrote it again with --overwrite") from None
+
+
+def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
+    """File name (with its folder, two files may share one) -> sha256 of its bytes, 16 hex digits."""
+    return {f"{Path(p).parent.name}/{Path(p).name}": _file_hash(Path(p)) for p in inputs}
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as handle:
+            return (
+                hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+                if hasattr(hashlib, "file_digest")
+                else (hashlib.sha256(handle.read()).hexdigest()[:16])
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
+
+
+def check_inputs(inputs: Sequence[str | Path], allow_partial: bool) -> None:
+    """A stage's input must be whole: its sidecar, where it has one, says "done"."""
+    for path in inputs:
+        meta = read_sidecar(path)
+        if meta and meta.get("status") != "done" and not allow_partial:
+            raise UserError(
+                f"{path} is not finished: its sidecar says {meta.get('status')!r}",
+                "run the stage that writes it again until it is done, or pass --allow-partial",
+            )
+
+
+def check_settings(meta: dict, settings: dict, output: Path) -> None:
+    """Refuse to mix two runs in one file: the sidecar's settings must be ours."""
+    before = meta.get("settings", {})
+    now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            old, new = before.get(name, "(not set)"), now.get(name, "(not set)")
+            raise UserError(
+                f"{output} was made with {name} = {old!r}, this command says {new!r}",
+                "--overwrite starts it afresh, another --output keeps both",
+            )
+
+
+class Lock:
+    """One writer a file. The kernel frees it when the process dies, however it dies."""
+
+    def __init__(self, output: Path):
+        self.path = output.with_name(f".{output.name}.lock")
+        while True:
+            try:
+                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise _no_room(self.path, error) from error
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self.descriptor)
+                raise UserError(
+                    f"{output} is being written by another process", "wait for it, or choose another --output"
+                ) from None
+            try:
+                if os.stat(self.path).st_ino == os.fstat(self.descriptor).st_ino:
+                    return
+            except FileNotFoundError:
+                pass  # the previous holder removed the file between our open and our lock: take a new one
+            os.close(self.descriptor)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+class Job:
+    """One stage writing one JSONL file: see the module's docstring. Use as a context manager.
+
+    settings: everything that changes the result (it must match to resume); info: what does not (device, rows).
+    With `journal`, work inside a record is noted too and found again in `.journal` after a kill.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        output: str | Path,
+        *,
+        inputs: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
+        info: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        allow_partial: bool = False,
+        journal: bool = False,
+    ):
+        self.stage, self.output = stage, Path(output)
+        self.rejected_path = self.output.with_name(self.output.stem + ".rejected.jsonl")
+        self.work_path = self.output.with_name(self.output.stem + ".work.jsonl")
+        self.inputs, self.info, self.overwrite = list(inputs), dict(info or {}), overwrite
+        self.settings = dict(settings or {})
+        self.allow_partial, self.use_journal = allow_partial, journal
+        self.counts: Counter[str] = Counter()
+        self.started = self.saved = time.monotonic()
+
+    # -- opening and closing -------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Job":
+        if self.output.is_dir():
+            raise UserError(f"--output {self.output} is a folder", f"--output {self.output}/{self.stage}.jsonl")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_room(self.output, error) from error
+        check_inputs(self.inputs, self.allow_partial)
+        self.settings["inputs"] = input_hashes(self.inputs)
+        self.lock = Lock(self.output)
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        files = (self.output, self.rejected_path, self.work_path, sidecar_path(self.output))
+        if self.overwrite:
+            for path in files:
+                path.unlink(missing_ok=True)
+        meta = read_sidecar(self.output)
+        if meta:
+            check_settings(meta, self.settings, self.output)
+        elif self.output.exists() and self.output.stat().st_size:
+            raise UserError(
+                f"{self.output} exists, but not its sidecar {sidecar_path(self.output).name}: not made by this stage?",
+                "--overwrite replaces it, another --output keeps it",
+            )
+        self.complete = meta.get("status") == "done"
+        self.meta = meta or {"stage": self.stage, "created": _now(), "seconds": 0.0}
+        self.seconds_before = self.meta.get("seconds", 0.0)
+        self.counts.update(self.meta.get("attempt_reasons", {}))
+        self.writers = {p: Appender(p) for p in (self.output, self.rejected_path)}
+        if self.use_journal and not self.complete:
+            self.writers[self.work_path] = Appender(self.work_path)
+        self.records = [r for _, r in _lines(self.output)]
+        self.rejected = [r for _, r in _lines(self.rejected_path)]
+        self.journal = [r for _, r in _lines(self.work_path)] if self.work_path in self.writers else []
+        if not self.complete:
+            self._undo_whole_file_decisions()
+            self._save("running")
+        self.done_ids = {r["id"] for r in self.records} | {r["id"] for r in self.rejected}
+
+    def _undo_whole_file_decisions(self) -> None:
+        """Killed between the two renames of drop(): what it moved counts as accepted until it is decided again."""
+        have = {r["id"] for r in self.records}
+        moved = [r for r in self.rejected if r["reason"] in WHOLE_FILE_REASONS]
+        self.rejected = [r for r in self.rejected if r["reason"] not in WHOLE_FILE_REASONS]
+        for record in moved:
+            if record["id"] not in have:
+                self.records.append({k: v for k, v in record.items() if k != "reason"})
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            for writer in self.writers.values():
+                writer.close()
+            if kind is not None and not self.complete:
+                try:
+                    self._save("running")
+                except UserError:
+                    pass  # a full disk is already being reported: its message must not hide behind this one
+        finally:
+            self.lock.release()
+
+    # -- while it runs -------------------------------------------------------------------------------------
+
+    def accept(self, record: dict) -> None:
+        """A finished sample: on disk when this returns."""
+        self.writers[self.output].append(record)
+        self.records.append(record)
+        self.done_ids.add(record["id"])
+        self._save_now_and_then()
+
+    def reject(self, record: dict, reason: str) -> None:
+        """A sample given up for good: what it would have been, and why."""
+        self.writers[self.rejected_path].append({**record, "reason": reason})
+        self.rejected.append({**record, "reason": reason})
+        self.done_ids.add(record["id"])
+
+    def count(self, reason: str, n: int = 1) -> None:
+        """A single failed attempt: only counted."""
+        self.counts[reason] += n
+        self._save_now_and_then()
+
+    def note(self, entry: dict) -> None:
+        """One step inside a job, so that a kill costs only the texts being decoded."""
+        self.writers[self.work_path].append(entry)
+
+    def update_info(self, **info: Any) -> None:
+        self.info.update(info)
+
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """The last, whole-file decision: the records named by id move to the rejected file, both files by rename."""
+        assert set(reasons.values()) <= set(WHOLE_FILE_REASONS), reasons
+        order = {r["id"]: i for i, r in enumerate(sorted(self.records, key=lambda r: r["id"]))}
+        moved = sorted((r for r in self.records if r["id"] in reasons), key=lambda r: order[r["id"]])
+        self.records = [r for r in self.records if r["id"] not in reasons]
+        self.rejected += [{**r, "reason": reasons[r["id"]]} for r in moved]
+        # The rejected file first: killed in between, a record is in both files, never in none.
+        for path, rows in ((self.rejected_path, self.rejected), (self.output, self.records)):
+            self.writers.pop(path).close()
+            replace_file(path, b"".join(map(to_line, rows)))
+            self.writers[path] = Appender(path)
+
+    def finish(self, min_yield: int = 1, **stats: Any) -> dict:
+        """Mark the output whole and return the summary; LowYield when fewer than `min_yield` records came out.
+
+        `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
+        """
+        if not self.complete:
+            self.meta["stats"] = stats
+            for writer in self.writers.values():
+                writer.sync()
+            self._save("done")
+            self.complete = True
+            if self.work_path in self.writers:
+                self.writers.pop(self.work_path).close()
+        self.work_path.unlink(missing_ok=True)
+        reasons = Counter(r["reason"] for r in self.rejected)
+        summary = {
+            "stage": self.stage,
+            "output": str(self.output),
+            "accepted": len(self.records),
+            "rejected": dict(reasons.most_common()),
+            "failed_attempts": dict(self.counts.most_common()),
+            "words": word_statistics(self.records),
+            "seconds": round(self.meta["seconds"], 1),
+            **self.meta.get("stats", {}),
+        }
+        if len(self.records) < min_yield:
+            why = ", ".join(f"{n} x {r}" for r, n in (reasons + self.counts).most_common()) or "nothing was tried"
+            raise LowYield(
+                f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
+                "more input, more --max-attempts, or a stronger --model; *.rejected.jsonl shows what was written",
+            )
+        return summary
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self.saved > 5.0:  # seconds; after a kill the counts are at most that old
+            self._save("running")
+
+    def _save(self, status: str) -> None:
+        self.saved = time.monotonic()
+        self.meta.update(
+            status=status,
+            settings=self.settings,
+            info=self.info,
+            versions=versions(),
+            updated=_now(),
+            seconds=self.seconds_before + time.monotonic() - self.started,
+            accepted=len(self.records),
+            rejected=dict(Counter(r["reason"] for r in self.rejected).most_common()),
+            attempt_reasons=dict(self.counts.most_common()),
+            words=word_statistics(self.records),
+        )
+        replace_file(sidecar_path(self.output), json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def word_statistics(records: Sequence[dict]) -> dict[str, float]:
+    """Median, p90, maximum and sum of the words of the records (of their prompts where they hold no response)."""
+    words = sorted(r.get("response_words", r.get("prompt_words", -1)) for r in records)
+    words = [w for w in words if w >= 0]
+    if not words:
+        return {}
+    p90 = words[min(len(words) - 1, int(0.9 * len(words)))]
+    return {"median": statistics.median(words), "p90": p90, "max": words[-1], "sum": sum(words)}
