@@ -1,0 +1,370 @@
+"""LoRA on every linear layer of a decoder, in PEFT's file format.
+
+    y = W x + scale * B A dropout(x)        A: [rank, in], B: [out, rank], B = 0 at the start
+
+W is frozen (fp32, bf16, or NF4 through bitsandbytes), scale = alpha / rank (rsLoRA: alpha / sqrt(rank)). An adapter
+is a folder with `adapter_model.safetensors` and `adapter_config.json`: PEFT, transformers and vLLM read ours, we read
+theirs. What only PEFT implements (DoRA, trained biases, ranks that differ by layer, adapters on embeddings or on the
+head) is refused by name: an adapter applied in part would be a different model.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from lengthen.records import UserError, replace_file
+
+WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "meta.json"
+KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+
+# Fields of adapter_config.json that we obey, or that say nothing about the arithmetic. `exclude_modules`,
+# `layers_to_transform` and `layers_pattern` only choose layers, and the tensors in the file say which were chosen.
+# Any other field with a value in it is a variant that we do not implement, today's or a later PEFT's.
+UNDERSTOOD = {
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("use_rslora", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "peft_version"),
+    *("revision", "auto_mapping", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
+}
+# Ways to start A and B that leave the base alone. Others ("pissa", "olora", "loftq") train against a changed base.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its low-rank update. x: [..., in] -> [..., out], in the dtype of x.
+
+    A and B are the fp32 masters that the optimizer updates; they are multiplied in the dtype of x.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.dropout, self.rslora = base, rank, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight: model code sometimes asks a layer for its dtype or device this way."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)  # [..., out]
+        z = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        z = nn.functional.linear(z, self.A.to(x.dtype)).flatten(0, -2)  # [T, rank]
+        # One GEMM that adds to y while it writes: no [T, out] temporary for the update.
+        return torch.addmm(y.flatten(0, -2), z, self.B.to(x.dtype).t(), alpha=self.scale).view_as(y)
+
+    def update(self) -> torch.Tensor:
+        """What LoRA adds to the weight, fp32 [out, in]."""
+        return self.scale * (self.B.detach().float() @ self.A.detach().float())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which layers
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Name -> linear layer (quantised or not), without the head: a loss that reads the head's weight would not see LoRA there."""
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            found[name] = module.base
+        elif isinstance(module, nn.Linear) and module is not head and not name.endswith(".base"):
+            found[name] = module
+    if not found:
+        raise UserError(f"{type(model).__name__} has no nn.Linear layer in its decoder: LoRA has nothing to attach to")
+    return found
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Name of the layer -> the LoRA layer in its place."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def select_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """Names of the linear layers that `targets` means, by PEFT's rules.
+
+    "all-linear"; a list of names, each the last parts of a layer's name ("q_proj"); or a regular expression for whole names.
+    """
+    names = list(decoder_linears(model))
+    if targets == "all-linear":
+        return names
+    if isinstance(targets, str):
+        chosen = [n for n in names if re.fullmatch(targets, n)]
+    else:
+        chosen = [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
+        unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if unmatched:
+            raise UserError(
+                f"LoRA target {unmatched[0]!r} is no linear layer of this model's decoder", _layers_hint(names)
+            )
+    if not chosen:
+        raise UserError(f"LoRA targets {targets!r} match no linear layer of this model's decoder", _layers_hint(names))
+    return chosen
+
+
+def _layers_hint(names: list[str]) -> str:
+    return "its linear layers: " + ", ".join(sorted({n.rpartition(".")[2] for n in names}))
+
+
+def _wrap(model: nn.Module, name: str, layer: LoraLinear) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def attach(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    rslora: bool = False,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Freeze the model, put fresh LoRA layers in place of its linear layers, return their parameters (fp32, trainable).
+
+    The start is PEFT's: A uniform in +-1/sqrt(in), B zero, so step 0 is the base model. A is drawn on the CPU, so one seed
+    means one adapter on every device.
+    """
+    assert rank > 0 and not lora_layers(model), (rank, "LoRA is attached already")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    linears = decoder_linears(model)
+    for name in select_targets(model, targets):
+        layer = LoraLinear(linears[name], rank, alpha, dropout, rslora)
+        bound = 1 / math.sqrt(layer.in_features)
+        start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        layer.A.data.copy_(start)
+        layer.train(model.training)
+        _wrap(model, name, layer)
+    return lora_parameters(model)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every layer, in the order of the layers."""
+    return [p for layer in lora_layers(model).values() for p in (layer.A, layer.B)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def base_hash(model: nn.Module) -> str:
+    """Tells models of one shape apart (an instruct model from its base model, say): 16 hex digits over the norms' weights.
+
+    They are small and never quantised; rounded to bf16, they are the same at every --dtype but fp16 (then "").
+    """
+    linear_weights = {id(p) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters()}
+    norms = [p for p in model.parameters() if p.dim() == 1 and id(p) not in linear_weights]
+    if any(p.dtype == torch.float16 for p in norms):
+        return ""
+    total = hashlib.sha256()
+    for p in norms:
+        total.update(p.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def adapter_config(model: nn.Module, base_name: str) -> dict:
+    """adapter_config.json of the LoRA layers in the model; what PEFT has beside it is at PEFT's defaults."""
+    layers = lora_layers(model)
+    one = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout,
+        "target_modules": _shortest_targets(layers, decoder_linears(model)),
+        "use_rslora": one.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _shortest_targets(layers: dict, linears: dict) -> list[str]:
+    """Last parts of the names ("q_proj"), as people write them and vLLM reads them; whole names where those would say more."""
+    leaves = {n.rpartition(".")[2] for n in layers}
+    return sorted(leaves if all(n in layers for n in linears if n.rpartition(".")[2] in leaves) else layers)
+
+
+def adapter_bytes(model: nn.Module) -> bytes:
+    """adapter_model.safetensors of the LoRA layers in the model: fp32, PEFT's names."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        for part, value in (("A", layer.A), ("B", layer.B)):
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value.detach().float().cpu().contiguous()
+    return save(tensors, metadata={"format": "pt"})
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
+    """Write the adapter; each file whole or not at all, the config last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / WEIGHTS, adapter_bytes(model))
+    replace_file(folder / CONFIG, json.dumps(adapter_config(model, base_name), indent=2, sort_keys=True) + "\n")
+
+
+def read_adapter(folder: str | Path) -> tuple[dict, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """(adapter_config.json, {layer name: (A [rank, in], B [out, rank])}) of an adapter in PEFT's format.
+
+    Raises UserError for a folder that holds none, and by name for what we do not implement.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        if (folder / "adapter_model.bin").exists():
+            hint = "adapter_model.bin is a pickle, which can run code: save the adapter as safetensors with PEFT"
+        else:
+            hint = "an adapter is a folder that train.py or PEFT's save_pretrained wrote"
+        raise UserError(f"{folder} holds no adapter: {Path(error.filename or WEIGHTS).name} is missing", hint) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, NotADirectoryError) as error:
+        raise UserError(f"the adapter {folder} cannot be read: {error}", "copy or train it again") from None
+    _check_config(folder, config)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        match = KEY.fullmatch(key)
+        if not match:
+            raise UserError(
+                f"the adapter {folder} holds {key!r}, which is no LoRA matrix of a linear layer", _VARIANT_HINT
+            )
+        parts.setdefault(match["layer"], {})[match["part"]] = value
+    for layer, pair in parts.items():
+        if len(pair) < 2 or pair["A"].shape[0] != config["r"] or pair["B"].shape[-1] != config["r"]:
+            shapes = {part: list(value.shape) for part, value in pair.items()}
+            raise UserError(f"the adapter {folder} is inconsistent: r = {config['r']}, but {layer} has {shapes}")
+    if not parts:
+        raise UserError(f"the adapter {folder} holds no matrix at all")
+    return config, {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
+
+
+_VARIANT_HINT = (
+    "plain LoRA on the decoder's linear layers is what can be applied here; merge it with PEFT and use the merged model"
+)
+
+
+def _check_config(folder: Path, config: dict) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"the adapter {folder} is of type {kind!r}, not LORA", _VARIANT_HINT)
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"{folder / CONFIG} names no r or no lora_alpha")
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise UserError(f"the adapter {folder} was started by {start!r}, which changes the base model", _VARIANT_HINT)
+    for name, value in config.items():
+        if name not in UNDERSTOOD | {"init_lora_weights"} and value not in (None, False, "", "none", [], {}):
+            raise UserError(
+                f"the adapter {folder} uses {name} = {value!r}, which is not implemented here", _VARIANT_HINT
+            )
+
+
+def adapter_meta(folder: str | Path) -> dict:
+    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} beside anyone else's."""
+    try:
+        return json.loads((Path(folder) / META).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Adapter -> model
+
+
+def _matched(model: nn.Module, folder: str | Path) -> tuple[dict, dict, dict[str, nn.Linear]]:
+    """The adapter, checked against the model: (config, tensors, linear layers)."""
+    config, tensors = read_adapter(folder)
+    linears = decoder_linears(model)
+    hint = f"the adapter was trained on {config.get('base_model_name_or_path') or 'an unnamed model'}: pass that as --model"
+    head = model.get_output_embeddings()
+    for name, (A, B) in tensors.items():
+        if name not in linears:
+            other = dict(model.named_modules()).get(name)
+            if other is not None and (other is head or isinstance(other, nn.Embedding)):
+                raise UserError(f"the adapter {folder} adapts {name}, the head or an embedding", _VARIANT_HINT)
+            raise UserError(f"the adapter {folder} is for another model: this one has no linear layer {name}", hint)
+        ours, theirs = (linears[name].out_features, linears[name].in_features), (B.shape[0], A.shape[1])
+        if ours != theirs:
+            raise UserError(f"the adapter {folder} is for another model: {name} is {theirs} there, {ours} here", hint)
+    trained_on, here = adapter_meta(folder).get("base_hash", ""), base_hash(model)
+    if trained_on and here and trained_on != here:
+        raise UserError(f"the adapter {folder} was trained on another model of the same shape", hint)
+    return config, tensors, linears
+
+
+def attach_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) -> list[nn.Parameter]:
+    """Put LoRA layers that hold the adapter's matrices into the model, quantised or not; return their parameters.
+
+    To train: fp32, the rest frozen. To sample: in the model's dtype, so that no step casts them again.
+    """
+    config, tensors, linears = _matched(model, folder)
+    model.requires_grad_(False)
+    for name, (A, B) in tensors.items():
+        dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
+        layer = LoraLinear(linears[name], config["r"], config["lora_alpha"], dropout, rslora)
+        dtype = torch.float32 if trainable else model.dtype
+        layer.A = nn.Parameter(A.to(layer.A.device, dtype), requires_grad=trainable)
+        layer.B = nn.Parameter(B.to(layer.B.device, dtype), requires_grad=trainable)
+        layer.train(model.training)
+        _wrap(model, name, layer)
+    return lora_parameters(model)
+
+
+def merge_adapter(model: nn.Module, folder: str | Path) -> None:
+    """W <- W + scale * B A, computed in fp32, for every adapted layer of an unquantised model.
+
+    The sum becomes a new parameter: a weight that two layers share, or a file maps into memory, stays as it was elsewhere.
+    """
+    config, tensors, linears = _matched(model, folder)
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    for name, (A, B) in tensors.items():
+        old = linears[name].weight
+        if type(old) is not nn.Parameter:
+            raise UserError(
+                f"{name} is quantised ({type(old).__name__}): merging would round the adapter away",
+                "load the model with --quantize none to merge",
+            )
+        update = scale * (B.to(old.device).float() @ A.to(old.device).float())
+        linears[name].weight = nn.Parameter((old.detach().float() + update).to(old.dtype), requires_grad=False)
+
+
+def merge_to(model: nn.Module, tokenizer, folder: str | Path) -> None:
+    """Write a merged model as a folder that any loader takes (safetensors, config, tokenizer): whole, or not at all."""
+    assert not lora_layers(model), "merge_adapter first"
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write the merged model {folder}: {error.strerror or error}") from error
