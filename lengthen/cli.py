@@ -186,7 +186,7 @@ def progress(what: str, total: int):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`, end the process: 0, or 2 (a mistake), 3 (too little yield), 130 (Ctrl-C), with no traceback for these."""
+    """Call `main` and end the process: exit code 0, 2 (a mistake), 3 (too little yield) or 130 (Ctrl-C), no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))  # as Ctrl-C: nothing is lost
     try:
         main()

