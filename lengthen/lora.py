@@ -85,7 +85,7 @@ class LoraLinear(nn.Module):
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Name -> linear layer (quantised or not), without the head: a loss that reads the head's weight would not see LoRA there."""
+    """Name -> linear layer, quantised or not; without the head, whose weight the loss reads past any LoRA layer."""
     head = model.get_output_embeddings()
     found = {}
     for name, module in model.named_modules():
@@ -106,7 +106,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def select_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Names of the linear layers that `targets` means, by PEFT's rules.
 
-    "all-linear"; a list of names, each the last parts of a layer's name ("q_proj"); or a regular expression for whole names.
+    "all-linear"; a list of the last parts of layers' names ("q_proj"); or a regular expression for whole names.
     """
     names = list(decoder_linears(model))
     if targets == "all-linear":
@@ -121,7 +121,7 @@ def select_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
                 f"LoRA target {unmatched[0]!r} is no linear layer of this model's decoder", _layers_hint(names)
             )
     if not chosen:
-        raise UserError(f"LoRA targets {targets!r} match no linear layer of this model's decoder", _layers_hint(names))
+        raise UserError(f"LoRA targets {targets!r} match no linear layer of this decoder", _layers_hint(names))
     return chosen
 
 
@@ -143,10 +143,10 @@ def attach(
     rslora: bool = False,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Freeze the model, put fresh LoRA layers in place of its linear layers, return their parameters (fp32, trainable).
+    """Freeze the model, put fresh LoRA layers in place of its linear layers, return their (fp32, trainable) parameters.
 
-    The start is PEFT's: A uniform in +-1/sqrt(in), B zero, so step 0 is the base model. A is drawn on the CPU, so one seed
-    means one adapter on every device.
+    The start is PEFT's: A uniform in +-1/sqrt(in), B zero, so step 0 is the base model. A is drawn on the CPU: one seed
+    is one adapter on every device.
     """
     assert rank > 0 and not lora_layers(model), (rank, "LoRA is attached already")
     model.requires_grad_(False)
@@ -172,9 +172,9 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """Tells models of one shape apart (an instruct model from its base model, say): 16 hex digits over the norms' weights.
+    """16 hex digits over the norms' weights: tells apart models of one shape (instruct and base, say).
 
-    They are small and never quantised; rounded to bf16, they are the same at every --dtype but fp16 (then "").
+    Norms are small and never quantised; rounded to bf16, they are the same at every --dtype but fp16 (then "").
     """
     linear_weights = {id(p) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters()}
     norms = [p for p in model.parameters() if p.dim() == 1 and id(p) not in linear_weights]
@@ -207,7 +207,7 @@ def adapter_config(model: nn.Module, base_name: str) -> dict:
 
 
 def _shortest_targets(layers: dict, linears: dict) -> list[str]:
-    """Last parts of the names ("q_proj"), as people write them and vLLM reads them; whole names where those would say more."""
+    """Last parts of the names ("q_proj"), as vLLM and people read them; whole names where those would choose more."""
     leaves = {n.rpartition(".")[2] for n in layers}
     return sorted(leaves if all(n in layers for n in linears if n.rpartition(".")[2] in leaves) else layers)
 
@@ -264,9 +264,7 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, tuple[torch.Tensor
     return config, {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
 
 
-_VARIANT_HINT = (
-    "plain LoRA on the decoder's linear layers is what can be applied here; merge it with PEFT and use the merged model"
-)
+_VARIANT_HINT = "only plain LoRA on the decoder's linear layers is applied here: merge with PEFT, pass the merged model"
 
 
 def _check_config(folder: Path, config: dict) -> None:
@@ -301,7 +299,9 @@ def _matched(model: nn.Module, folder: str | Path) -> tuple[dict, dict, dict[str
     """The adapter, checked against the model: (config, tensors, linear layers)."""
     config, tensors = read_adapter(folder)
     linears = decoder_linears(model)
-    hint = f"the adapter was trained on {config.get('base_model_name_or_path') or 'an unnamed model'}: pass that as --model"
+    hint = (
+        f"it was trained on {config.get('base_model_name_or_path') or 'a model it does not name'}: --model must be that"
+    )
     head = model.get_output_embeddings()
     for name, (A, B) in tensors.items():
         if name not in linears:
@@ -339,7 +339,7 @@ def attach_adapter(model: nn.Module, folder: str | Path, trainable: bool = False
 def merge_adapter(model: nn.Module, folder: str | Path) -> None:
     """W <- W + scale * B A, computed in fp32, for every adapted layer of an unquantised model.
 
-    The sum becomes a new parameter: a weight that two layers share, or a file maps into memory, stays as it was elsewhere.
+    The sum becomes a new parameter: a weight that two layers share, or that a file maps into memory, stays as it was.
     """
     config, tensors, linears = _matched(model, folder)
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
