@@ -186,7 +186,7 @@ def progress(what: str, total: int):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and end the process: exit code 0, 2 (a mistake), 3 (too little yield) or 130 (Ctrl-C), no traceback."""
+    """Call `main`, end the process with 0, 2 (a mistake), 3 (too little yield) or 130 (Ctrl-C), without a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))  # as Ctrl-C: nothing is lost
     try:
         main()

@@ -1,4 +1,4 @@
-"""Set before anything imports Triton: without a GPU its kernels run in the interpreter (the choice is made at decoration)."""
+"""Set before anything imports Triton: without a GPU its kernels run in the interpreter (chosen at decoration)."""
 
 import importlib.util
 import os

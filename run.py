@@ -1,0 +1,340 @@
+"""The whole loop of Self-Lengthen: prints each stage command, then runs it. A script to copy.
+
+One macro-iteration k (arXiv 2410.23933, section 3):
+
+    generate.py instructions   the base model invents instructions            iter_k/instructions.jsonl
+    generate.py responses      the Generator of k-1 drafts answers            iter_k/responses.jsonl
+    extend.py                  the Extender of k-1 rewrites them longer       iter_k/extended.jsonl
+    train.py x 2               both roles are fine-tuned on the result        iter_k/generator/ iter_k/extender/
+
+Behind the last one: fresh instructions and answers of the last Generator, length demands woven into all that was
+collected (generate.py constrain), one last fine-tune (final/generator/), and the evaluation of the base model, each
+iteration and the final model (eval/*/scores.json). What it prints at the end is also in summary.json.
+
+Killed at any point and started again with the same flags it goes on where it was: every stage resumes, and a
+finished one is a no-op that loads no model.
+
+Examples
+    python run.py                                   the demo: SmolLM2-135M on a CPU with 2 cores
+    python run.py --dry-run                         only print the commands, as a shell script
+    python run.py --model Qwen/Qwen2.5-7B-Instruct --run runs/qwen --instructions 5000 --iterations 3
+"""
+
+import argparse
+import ctypes
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from lengthen import cli
+from lengthen.records import UserError, replace_file
+
+ROOT = Path(__file__).resolve().parent
+
+# The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
+# and writes 400 words rather than 1,000, and because it must end within 15 minutes on two cores.
+DEMO = {
+    "model": "smollm2",
+    "run": "runs/demo",
+    "language": "en",
+    "iterations": 1,
+    "instructions": 20,
+    "final_instructions": 8,
+    "samples": 1,
+    "max_attempts": 2,
+    "extend_attempts": 3,
+    "rounds": 1,
+    "max_new_tokens": 768,
+    "long_words": 300,
+    "demand_min": 150,
+    "demand_max": 1500,
+    "demand_steps": "50,100",
+    "epochs": 2,
+    "learning_rate": 2e-4,
+    "benchmark": "mini",
+    "limit": 8,
+    "evaluate": "ends",
+}
+
+
+@dataclass
+class Step:
+    """One stage command. `part` is the folder of the run it belongs to: iter_K, final, eval/..."""
+
+    part: str
+    name: str
+    command: list[str]  # without the interpreter: ["generate.py", "responses", "--model", ...]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The plan: which commands, in which order
+
+
+def plan(args: argparse.Namespace) -> list[Step]:
+    """Every command of the run, in order. Pure: the same flags give the same commands."""
+    run, steps = Path(args.run), []
+    model = flags(model=args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
+    model += ["--trust-remote-code"] if args.trust_remote_code else []
+    common = model + flags(language=args.language, seed=args.seed)
+    sampling = flags(max_new_tokens=args.max_new_tokens, max_rows=args.max_rows)
+    bias = ["--no-length-bias"] if args.no_length_bias else []
+
+    def add(part: str, name: str, command: list[str]) -> None:
+        steps.append(Step(part, name, command))
+
+    def instructions(part: str, count: int, earlier: list[str]) -> str:
+        output = f"{run / part}/instructions.jsonl"
+        against = ["--dedup-against", *earlier] if earlier else []
+        command = ["generate.py", "instructions", *common, "--seeds", *args.seeds, *against]
+        command += flags(count=count, long_words=args.long_words, output=output)
+        add(part, "instructions", command)
+        return output
+
+    def responses(part: str, source: str, adapter: str, more: list[str]) -> str:
+        output = f"{run / part}/responses.jsonl"
+        command = ["generate.py", "responses", *common, *flags(adapter=adapter), *sampling, "--input", source]
+        add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
+        return output
+
+    def train(part: str, role: str, inputs: list[str], adapter: str, more: list[str]) -> str:
+        output = f"{run / part}/{role}"
+        command = ["train.py", "--role", role, *common, *flags(adapter=adapter), "--input", *inputs]
+        command += flags(rank=args.rank, alpha=args.alpha, learning_rate=args.learning_rate, epochs=args.epochs)
+        add(part, f"train {role}", [*command, *flags(max_length=args.max_length, output=output), *more])
+        return output
+
+    def evaluate(name: str, adapter: str) -> None:
+        command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark]
+        add(f"eval/{name}", "evaluate", [*command, *flags(limit=args.limit, output=f"{run}/eval/{name}")])
+
+    lines = ["--no-line-removal"] if args.no_line_removal else []
+    generator, extender, asked, extended, generators = "", "", [], [], {}
+    for k in range(1, args.iterations + 1):
+        part = f"iter_{k}"
+        asked.append(instructions(part, args.instructions, asked))
+        drafts = responses(part, asked[-1], generator, [*flags(samples=args.samples), *bias])
+        extended.append(f"{run / part}/extended.jsonl")
+        command = ["extend.py", *common, *flags(adapter=extender), *sampling, "--input", drafts]
+        command += flags(samples=args.extend_samples, rounds=args.rounds, max_attempts=args.extend_attempts)
+        command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=extended[-1])
+        add(part, "extend", [*command, *bias, *(["--one-stage"] if args.one_stage else [])])
+        # continue: the release's way, the adapter of k-1 goes on with the new pairs only;
+        # restart: from the base model, on the pairs of all iterations so far.
+        go_on = args.adapter_mode == "continue"
+        pairs = extended[-1:] if go_on else list(extended)
+        generator = train(part, "generator", pairs, generator if go_on else "", [])
+        extender = train(part, "extender", pairs, extender if go_on else "", lines)
+        generators[part] = generator
+
+    fresh = instructions("final", args.final_instructions or args.instructions, asked)
+    answers = responses("final", fresh, generator, ["--samples", "1", "--no-length-bias"])
+    constrained = f"{run}/final/constrained.jsonl"
+    command = ["generate.py", "constrain", *common, "--input", *extended, answers]
+    command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
+    add("final", "constrain", [*command, *flags(output=constrained)])
+    final = train("final", "generator", [constrained], "", [])
+
+    evaluate("base", "")
+    if args.evaluate == "all":
+        for part, adapter in generators.items():
+            evaluate(part, adapter)
+    evaluate("final", final)
+    return steps
+
+
+def flags(**values: object) -> list[str]:
+    """rank=8 -> ["--rank", "8"]; an empty or None value leaves its flag out, so the stage's own default holds."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in ("", None)]
+    return [part for pair in pairs for part in pair]
+
+
+def as_shell(steps: list[Step]) -> str:
+    """The plan as a shell script that works when pasted."""
+    lines = ["#!/bin/sh", "set -e", f"cd {shlex.quote(str(ROOT))}"] if Path.cwd() != ROOT else ["#!/bin/sh", "set -e"]
+    for step in steps:
+        lines.append(f"python {shlex.join(step.command)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running it
+
+
+def run_step(step: Step) -> dict:
+    """Run one stage: its stderr is ours, its last line of stdout the summary. Where it fails, so do we."""
+
+    def die_with_parent() -> None:
+        # Should run.py be killed outright, its stage stops too (and resumes later), instead of holding the file's lock.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    command = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+    while True:
+        try:
+            output, _ = process.communicate()
+            break
+        except KeyboardInterrupt:  # the terminal sent it to the stage as well: let it drain
+            continue
+    if process.returncode:
+        code = 128 - process.returncode if process.returncode < 0 else process.returncode
+        hint = {
+            3: "too few records came out: the lines above count why; mend it and run the same command again",
+            130: "run the same command again to go on",
+        }.get(code, "mend that and run the same command again: what is finished is kept")
+        cli.console.print(
+            f"[bold]run.py:[/] {step.part} {step.name} ended with exit code {code}; {hint}", highlight=False
+        )
+        sys.exit(code)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def summary_of(args: argparse.Namespace, steps: list[Step], results: list[dict], seconds: float) -> dict:
+    """What summary.json holds: one row per model that was measured, one per stage, and the settings."""
+    stages = [{"part": step.part, "stage": step.name, **result} for step, result in zip(steps, results, strict=True)]
+    scores = {s["part"].removeprefix("eval/"): s for s in stages if s["stage"] == "evaluate"}
+    extenders = {s["part"]: s for s in stages if s["stage"] == "extend"}
+    return {
+        "settings": vars(args),
+        "seconds": round(seconds, 1),
+        "models": scores,
+        "extenders": extenders,
+        "stages": stages,
+    }
+
+
+def show(summary: dict) -> None:
+    """The result as two tables: what each model writes, and what each stage cost."""
+
+    def cell(value: object, form: str = "{:.0f}") -> str:
+        return "-" if value is None or value == -1 else form.format(value)
+
+    table = Table(title="What the models write (answers to the benchmark; words of those that ended by EOS)")
+    for name in ("model", "median words", "p90", "EOS share", "loop rate", "length score", "wanted/written"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, s in summary["models"].items():
+        table.add_row(
+            name,
+            cell(s["words_median"]),
+            cell(s["words_p90"]),
+            cell(s["eos_share"], "{:.0%}"),
+            cell(s["loop_rate"], "{:.0%}"),
+            cell(s["length_score"], "{:.1f}"),
+            cell(s["rank_correlation"], "{:+.2f}"),
+        )
+    cli.console.print(table)
+
+    table = Table(title="What it took")
+    for name in ("part", "stage", "records", "rejected", "gain", "tokens", "seconds"):
+        table.add_column(name, justify="left" if name in ("part", "stage") else "right")
+    for s in summary["stages"]:
+        table.add_row(
+            s["part"],
+            s["stage"],
+            cell(s.get("accepted", s.get("pairs", s.get("rows")))),
+            cell(sum(s["rejected"].values()) if isinstance(s.get("rejected"), dict) else None),
+            cell(s.get("gain_median"), "{:.2f}x"),
+            cell(s.get("tokens"), "{:,.0f}"),
+            cell(s.get("seconds")),
+        )
+    cli.console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__, "run.py")
+    add = parser.add_argument
+    add("--run", default="runs/paper", help="folder of the run; its name is part of every record's id")
+    add("--dry-run", action="store_true", help="only print the commands, as a shell script")
+    # model
+    add("--model", default="", help="hub id, local folder or .gguf file; empty = the demo on smollm2")
+    add("--device", default="auto", help="auto = cuda where there is one, else cpu")
+    add("--dtype", default="auto", help="auto = bf16 on CUDA, else fp32")
+    add("--quantize", default="auto", help="none, nf4, or auto = nf4 on CUDA below 40 GB")
+    add("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
+    # the loop
+    add("--iterations", type=cli.at_least(1), default=3, help="macro-iterations")
+    add("--instructions", type=cli.at_least(1), default=5000, help="new instructions per macro-iteration")
+    add("--final-instructions", type=cli.at_least(0), default=0, help="for the last stage; 0 = as --instructions")
+    add("--seeds", nargs="+", default=["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"], help="JSONL of examples")
+    add("--language", choices=("en", "zh", "both"), default="both", help="which languages take part")
+    add("--seed", type=int, default=0, help="of every random draw")
+    add("--long-words", type=cli.at_least(1), default=2000, help="the judge asks for more words than this")
+    add("--samples", type=cli.at_least(1), default=2, help="drafts per instruction")
+    add("--max-attempts", type=cli.at_least(1), default=20, help="draws per draft before it is given up")
+    add("--extend-samples", type=cli.at_least(1), default=2, help="extensions per draft")
+    add("--extend-attempts", type=cli.at_least(1), default=20, help="two-stage draws per extension")
+    add("--rounds", type=cli.at_least(1), default=3, help="two-stage rounds per extension")
+    add(
+        "--min-gain",
+        type=cli.at_least(0, float),
+        default=1.2,
+        help="an extension must exceed its draft's words so often",
+    )
+    add("--penalty-scope", choices=("output", "all"), default="output", help="the Extender's repetition penalty covers")
+    add("--max-new-tokens", type=cli.at_least(0), default=0, help="tokens a draw; 0 = min(16384, context - prompt)")
+    add("--max-rows", type=cli.at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes")
+    # fine-tuning
+    add("--adapter-mode", choices=("continue", "restart"), default="continue", help="see the README, departures")
+    add("--rank", type=cli.at_least(1), default=8, help="LoRA rank")
+    add("--alpha", type=cli.at_least(0, float), default=16, help="LoRA alpha")
+    add("--learning-rate", type=cli.at_least(0, float), default=1e-4, help="peak, cosine with 10 %% warm-up")
+    add("--epochs", type=cli.at_least(0, float), default=4, help="passes over the pairs")
+    add("--max-length", type=cli.at_least(0), default=0, help="tokens a pair; 0 = 16384 generator, 32768 extender")
+    # length demands of the last stage
+    add("--demand-min", type=cli.at_least(1), default=2000, help="shortest answer that gets a demand, words")
+    add("--demand-max", type=cli.at_least(1), default=8000, help="longest, words")
+    add("--demand-steps", default="1000,2000", help="demands are rounded to these, words (80 %% and 20 %%)")
+    # evaluation
+    add("--benchmark", default="mini", help="mini, a JSONL file in LonGen's format, or a hub id")
+    add("--limit", type=cli.at_least(0), default=0, help="queries of the benchmark; 0 = all")
+    add("--evaluate", choices=("all", "ends"), default="all", help="ends = only the base and the final model")
+    # controls
+    add("--one-stage", action="store_true", help="control: extend in one call instead of two stages")
+    add("--no-length-bias", action="store_true", help="control: keep the short ones too")
+    add("--no-line-removal", action="store_true", help="control: show the Extender whole drafts in training")
+
+    if not parser.parse_args(argv).model:  # the demo's values become the defaults; flags still override them
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.demand_min >= args.demand_max:
+        raise UserError(f"--demand-min {args.demand_min} is not below --demand-max {args.demand_max}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    # 1) what will be done
+    steps = plan(args)
+    if args.dry_run:
+        print(as_shell(steps))
+        return
+    cli.say(f"{len(steps)} stages in {args.run}; stop and start again at any time")
+
+    # 2) do it, stage by stage
+    started, results = time.monotonic(), []
+    for number, step in enumerate(steps, start=1):
+        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
+        cli.say(f"$ python {shlex.join(step.command)}")
+        results.append(run_step(step))
+
+    # 3) say what came of it
+    summary = summary_of(args, steps, results, time.monotonic() - started)
+    replace_file(Path(args.run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    show(summary)
+    cli.say(f"{summary['seconds']:.0f} s; everything is in {args.run}, this table in {args.run}/summary.json")
+    cli.emit({"summary": f"{args.run}/summary.json", "seconds": summary["seconds"], "models": summary["models"]})
+
+
+if __name__ == "__main__":
+    cli.run(main)

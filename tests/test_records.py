@@ -1,0 +1,382 @@
+"""records.py: nothing lost, nothing twice.   python -m pytest tests/test_records.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lengthen import records
+from lengthen.records import Appender, Job, LowYield, UserError, new_record, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(id_: str, words: int = 10, **more: object) -> dict:
+    return new_record("response", id=id_, language="en", prompt="p", response="r", response_words=words, **more)
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Records and identity
+
+
+@pytest.mark.parametrize("kind", records.KINDS)
+def test_new_record_has_every_field_and_no_null(kind):
+    record = new_record(kind)
+    assert list(record) == list(records.KINDS[kind].__annotations__)
+    assert None not in record.values()
+    for name, type_ in records.KINDS[kind].__annotations__.items():
+        assert isinstance(record[name], list if "list" in str(type_) else type_), name
+
+
+def test_new_record_refuses_an_unknown_field():
+    with pytest.raises(AssertionError, match="reponse"):
+        new_record("response", reponse="typo")
+
+
+def test_ids_differ_by_scope_parent_stage_and_sample_and_are_stable():
+    ids = {
+        records.record_id(stage, parent, sample, scope)
+        for stage in ("responses", "extend")
+        for parent in ("", "a")
+        for sample in (0, 1)
+        for scope in ("runs/iter_1", "runs/iter_2")
+    }
+    assert len(ids) == 16
+    assert records.record_id("responses", "abc", 1) == "35152fff0cf8af3d"
+    assert records.record_id("a", "bc", 1) != records.record_id("ab", "c", 1)  # parts are separated
+
+
+def test_draw_seeds_fit_63_bits_and_differ_by_attempt():
+    seeds = {records.draw_seed(0, "x", attempt) for attempt in range(100)}
+    assert len(seeds) == 100
+    assert all(0 <= s < 1 << 63 for s in seeds)
+
+
+def test_fingerprint_sees_a_changed_weight_and_ignores_logs(tmp_path):
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"a" * (5 << 20))
+    before = records.fingerprint(tmp_path)
+    (tmp_path / "meta.json").write_text("{}")
+    (tmp_path / "train_log.jsonl").write_text("{}")
+    assert records.fingerprint(tmp_path) == before
+    weights.write_bytes(b"b" + b"a" * ((5 << 20) - 1))
+    assert records.fingerprint(tmp_path) != before
+    assert records.fingerprint("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert records.fingerprint("") == ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading: each mistake names file and line
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (['{"prompt": "a"}', '{"prompt": '], "line 2"),
+        (['{"prompt": "a"}', "[1]"], "line 2"),
+        (['{"prompt": "a"}', "", '{"promt": "a"}'], "line 3: no field 'prompt'"),
+        (['{"prompt": 7}'], "line 1: a int in the field 'prompt'"),
+        (['{"prompt": " "}'], "line 1: the field 'prompt' is empty"),
+        (['{"prompt": "a", "language": "fr"}'], "line 1: language 'fr'"),
+        (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], "line 2: id 'x' was already used in line 1"),
+        ([""], "holds no record"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, lines, message):
+    with pytest.raises(UserError) as error:
+        read_jsonl(write(tmp_path / "in.jsonl", *lines))
+    assert message in error.value.message and "in.jsonl" in error.value.message
+
+
+def test_missing_folder_and_wrong_encoding_are_user_errors(tmp_path):
+    (tmp_path / "gb.jsonl").write_bytes('{"prompt": "写一篇文章"}\n'.encode("gb18030"))
+    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "gb.jsonl"):
+        with pytest.raises(UserError, match=path.name):
+            read_jsonl(path)
+
+
+def test_text_is_verbatim_through_a_file(tmp_path):
+    text = 'tab\t quote" line\u2028separator \u0000 emoji \U0001f600 zh 中文 \r\n end  '
+    out = Appender(tmp_path / "x.jsonl")
+    out.append({"prompt": text})
+    out.append({"prompt": "half a character \ud800"})
+    out.close()
+    assert read_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == text
+    assert read_jsonl(tmp_path / "x.jsonl")[1]["prompt"] == "half a character ?"
+
+
+def test_own_prompts_get_language_id_and_words(tmp_path):
+    path = write(
+        tmp_path / "own.jsonl",
+        '{"prompt": "写一篇关于河流的文章。"}',
+        '{"prompt": "Write a tale."}',
+        '{"prompt": "Write a tale."}',
+    )
+    zh, first, second = records.read_prompts([path])
+    assert (zh["language"], first["language"]) == ("zh", "en")
+    assert first["id"] != second["id"]  # equal prompts are told apart by their occurrence
+    assert first["prompt_words"] == 3 and first["source"] == "file"
+    assert [r["id"] for r in records.read_prompts([path])] == [zh["id"], first["id"], second["id"]]
+    with pytest.raises(UserError, match="is also in"):
+        records.read_prompts(
+            [
+                write(tmp_path / "a.jsonl", '{"prompt": "a", "id": "1"}'),
+                write(tmp_path / "b.jsonl", '{"prompt": "b", "id": "1"}'),
+            ]
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@pytest.mark.parametrize("torn", ['{"prompt": "half', '{"prompt": "whole"}', "x" * 200_000])
+def test_a_torn_last_line_is_cut_before_appending(tmp_path, torn):
+    """Appending to it would lose two records: the torn one and the next."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a"}\n' + torn)
+    out = Appender(path)
+    out.append({"prompt": "b"})
+    out.close()
+    assert [r["prompt"] for r in read_jsonl(path)] == ["a", "b"]
+
+
+def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"pro')
+    Appender(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path, monkeypatch):
+    out = Appender(tmp_path / "x.jsonl")
+    out.append({"prompt": "a"})
+    real = records._write
+    monkeypatch.setattr(records, "_write", lambda fd, data: real(fd, data[:5]))  # a full disk takes part of the line
+    with pytest.raises(UserError, match="No space left"):
+        out.append({"prompt": "b"})
+    monkeypatch.undo()
+    out.append({"prompt": "c"})
+    out.close()
+    assert [r["prompt"] for r in read_jsonl(tmp_path / "x.jsonl")] == ["a", "c"]
+
+
+def test_replace_file_writes_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    records.replace_file(path, "old")
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("_write", "_replace"):
+        monkeypatch.setattr(records, name, broken)
+        with pytest.raises(UserError):
+            records.replace_file(path, "new")
+        monkeypatch.undo()
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def job(tmp_path: Path, **more: object) -> Job:
+    return Job("responses", tmp_path / "run" / "iter_1" / "x.jsonl", **{"settings": {"a": 1}, **more})
+
+
+def test_job_resumes_and_a_finished_one_is_complete(tmp_path):
+    with pytest.raises(RuntimeError), job(tmp_path) as j:
+        j.accept(row("1"))
+        j.reject(row("2"), "ending")
+        j.count("ending", 3)
+        raise RuntimeError
+    assert records.read_sidecar(j.output)["status"] == "running"
+    with job(tmp_path) as j:
+        assert j.done_ids == {"1", "2"} and not j.complete and j.counts["ending"] == 3
+        j.accept(row("3", words=30))
+        summary = j.finish(tokens=7)
+    assert summary["accepted"] == 2 and summary["rejected"] == {"ending": 1} and summary["tokens"] == 7
+    with job(tmp_path) as j:
+        assert j.complete and j.finish() == summary
+    meta = records.read_sidecar(j.output)
+    assert meta["status"] == "done" and meta["words"]["max"] == 30 and meta["versions"]["torch"]
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_starts_afresh(tmp_path):
+    with job(tmp_path) as j:
+        j.accept(row("1"))
+        j.finish()
+    with pytest.raises(UserError, match="a = 1, this command says 2") as error, job(tmp_path, settings={"a": 2}):
+        pass
+    assert "--overwrite" in error.value.hint
+    with job(tmp_path, settings={"a": 2}, overwrite=True) as j:
+        assert not j.records and not j.complete
+
+
+def test_a_changed_input_is_noticed(tmp_path):
+    source = write(tmp_path / "in.jsonl", '{"prompt": "a"}')
+    with job(tmp_path, inputs=[source]) as j:
+        j.accept(row("1"))
+    write(source, '{"prompt": "b"}')
+    with pytest.raises(UserError, match="inputs"), job(tmp_path, inputs=[source]):
+        pass
+
+
+def test_an_unfinished_input_is_refused_unless_allowed(tmp_path):
+    with job(tmp_path) as first:
+        first.accept(row("1"))
+    second = Job("extend", tmp_path / "y.jsonl", inputs=[first.output])
+    with pytest.raises(UserError, match="not finished"), second:
+        pass
+    with Job("extend", tmp_path / "y.jsonl", inputs=[first.output], allow_partial=True):
+        pass
+
+
+def test_a_second_writer_is_refused_and_the_lock_goes_with_the_process(tmp_path):
+    with job(tmp_path) as j:
+        with pytest.raises(UserError, match="another process"), job(tmp_path):
+            pass
+    assert not list(j.output.parent.glob(".*lock"))
+    with job(tmp_path):
+        pass
+    code = f"""
+import os, signal
+from lengthen.records import Job
+with Job("responses", {str(j.output)!r}, settings={{"a": 1}}):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    with job(tmp_path):
+        pass
+
+
+def test_a_file_of_somebody_else_is_not_appended_to(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write(path, '{"prompt": "mine"}')
+    with pytest.raises(UserError, match="not its sidecar"), Job("responses", path):
+        pass
+    assert path.read_text() == '{"prompt": "mine"}\n'
+
+
+def test_too_little_yield_is_counted_and_exits_3(tmp_path):
+    for _ in range(2):  # and says so again when asked again
+        with (
+            pytest.raises(LowYield, match="0 records, --min-yield asks for 1 .*2 x ending, 1 x length"),
+            job(tmp_path) as j,
+        ):
+            if not j.complete:
+                j.reject(row("1"), "length")
+                j.count("ending", 2)
+            j.finish()
+    with job(tmp_path) as j:
+        assert j.finish(min_yield=0)["accepted"] == 0
+
+
+def test_journal_is_found_again_and_removed_at_the_end(tmp_path):
+    with job(tmp_path, journal=True) as j:
+        j.note({"id": "1", "prefix": "a"})
+    with open(j.work_path, "a") as handle:
+        handle.write('{"id": "1", "pref')  # torn by a kill
+    with job(tmp_path, journal=True) as j:
+        assert j.journal == [{"id": "1", "prefix": "a"}]
+        j.note({"id": "1", "prefix": "b"})
+        j.accept(row("1"))
+        j.finish()
+    assert not j.work_path.exists()
+
+
+def test_journal_left_by_a_kill_inside_finish_goes_away(tmp_path):
+    with job(tmp_path, journal=True) as j:
+        j.accept(row("1"))
+        j.finish()
+    j.work_path.write_text("{}\n")
+    with job(tmp_path, journal=True) as j:
+        j.finish()
+    assert not j.work_path.exists()
+
+
+def fill(j: Job) -> dict:
+    """A dozen records, two of them dropped over the whole file."""
+    for i in range(12):
+        if str(i) not in j.done_ids:
+            j.accept(row(str(i), words=i))
+    j.drop({"0": "length-bias", "1": "length-bias"})
+    return j.finish()
+
+
+def test_whole_file_decision_moves_records(tmp_path):
+    with job(tmp_path) as j:
+        assert fill(j)["accepted"] == 10
+    assert {r["id"] for r in read_jsonl(j.output)} == {str(i) for i in range(2, 12)}
+    assert {(r["id"], r["reason"]) for r in read_jsonl(j.rejected_path)} == {("0", "length-bias"), ("1", "length-bias")}
+
+
+# Twenty places to die in: the n-th write and the n-th rename of one job, each as an error and then resumed.
+@pytest.mark.parametrize("name, nth", [("_write", n) for n in range(16)] + [("_replace", n) for n in range(4)])
+def test_a_fault_at_any_write_or_rename_loses_nothing(tmp_path, monkeypatch, name, nth):
+    with job(tmp_path / "clean") as clean:
+        fill(clean)
+    real, calls = getattr(records, name), []
+
+    def faulty(*args):
+        calls.append(1)
+        if len(calls) - 1 == nth:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(records, name, faulty)
+    with pytest.raises(UserError, match="No space left"):
+        with job(tmp_path) as j:
+            fill(j)
+    monkeypatch.undo()
+    with job(tmp_path) as j:
+        fill(j)
+    for kind in ("output", "rejected_path"):
+        again, want = (sorted(map(json.dumps, read_jsonl(getattr(x, kind)))) for x in (j, clean))
+        assert again == want
+    assert not list(j.output.parent.glob(".*"))  # no temporary file, no lock
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_killed_at_a_rename_of_the_last_decision_gives_the_same_files(tmp_path, nth):
+    """SIGKILL instead of an error: the process gets no chance to tidy up."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from lengthen import records
+import test_records
+real, calls = records._replace, []
+def deadly(*args):
+    calls.append(1)
+    if len(calls) - 1 == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+records._replace = deadly
+with test_records.job(Path({str(tmp_path)!r})) as j:
+    test_records.fill(j)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    with job(tmp_path) as j:
+        fill(j)
+    assert {r["id"] for r in read_jsonl(j.output)} == {str(i) for i in range(2, 12)}
+    assert sorted(r["id"] for r in read_jsonl(j.rejected_path)) == ["0", "1"]
+
+
+def test_unwritable_output_is_one_line(tmp_path):
+    blocked = write(tmp_path / "file", "x")
+    with pytest.raises(UserError, match="cannot write"), Job("responses", blocked / "x.jsonl"):
+        pass
+    with pytest.raises(UserError, match="is a folder"), Job("responses", tmp_path):
+        pass
