@@ -84,10 +84,10 @@ def add_io_flags(parser: argparse.ArgumentParser, several_inputs: bool = False, 
     group.add_argument("--min-yield", type=at_least(0), default=1, help="fewer records than this end in exit code 3")
 
 
-def add_model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, adapter: bool = True, required: bool = True) -> None:
     """--model --adapter --device --dtype --quantize --trust-remote-code."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="hub id, local folder, .gguf file, or smollm2 (the demo's)")
+    group.add_argument("--model", required=required, help="hub id, local folder, .gguf file, or smollm2 (the demo's)")
     if adapter:
         group.add_argument("--adapter", default="", help="LoRA folder in PEFT's format; empty = the base model")
     group.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
