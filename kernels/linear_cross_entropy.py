@@ -1,0 +1,469 @@
+"""Cross-entropy of a language-model head without the logits: loss and hidden gradient in two matrix products.
+
+It replaces
+    z = logit_scale * F.linear(hidden, weight, bias)              # [T, V]
+    z = softcap * torch.tanh(z / softcap)                         # Gemma-2
+    loss = F.cross_entropy(z.float(), targets)
+and never holds z: at T = 16,384 tokens and V = 152,064 (Qwen2.5) z is 4.98 GB in bf16, 9.97 GB in fp32, and training
+wants it three times over (logits, softmax, gradient). Here the extra memory is at most 0.35 GB at any T.
+
+The mathematics, for one row h with target t. With LoRA the head is frozen, so only dh is needed; and since the target
+is known, the softmax can be taken relative to the target's own logit instead of the largest one:
+    z_j  = h . W_j                         the logits (fp32)
+    E_j  = exp(z_j - z_t),  j != t         no pass for the maximum, no rescaling when it moves
+    S    = sum_{j != t} E_j
+    loss = log(1 + S)                      = -log p_t, exact where p_t -> 1 (logsumexp(z) - z_t cancels there)
+    dh   = (sum_j E_j W_j - S W_t) / (1 + S)
+The last line is the usual sum_j (p_j - [j = t]) W_j, with p_t - 1 = -S / (1 + S) formed without a subtraction. A row's
+dh is known as soon as its S is, so it is finished in the forward pass: two matrix products (z and E W), the floor for
+an exact gradient. Bias, scale and softcap enter through z; dz/d(h.W) = logit_scale * (1 - (z / softcap)^2) multiplies
+E_j and the target's term of dh.
+exp overflows in fp32 where another logit lies 88 above the target's. Rows with S >= e^60 are flagged on the device, the
+flag is read once after all work is queued, and those rows are computed again relative to their largest logit.
+
+Shapes: hidden [T, H], weight [V, H], targets [T], all on one device; bf16, fp16, fp32 or fp64; the loss is fp32 (fp64
+for fp64). Two Triton paths for bf16 on CUDA (linear_cross_entropy_triton.py), plain torch in cache-sized tiles
+elsewhere, one contract. Ignored rows cost no matrix product. Sums run in a fixed order: the same bits every run.
+Not supported: label smoothing, class weights, z-loss, double backward; a second backward through the same loss (dh is
+scaled in place, so as not to hold it twice; fp64 keeps a copy, for gradcheck) raises.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MAX_EXPONENT = 60.0  # S >= e^60 is redone; far below fp32's e^88, so that E W cannot overflow either
+WORKSPACE_BYTES = 340_000_000  # on a GPU, per call: everything but the inputs and the returned dh
+CPU_TILE_ELEMENTS = 1 << 22  # fp32 logits held at a time on a CPU: 16 MB stay in its last-level cache
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (h W^T + bias) / softcap)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class LossStats(NamedTuple):
+    """Per token, [T]; 0 and False in ignored rows. No gradient flows through them."""
+
+    logprob: Tensor  # log p of the target, in nats
+    entropy: Tensor  # of the predicted distribution, in nats
+    top1: Tensor  # bool: no other logit is larger than the target's
+
+
+# ---- the specification -----------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy_reference(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int = -100):
+    """The definition in plain torch, with all logits in memory -> (loss [T], LossStats); 0 in ignored rows."""
+    valid = targets != ignore_index
+    t = targets.where(valid, 0)[:, None]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(dtype) @ head.weight.to(dtype).T  # [T, V]
+    z = head.logit_scale * (z if head.bias is None else z + head.bias.to(dtype))
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    logp = z.log_softmax(dim=1)
+    target_logp = logp.gather(1, t)[:, 0] * valid
+    entropy = -(logp.exp() * logp).sum(dim=1) * valid
+    top1 = (z <= z.gather(1, t)).all(dim=1) & valid
+    return -target_logp, LossStats(target_logp.detach(), entropy.detach(), top1)
+
+
+# ---- plain torch, tile by tile ---------------------------------------------------------------------------------------
+
+
+def _logits(h: Tensor, head: Head, start: int, stop: int) -> Tensor:
+    """fp32 (fp64) logits of vocabulary [start, stop) for the rows h -> [n, stop - start], a fresh tensor."""
+    weight = head.weight[start:stop]
+    if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
+        z = torch.mm(h, weight.T, out_dtype=torch.float32)
+    else:
+        z = h.to(_acc(h)) @ weight.to(_acc(h)).T
+    if head.bias is not None:
+        z += head.bias[start:stop]
+    if head.logit_scale != 1.0:
+        z *= head.logit_scale
+    return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _tiles(h: Tensor, vocab: int):
+    """Vocabulary ranges so that a tile of logits (and the fp32 copy of its weight rows) keeps within the workspace."""
+    if h.is_cuda:
+        width = WORKSPACE_BYTES // 2 // (8 * len(h) + 8 * h.shape[1])
+    else:
+        width = CPU_TILE_ELEMENTS // max(len(h), 256)
+    width = max(256, width // 256 * 256)
+    return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+
+
+def _target_logits(h: Tensor, head: Head, t: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (z_t [n], W_t [n, H]), both fp32 (fp64)."""
+    weight_t = head.weight[t].to(_acc(h))
+    z = (h.to(_acc(h)) * weight_t).sum(dim=1)
+    if head.bias is not None:
+        z = z + head.bias[t]
+    z = z * head.logit_scale
+    return (z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)), weight_t
+
+
+def _slope(z: Tensor, head: Head) -> Tensor | float:
+    """dz / d(h.W) at the capped logit z."""
+    return head.logit_scale if head.softcap is None else head.logit_scale * (1 - (z / head.softcap) ** 2)
+
+
+def _zero_target(x: Tensor, t: Tensor, start: int, value: float = 0.0) -> None:
+    """x[row, t[row] - start] = value where the target lies in this tile; no host read."""
+    column = t - start
+    inside = (column >= 0) & (column < x.shape[1])
+    column = column.clamp(0, x.shape[1] - 1)[:, None]
+    x.scatter_(1, column, x.gather(1, column).masked_fill(inside[:, None], value))
+
+
+def _torch_chunk(
+    h: Tensor, head: Head, t: Tensor, coef: Tensor, want_grad: bool, want_stats: bool, from_max: bool = False
+):
+    """Rows h [n, H] with targets t [n] -> (S [n], loss, entropy, top1, dh [n, H]), the last three only if wanted.
+
+    The exponentials are relative to the target's logit (r = z_t), or with from_max to the largest logit, which cannot
+    overflow but takes one more matrix product. With D = e^(z_t - r) + S: loss = r - z_t + log D and
+    dh = coef * (sum_j E_j W_j - S W_t) / D; for r = z_t that is the text on top.
+    """
+    vocab = head.weight.shape[0]
+    tiles = _tiles(h, vocab)
+    zt, weight_t = _target_logits(h, head, t)
+    r = zt
+    if from_max:
+        for start, stop in tiles:
+            r = torch.maximum(r, _logits(h, head, start, stop).amax(dim=1))
+    total = torch.zeros_like(zt)  # S
+    moment = torch.zeros_like(zt)  # sum_{j != t} E_j (z_j - r)
+    largest = torch.full_like(zt, -torch.inf)  # max_{j != t} (z_j - r)
+    u = torch.zeros(h.shape, dtype=zt.dtype, device=h.device) if want_grad else None  # sum_j E_j W_j
+
+    for start, stop in tiles:
+        x = _logits(h, head, start, stop)
+        slope = None if head.softcap is None else _slope(x, head)
+        x -= r[:, None]
+        if want_stats:
+            _zero_target(x, t, start, -torch.inf)
+            largest = torch.maximum(largest, x.amax(dim=1))
+            e = x.exp()
+            moment += x.masked_fill_(x == -torch.inf, 0).mul_(e).sum(dim=1)
+        else:
+            e = x.exp_()
+            _zero_target(e, t, start)
+        total += e.sum(dim=1)
+        if want_grad:
+            if slope is not None:
+                e *= slope
+            u.addmm_(e, head.weight[start:stop].to(e.dtype))
+
+    rest = torch.expm1(zt - r)  # e^(z_t - r) - 1: exactly 0 for r = z_t, so that confident tokens keep every digit
+    log_d = torch.log1p(rest + total)
+    loss = r - zt + log_d
+    entropy = top1 = dh = None
+    if want_stats:
+        entropy = log_d - (moment + (1 + rest) * (zt - r)) / (1 + rest + total)
+        top1 = largest <= zt - r
+    if want_grad:
+        scale = coef / (1 + rest + total)
+        slope_t = _slope(zt, head)
+        if head.softcap is None:
+            scale = scale * slope_t  # constant: u was left without it
+            slope_t = 1.0
+        dh = (u - (total * slope_t)[:, None] * weight_t).mul_(scale[:, None])
+    return total, loss, entropy, top1, dh
+
+
+def _torch_weight_grad(h: Tensor, head: Head, t: Tensor, coef: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """dW [V, H], db [V] of a trainable head: every tile of logits once more, one fp32 tile of dW alive at a time."""
+    vocab, dim = head.weight.shape
+    dw = torch.empty_like(head.weight)
+    db = torch.empty(vocab, dtype=head.weight.dtype, device=h.device)
+    zt = torch.cat([_target_logits(h[a : a + 1024], head, t[a : a + 1024])[0] for a in range(0, len(h), 1024)])
+    for start, stop in _tiles(h[:1024], vocab):
+        dw_tile = torch.zeros(stop - start, dim, dtype=_acc(h), device=h.device)
+        db_tile = torch.zeros(stop - start, dtype=_acc(h), device=h.device)
+        for a in range(0, len(h), 1024):
+            rows = slice(a, a + 1024)
+            z = _logits(h[rows], head, start, stop)
+            slope = _slope(z, head)
+            p = z.sub_((zt + loss)[rows, None]).exp_()  # lse = z_t + loss
+            column = t[rows] - start
+            inside = (column >= 0) & (column < stop - start)
+            column = column.clamp(0, stop - start - 1)[:, None]
+            # p_t - 1 = -(1 - e^-loss) without the subtraction
+            p.scatter_(1, column, torch.where(inside[:, None], torch.expm1(-loss[rows])[:, None], p.gather(1, column)))
+            p.mul_(slope).mul_(coef[rows, None])
+            dw_tile.addmm_(p.T, h[rows].to(p.dtype))
+            db_tile += p.sum(dim=0)
+        dw[start:stop] = dw_tile
+        db[start:stop] = db_tile
+    return dw, db
+
+
+# ---- all rows --------------------------------------------------------------------------------------------------------
+
+
+def _step(num_rows: int, most: int) -> int:
+    """Rows per chunk: even chunks, a multiple of 128, at most `most`."""
+    chunks = max(1, math.ceil(num_rows / most))
+    return min(most, math.ceil(math.ceil(num_rows / chunks) / 128) * 128) or 128
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        rows,
+        token_weights,
+        ignore_index,
+        reduction,
+        softcap,
+        logit_scale,
+        want_grad,
+        want_stats,
+    ):
+        head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
+        hidden = hidden.detach()
+        num_tokens, vocab, dtype = len(hidden), len(weight), _acc(hidden)
+        num_rows = num_tokens if rows is None else len(rows)
+
+        # 1) compact to the rows that count; a target out of range is clamped (an index error on a GPU kills the whole
+        #    process) and reported in 3)
+        given = targets if rows is None else targets[rows]
+        t = given.clamp(0, vocab - 1).long()
+        bad_targets = ((given != t) | (given == ignore_index)).any()
+        bad_rows = (targets != ignore_index).sum() != num_rows
+        if rows is not None:
+            bad_rows |= (rows[1:] <= rows[:-1]).any()
+        token_w = torch.ones(num_rows, dtype=dtype, device=hidden.device)
+        if token_weights is not None:
+            token_w = token_weights.to(dtype) if rows is None else token_weights[rows].to(dtype)
+        coef = token_w  # d(returned value) / d(loss of the row)
+        if reduction == "mean":
+            norm = token_w.sum()
+            coef = token_w / norm.where(norm != 0, 1)
+
+        # 2) chunks of rows; everything of a row is final when its chunk is done
+        total, loss, entropy = torch.zeros(3, num_rows, dtype=dtype, device=hidden.device).unbind()
+        top1 = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+        dh = None
+        if want_grad:
+            dh = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+
+        def store(where, picked, part):
+            total[where], loss[where] = part[0], part[1]
+            if want_stats:
+                entropy[where], top1[where] = part[2], part[3]
+            if want_grad:
+                dh[picked] = part[4].to(dh.dtype)
+
+        step = _step(num_rows, 1024)
+        for a in range(0, num_rows, step):
+            where = slice(a, min(a + step, num_rows))
+            picked = where if rows is None else rows[where]
+            store(where, picked, _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats))
+
+        # 3) the one host read
+        overflow = ~(total < math.exp(MAX_EXPONENT))  # also catches NaN
+        bad_targets, bad_rows, any_overflow = torch.stack([bad_targets, bad_rows, overflow.any()]).tolist()
+        if bad_rows:
+            raise ValueError(
+                "linear_cross_entropy: valid_rows must be ascending and name every row whose target is not ignore_index"
+            )
+        if bad_targets:
+            raise ValueError(
+                f"linear_cross_entropy: targets must lie in [0, {vocab}) or be ignore_index ({ignore_index})"
+            )
+        if any_overflow:
+            for where in overflow.nonzero()[:, 0].split(256):
+                picked = where if rows is None else rows[where]
+                store(
+                    where,
+                    picked,
+                    _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats, from_max=True),
+                )
+
+        # 4) what is returned, and kept
+        row_loss = loss
+        if rows is not None:
+            spread = torch.zeros(3, num_tokens, dtype=dtype, device=hidden.device)
+            spread[0, rows], spread[1, rows] = loss, entropy
+            loss, entropy = spread[0], spread[1]
+            top1 = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device).index_copy_(0, rows, top1)
+        if reduction == "none":
+            value = loss if token_weights is None else loss * token_weights.to(dtype).where(targets != ignore_index, 0)
+        else:
+            value = (row_loss * coef).sum()
+        stats = LossStats(-loss, entropy, top1)
+        ctx.dh, ctx.head, ctx.reduction, ctx.had_grad = dh, head, reduction, want_grad
+        ctx.trainable = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if ctx.trainable:  # a frozen head keeps nothing but dh
+            ctx.save_for_backward(hidden, t, rows, coef, row_loss)
+        ctx.mark_non_differentiable(*stats)
+        return value, *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        dh = dw = db = None
+        if ctx.needs_input_grad[0]:
+            if ctx.dh is None:
+                raise RuntimeError(
+                    "linear_cross_entropy: backward was already run through this loss; its gradient was scaled in place"
+                )
+            scale = grad[:, None] if ctx.reduction == "none" else grad
+            if ctx.dh.dtype == torch.float64:
+                dh = ctx.dh * scale
+            else:
+                dh, ctx.dh = ctx.dh.mul_(scale), None
+        if ctx.trainable:
+            hidden, t, rows, coef, row_loss = ctx.saved_tensors
+            h = hidden if rows is None else hidden[rows]
+            upstream = grad if ctx.reduction != "none" or rows is None else grad[rows]
+            dw, db = _torch_weight_grad(h, ctx.head, t, coef * upstream, row_loss)
+        return dh, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, *[None] * 9
+
+
+# ---- the public function ---------------------------------------------------------------------------------------------
+
+
+def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows) -> None:
+    def need(ok, what):
+        if not ok:
+            raise ValueError(f"linear_cross_entropy: {what}")
+
+    need(
+        hidden.ndim == 2 and hidden.is_floating_point(),
+        f"hidden must be floating point [T, H], not {hidden.dtype} {list(hidden.shape)}",
+    )
+    num_tokens, dim = hidden.shape
+    need(
+        weight.ndim == 2 and weight.shape[1] == dim and len(weight),
+        f"weight must be [V, {dim}], not {list(weight.shape)}",
+    )
+    need(weight.dtype == hidden.dtype, f"weight is {weight.dtype}, hidden is {hidden.dtype}")
+    need(targets.shape == (num_tokens,), f"targets must be [{num_tokens}], not {list(targets.shape)}")
+    need(targets.dtype in (torch.int64, torch.int32), f"targets must be int64 or int32, not {targets.dtype}")
+    if bias is not None:
+        need(bias.shape == (len(weight),), f"bias must be [{len(weight)}], not {list(bias.shape)}")
+        need(bias.dtype == hidden.dtype, f"bias is {bias.dtype}, hidden is {hidden.dtype}")
+    if token_weights is not None:
+        need(
+            token_weights.shape == (num_tokens,),
+            f"token_weights must be [{num_tokens}], not {list(token_weights.shape)}",
+        )
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("token_weights", token_weights)):
+        need(
+            x is None or x.device == hidden.device,
+            f"{name} is on {x is not None and x.device}, hidden is on {hidden.device}",
+        )
+    need(reduction in ("mean", "sum", "none"), f"reduction must be mean, sum or none, not {reduction!r}")
+    need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
+    if valid_rows is not None:
+        need(
+            valid_rows.ndim == 1 and valid_rows.dtype == torch.int64,
+            "valid_rows must be a one-dimensional int64 tensor",
+        )
+        if valid_rows.device.type == "cpu" and len(valid_rows):
+            low, high = valid_rows.aminmax()
+            need(0 <= low and high < num_tokens, f"valid_rows must lie in [0, {num_tokens})")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    valid_rows: Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy of hidden [T, H] against targets [T] (int64) through the head `weight` [V, H], without its logits.
+
+    token_weights [T] (>= 0) multiplies each token's loss; "mean" divides by the sum of the weights of the valid tokens.
+    Without any valid token "mean" is 0 with a zero gradient (torch: nan): an empty batch must not poison a run.
+    valid_rows: ascending int64 index of the rows whose target is not ignore_index, best from the host that built the
+    batch; without it, finding them is one host read. It is checked against the targets.
+    -> the loss in fp32 (fp64 for fp64), a scalar or ("none") [T] with 0 in ignored rows; with return_stats
+    (loss, LossStats). ValueError, one line naming the argument, for wrong shapes, dtypes, devices and targets.
+    """
+    _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows)
+    if valid_rows is None:
+        valid_rows = (targets != ignore_index).nonzero()[:, 0]
+    # all rows valid: no gather and no scatter
+    rows = None if len(valid_rows) == len(targets) else valid_rows.to(targets.device, non_blocking=True)
+    want_grad = torch.is_grad_enabled() and hidden.requires_grad
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
+        value, *stats = _LinearCrossEntropy.apply(
+            hidden,
+            weight,
+            bias,
+            targets,
+            rows,
+            token_weights,
+            ignore_index,
+            reduction,
+            softcap,
+            logit_scale,
+            want_grad,
+            return_stats,
+        )
+    return (value, LossStats(*stats)) if return_stats else value
+
+
+# ---- which heads this is right for -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_head(model: nn.Module) -> tuple[Head | None, str]:
+    """The head of a transformers causal LM -> (Head, ""), or (None, why the model must compute its own loss).
+
+    loss = linear_cross_entropy(model.get_decoder()(...).last_hidden_state[0], targets=..., **head._asdict())
+    Only an unquantised nn.Linear without adapter or hooks is accepted, with the scalings named below, and only if it
+    reproduces the model's own logits on eight tokens: a scaling that is not known here is found by that.
+    """
+    linear = model.get_output_embeddings()
+    if type(linear) is not nn.Linear:  # Linear4bit and LoRA layers are other types, some of them subclasses
+        return None, f"its head is a {type(linear).__name__}, not a plain linear layer"
+    if linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook"):
+        return None, "its head has forward hooks"
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    head = Head(linear.weight, linear.bias, softcap, scale)
+
+    seen = []
+    hook = model.get_decoder().register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        probe = torch.arange(8, device=linear.weight.device)[None] % len(linear.weight)
+        logits = model(input_ids=probe, use_cache=False).logits[0].float()  # [8, V]
+    finally:
+        hook.remove()
+    z = _logits(seen[0][0].to(linear.weight.dtype), head, 0, len(linear.weight))
+    # the model rounds its logits to its dtype; a forgotten scaling is off by far more
+    tolerance = 1e-3 if linear.weight.dtype == torch.float32 else 0.02
+    if not torch.allclose(z, logits, rtol=0, atol=tolerance * logits.abs().max().item()):
+        return None, f"{type(model).__name__} does something to its logits that is not known here"
+    return head, ""
