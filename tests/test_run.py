@@ -1,0 +1,141 @@
+"""run.py: the plan, and that every stage understands the commands in it.   python -m pytest tests/test_run.py"""
+
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+from lengthen.records import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def steps_of(*argv: str) -> list[run.Step]:
+    return run.plan(run.parse_args(list(argv)))
+
+
+def value(step: run.Step, flag: str) -> str:
+    return step.command[step.command.index(flag) + 1]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--model", "m", "--iterations", "3"],
+        ["--model", "m", "--adapter-mode", "restart", "--one-stage", "--no-length-bias", "--no-line-removal"],
+        ["--limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
+    ],
+)
+def test_every_stage_understands_its_command(argv):
+    for step in steps_of(*argv):
+        stage = importlib.import_module(step.command[0].removesuffix(".py"))
+        stage.parse_args(step.command[1:])
+
+
+def test_the_order_is_the_papers():
+    steps = [(s.part, s.name) for s in steps_of("--model", "m", "--iterations", "2")]
+    loop = ["instructions", "responses", "extend", "train generator", "train extender"]
+    assert steps == [
+        *[("iter_1", name) for name in loop],
+        *[("iter_2", name) for name in loop],
+        *[("final", name) for name in ("instructions", "responses", "constrain", "train generator")],
+        *[(f"eval/{name}", "evaluate") for name in ("base", "iter_1", "iter_2", "final")],
+    ]
+
+
+def test_the_roles_pass_from_iteration_to_iteration():
+    steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--iterations", "2", "--run", "r")}
+    for part, name in (("iter_1", "responses"), ("iter_1", "extend"), ("iter_1", "train generator")):
+        assert "--adapter" not in steps[part, name].command  # the first ones are the base model
+    assert value(steps["iter_2", "responses"], "--adapter") == "r/iter_1/generator"
+    assert value(steps["iter_2", "extend"], "--adapter") == "r/iter_1/extender"
+    assert value(steps["iter_2", "train generator"], "--adapter") == "r/iter_1/generator"
+    assert value(steps["iter_2", "train extender"], "--adapter") == "r/iter_1/extender"
+    assert value(steps["final", "responses"], "--adapter") == "r/iter_2/generator"
+    assert value(steps["eval/final", "evaluate"], "--adapter") == "r/final/generator"
+    for part in ("iter_1", "iter_2", "final"):  # self-instruct and constrain are the base model's, always
+        assert "--adapter" not in steps[part, "instructions"].command
+    for name in ("constrain", "train generator"):
+        assert "--adapter" not in steps["final", name].command
+    assert value(steps["iter_2", "instructions"], "--dedup-against") == "r/iter_1/instructions.jsonl"
+
+
+def test_the_collection_reaches_the_last_stage():
+    """Defect 3 of the release: its collector writes what its next script cannot read."""
+    steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--iterations", "2", "--run", "r")}
+    constrain = steps["final", "constrain"].command
+    first = constrain.index("--input") + 1
+    assert constrain[first : first + 3] == [
+        "r/iter_1/extended.jsonl",
+        "r/iter_2/extended.jsonl",
+        "r/final/responses.jsonl",
+    ]
+    assert value(steps["final", "train generator"], "--input") == value(steps["final", "constrain"], "--output")
+
+
+def test_restart_trains_from_the_base_on_the_union():
+    steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--adapter-mode", "restart", "--run", "r")}
+    train = steps["iter_3", "train extender"].command
+    assert "--adapter" not in train
+    assert train[train.index("--input") + 1 :][:3] == [f"r/iter_{k}/extended.jsonl" for k in (1, 2, 3)]
+
+
+def test_the_papers_constants_are_the_defaults():
+    args = run.parse_args(["--model", "m"])
+    assert (args.iterations, args.instructions, args.samples, args.extend_samples, args.rounds) == (3, 5000, 2, 2, 3)
+    assert (args.max_attempts, args.extend_attempts, args.min_gain, args.long_words) == (20, 20, 1.2, 2000)
+    assert (args.rank, args.alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 4)
+    assert (args.demand_min, args.demand_max, args.demand_steps) == (2000, 8000, "1000,2000")
+
+
+def test_without_a_model_it_is_the_demo_and_flags_still_override():
+    args = run.parse_args(["--instructions", "3"])
+    assert args.model == "smollm2" and args.rounds == run.DEMO["rounds"] and args.instructions == 3
+    assert run.parse_args(["--model", "smollm2"]).instructions == 5000
+
+
+def test_controls_reach_their_stages():
+    steps = steps_of("--one-stage", "--no-length-bias", "--no-line-removal")
+    has = {
+        f: {s.name for s in steps if f in s.command} for f in ("--one-stage", "--no-length-bias", "--no-line-removal")
+    }
+    assert has["--one-stage"] == {"extend"}
+    assert has["--no-length-bias"] == {"responses", "extend"}
+    assert has["--no-line-removal"] == {"train extender"}
+
+
+def test_dry_run_prints_a_script_that_runs_the_same_commands_when_pasted(tmp_path):
+    argv = ["--run", "runs/a b", "--seeds", "it's.jsonl", "--dry-run"]
+    process = subprocess.run([sys.executable, str(ROOT / "run.py"), *argv], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and not (ROOT / "runs" / "a b").exists()
+    # Paste it into a shell in which `python` only says what it was given.
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$#" "$@"\n')
+    os.chmod(tmp_path / "python", 0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["sh", "-c", process.stdout], cwd=ROOT, capture_output=True, text=True, env=env).stdout
+    want = [part for step in steps_of(*argv) for part in (str(len(step.command)), *step.command)]
+    assert said.splitlines() == want
+
+
+def test_demand_window_upside_down_is_an_error():
+    with pytest.raises(UserError, match="--demand-min 9 is not below --demand-max 8"):
+        run.parse_args(["--demand-min", "9", "--demand-max", "8"])
+
+
+def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "run.py", "--model", str(tmp_path / "no model"), "--run", str(tmp_path / "r")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert "error:" in process.stderr and "Traceback" not in process.stderr
+    assert "iter_1 instructions ended with exit code 2" in process.stderr.replace("\n", " ")
+    assert shlex.quote(str(tmp_path / "no model")) in process.stderr.replace("\n", "")
