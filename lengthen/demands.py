@@ -290,18 +290,23 @@ def parse_demand(constraint: str, language: str) -> tuple[str, int, int]:
 # Scoring and making demands
 
 
-def length_score(words: int, type: str, min_words: int, max_words: int) -> float:
-    """LonGen's length score in [0, 1] of an answer of `words` words (by `longen_words` for the benchmark).
-
-    The interval [a, b] is [0.8 N, 1.2 N] for about N, the literal one for a range, [t, 1.5 t] above t and [0.5 t, t]
-    below t. Inside it the score is 1; outside it falls linearly to 0 at a / 2 and at 1.5 b.
-    """
-    a, b = {
+def full_marks(type: str, min_words: int, max_words: int) -> tuple[float, float]:
+    """The interval of lengths that LonGen's score gives 1: about N [0.8 N, 1.2 N]; a range itself; above t [t, 1.5 t];
+    below t [0.5 t, t]."""
+    return {
         "about": (0.8 * min_words, 1.2 * min_words),
         "range": (min_words, max_words),
         "above": (min_words, 1.5 * min_words),
         "below": (0.5 * max_words, max_words),
     }[type]
+
+
+def length_score(words: int, type: str, min_words: int, max_words: int) -> float:
+    """LonGen's length score in [0, 1] of an answer of `words` words (by `longen_words` for the benchmark).
+
+    1 within `full_marks` [a, b]; outside it the score falls linearly, to 0 at a / 2 and at 1.5 b.
+    """
+    a, b = full_marks(type, min_words, max_words)
     if words < a:
         return max(0.0, 2 * words / a - 1)
     if words > b:
