@@ -1,0 +1,157 @@
+"""The folder of a training run: one writer, a sidecar, a log, and checkpoints that survive kill -9.
+
+    meta.json             the sidecar: status, settings, input hashes, counts
+    train_log.jsonl       one line a step; lines behind the checkpoint are cut when a run resumes
+    checkpoint/           state.safetensors + state.json, whole or absent
+    checkpoint.previous/  the one before: used when the newest is damaged
+    adapter_*             only when the run is done: whoever finds an adapter may use it
+
+No pickles: tensors are safetensors, the rest is JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lengthen.records import (
+    Appender,
+    Lock,
+    UserError,
+    check_inputs,
+    check_settings,
+    input_hashes,
+    read_jsonl,
+    read_sidecar,
+    replace_file,
+    versions,
+)
+
+FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png")
+NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"
+
+
+class TrainingFolder:
+    """Use as a context manager. `settings` are all that changes the result; they must match to resume."""
+
+    def __init__(self, folder, *, inputs: list[str], settings: dict, overwrite: bool, allow_partial: bool):
+        self.folder, self.inputs, self.settings = Path(folder), inputs, settings
+        self.overwrite, self.allow_partial = overwrite, allow_partial
+        self.started = time.monotonic()
+
+    def __enter__(self) -> "TrainingFolder":
+        check_inputs(self.inputs, self.allow_partial)
+        self.settings["inputs"] = input_hashes(self.inputs)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output {self.folder} is a file, a folder is needed", "an adapter is a folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        self.lock = Lock(self.folder)
+        self.log_file = None
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if self.overwrite:
+            # The sidecar goes last: killed in between, the folder still says whose files these are.
+            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "meta.json"):
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.meta = read_sidecar(self.folder)
+        if self.meta:
+            check_settings(self.meta, self.settings, self.folder)
+        elif any(p.name in FILES or p.name == NEWEST for p in self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} holds an adapter or a checkpoint, but not the meta.json of a training run",
+                "--overwrite replaces it, another --output keeps it",
+            )
+        self.complete = self.meta.get("status") == "done"
+        self.seconds_before = self.meta.get("seconds", 0.0)
+        if not self.complete:
+            self.save_meta("running")
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if self.log_file:
+                self.log_file.close()
+        finally:
+            self.lock.release()
+
+    def save_meta(self, status: str, **facts) -> None:
+        """Replace the sidecar; `facts` stay in it."""
+        self.meta.update(facts, stage="train", status=status, settings=self.settings, versions=versions())
+        self.meta["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 2)
+        replace_file(self.folder / "meta.json", json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
+
+    # -- the log -------------------------------------------------------------------------------------------
+
+    def open_log(self, steps_done: int) -> list[dict]:
+        """Start appending behind `steps_done` steps; returns the entries of those."""
+        path = self.folder / "train_log.jsonl"
+        Appender(path).close()  # cuts a torn last line
+        entries = [e for e in read_jsonl(path, needs=()) if e["step"] <= steps_done] if path.stat().st_size else []
+        replace_file(path, "".join(json.dumps(e) + "\n" for e in entries))
+        self.log_file = Appender(path)
+        return entries
+
+    def log(self, entry: dict) -> None:
+        self.log_file.append(entry)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Make (tensors, state) the newest checkpoint, and the newest the previous: three renames, each whole."""
+        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        state = {**state, "sha256": hashlib.sha256(data).hexdigest()}
+        newest, previous, half = (self.folder / n for n in (NEWEST, PREVIOUS, HALF_WRITTEN))
+        try:
+            self.log_file.sync()  # a checkpoint is never ahead of its log
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            replace_file(half / "state.safetensors", data)
+            replace_file(half / "state.json", json.dumps(state) + "\n")
+            shutil.rmtree(previous, ignore_errors=True)
+            if newest.exists():
+                rename(newest, previous)
+            rename(half, newest)
+        except OSError as error:
+            hint = "mend that and run the same command again: it goes on from the last checkpoint"
+            raise UserError(f"cannot write {newest}: {error.strerror or error}", hint) from error
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict, list[str]]:
+        """(tensors, state, lines to say) of the newest checkpoint that is whole; ({}, {}, lines) when there is none."""
+        said = []
+        for path in (self.folder / NEWEST, self.folder / PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                data = (path / "state.safetensors").read_bytes()
+                state = json.loads((path / "state.json").read_text("utf-8"))
+                if hashlib.sha256(data).hexdigest() == state["sha256"]:
+                    return load(data), state, said
+                said.append(f"{path} is damaged (its checksum is another)")
+            except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+                said.append(f"{path} is damaged ({type(error).__name__})")
+        return {}, {}, said
+
+    def drop_checkpoints(self) -> None:
+        """The run is done: what only a resume needs goes."""
+        for name in (NEWEST, PREVIOUS, HALF_WRITTEN):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """os.replace of a folder, on its own so that the tests can kill or fail it."""
+    os.replace(source, target)

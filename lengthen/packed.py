@@ -1,0 +1,297 @@
+"""Several samples in one row of tokens, none seeing another, and no padding.
+
+A packed row is [1, T]: the samples one behind the other, positions starting again at 0 in each, and `cu_seq_lens`
+(int32 [N + 1]) saying where each begins. Everything in a decoder but attention works token by token, so packing is
+exact when attention stays inside its sample: our attention function does that, and transformers calls it by name.
+
+What attends in another way (linear attention, chunked attention, position codes that depend on the row's length)
+would be wrong without any error. So `examine` compares packed with alone on the loaded model, before training, and
+a model that fails goes one sample a row through its own attention.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lengthen.records import UserError
+
+NAME = "lengthen_packed"
+WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rule is the one we are told
+
+
+class Row(NamedTuple):
+    """One packed row, on the model's device."""
+
+    input_ids: Tensor  # int64 [1, T]
+    position_ids: Tensor  # int64 [1, T], from 0 in each sample
+    cu_seq_lens: Tensor  # int32 [N + 1]
+    longest: int  # tokens of the longest sample
+
+    def keywords(self) -> dict:
+        """As transformers passes packed rows through a model to its attention function."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.cu_seq_lens,
+            "cu_seq_lens_k": self.cu_seq_lens,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+def pack(samples: list[list[int]], device: torch.device | str = "cpu") -> Row:
+    """Token ids of N samples -> one row."""
+    lengths = torch.tensor([0] + [len(s) for s in samples])
+    ids = torch.tensor([token for sample in samples for token in sample])
+    positions = torch.cat([torch.arange(len(s)) for s in samples])
+    return Row(
+        ids[None].to(device),
+        positions[None].to(device),
+        lengths.cumsum(0).to(device, torch.int32),
+        int(lengths.max()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **more,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    sliding_window: a token sees itself and the window - 1 before it. softcap: scores become c tanh(scores / c).
+    """
+    if more.get("s_aux") is not None or more.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} has attention sinks or biases: packed attention carries none")
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, "packed attention needs a packed row"
+    window = sliding_window if sliding_window and sliding_window < max_length_q else 0
+    flash = _flash_kernel(query, softcap, dropout)
+    if flash:
+        out = flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window, softcap, dropout)
+        return out[None], None
+    bounds = cu_seq_lens_q.tolist()
+    parts = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        parts.append(_attend(q, k, v, scaling, window, softcap, dropout))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return out.transpose(1, 2), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling, window: int, softcap: float | None, dropout: float) -> Tensor:
+    """One sample. q [1, Hq, n, D], k and v [1, Hkv, n, D] -> [1, Hq, n, D]."""
+    n, groups = q.shape[2], q.shape[1] // k.shape[1]
+    band = None
+    if softcap or 0 < window < n:
+        band = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        if window:
+            band = band.triu(1 - window)
+    if softcap:  # no fused kernel of torch knows it: the scores [Hq, n, n] are held
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        scores = torch.matmul(q, k.transpose(2, 3)) * (scaling or q.shape[-1] ** -0.5)
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~band, float("-inf"))
+        weights = F.dropout(scores.float().softmax(-1).to(q.dtype), dropout)
+        return torch.matmul(weights, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
+    )
+
+
+def _flash_kernel(query: Tensor, softcap: float | None, dropout: float):
+    """The variable-length FlashAttention that can serve these inputs, or None: flash-attn's, else torch's own."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+        return None
+    try:
+        import flash_attn  # noqa: F401
+
+        return _flash_attn
+    except ImportError:
+        return _torch_varlen if _torch_has_varlen() and not softcap and not dropout else None
+
+
+def _torch_has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _flash_attn(query, key, value, cu_seq_lens, longest, scaling, window, softcap, dropout) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    return flash_attn_varlen_func(
+        *(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest),
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        softcap=softcap or 0.0,
+    )
+
+
+def _torch_varlen(query, key, value, cu_seq_lens, longest, scaling, window, softcap, dropout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    return varlen_attn(
+        *(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest),
+        scale=scaling,
+        window_size=(window - 1, 0) if window else (-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a loaded model can do
+
+
+@dataclass
+class Abilities:
+    """What `examine` found. `notes` are lines for people."""
+
+    packs: bool  # several samples a row, exactly
+    head: dict | None  # weight, bias, softcap, logit_scale for the chunked loss; None = through the model's own logits
+    token_bytes: int  # activations that a backward pass keeps, bytes per token, without recomputation
+    notes: list[str] = field(default_factory=list)
+
+
+def examine(model: PreTrainedModel) -> Abilities:
+    """Compare, on 48 random tokens, what training would compute with what the model computes; choose the paths.
+
+    Leaves the model with packed attention switched on where that is exact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (48,), generator=generator).tolist()
+    samples = [ids[:5], ids[5:6], ids[6:]]
+    decoder, own = model.get_decoder(), model.config._attn_implementation
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone = [torch.tensor([s], device=model.device) for s in samples]
+        hidden = torch.cat([decoder(input_ids=x, use_cache=False).last_hidden_state[0] for x in alone])
+        logits = model(input_ids=alone[-1], use_cache=False).logits[0]
+    notes = []
+    why = _cannot_pack(model)
+    if not why:
+        model.set_attn_implementation(NAME)
+        try:
+            with torch.no_grad():
+                packed = decoder(**pack(samples, model.device).keywords(), use_cache=False).last_hidden_state[0]
+            why = "" if _close(packed, hidden) else "packed samples came out different from the same samples alone"
+        except (UserError, TypeError, AssertionError, RuntimeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+    if why:
+        model.set_attn_implementation(own)
+        notes.append(f"one sample a row through {own} attention: {why}")
+    head = _plain_head(model)
+    if head is None or not _close(_logits(hidden[6:], **head), logits):
+        head = None
+        notes.append("loss through the model's own logits (its head is no plain linear layer): more memory")
+    model.train(True)
+    row = pack(samples if not why else samples[-1:], model.device)
+    token_bytes = _saved_bytes(model, decoder, row.keywords() if not why else {"input_ids": row.input_ids})
+    model.train(was_training)
+    return Abilities(not why, head, token_bytes // row.input_ids.shape[1], notes)
+
+
+def _cannot_pack(model: PreTrainedModel) -> str:
+    """What 48 tokens would not show: rules that begin to differ only in long rows. "" = none."""
+    config = model.config.get_text_config()
+    other = set(getattr(config, "layer_types", None) or ()) - WITHIN_SAMPLE
+    if other or getattr(config, "attention_chunk_size", None):
+        return f"it attends by other rules ({', '.join(sorted(other)) or 'chunks'})"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in [rope, *rope.values()] if isinstance(r, dict)}
+    if kinds & {"longrope", "dynamic"}:
+        return "its position codes depend on the length of the row"
+    return ""
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding; a sample that sees its neighbour is off by far more."""
+    tolerance = 1e-4 if a.dtype == torch.float32 else 5e-2
+    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
+
+
+def _plain_head(model: PreTrainedModel) -> dict | None:
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(head, nn.Linear) or type(head.weight) is not nn.Parameter:
+        return None
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"weight": head.weight, "bias": head.bias, "softcap": softcap, "logit_scale": scale}
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    z = logit_scale * F.linear(hidden, weight, bias)
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> int:
+    """Bytes that the backward pass of one forward pass keeps: each storage once, the model's own not."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = decoder(**inputs, use_cache=False).last_hidden_state  # holding it keeps the storages, and their addresses
+    del out
+    return sum(kept.values())
+
+
+class Recompute:
+    """Gradient checkpointing of as few layers as fit: the first k of them keep only their input."""
+
+    def __init__(self, model, token_bytes: int, budget: float):
+        config = model.config.get_text_config()
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layer_bytes = token_bytes / config.num_hidden_layers
+        self.input_bytes = config.hidden_size * model.dtype.itemsize
+        self.budget, self.token_bytes = budget, token_bytes
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens a row may have before any layer is recomputed."""
+        return max(1, int(self.budget / self.token_bytes))
+
+    def set(self, tokens: int) -> int:
+        """Choose k for a row of so many tokens; returns k."""
+        over = tokens * self.token_bytes - self.budget
+        saved_per_layer = tokens * (self.layer_bytes - self.input_bytes)
+        # + 1: while a layer is recomputed, its own activations are alive again
+        k = 0 if over <= 0 else min(len(self.layers), math.ceil(over / saved_per_layer) + 1)
+        for i, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = i < k
+        return k
