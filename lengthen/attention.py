@@ -1,0 +1,388 @@
+"""Attention over keys and values that lie in pages, for any model that calls transformers' attention interface.
+
+The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one after the other, the newest token
+of every running text and pieces of new prompts, with explicit positions, no mask and no Cache object. The one thing
+that must know which token belongs to which text is attention, so this module registers its own attention function
+(`AttentionInterface.register`) and leaves everything else to the model's unmodified code.
+
+    keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, 2x faster on a CPU
+    values[layer]  [pages, Hkv, S, D]    S = tokens in a page
+
+Decoding does not gather the pages of a text; the queries go to the pages instead. Every page is multiplied, where it
+lies, by the query of the text that owns it: two batched products that stream the pool once, however ragged the texts
+are. The partial softmaxes are then joined per text. Pages are handed out lowest first and moved together when holes
+appear, so that the streamed range stays dense. A kernel that walks page tables (Triton on CUDA) can take the place
+of `_decode`: it needs `Batch` and the pool, nothing from the sampler.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lengthen.records import UserError
+
+NAME = "lengthen_paged"  # key in transformers' registry
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this module knows how to carry
+STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
+
+# B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head.
+
+
+@dataclass
+class LayerShape:
+    """What one layer hands to attention: found by running the model once."""
+
+    heads: int  # key heads
+    key_dim: int
+    value_dim: int
+    window: int  # 0 = sees everything
+
+
+class PagedCache:
+    """The pool of pages: which are free, and the tensors of every layer.
+
+    Memory is `num_pages * page_tokens * bytes_per_token`; on a CPU the system commits it only when touched.
+    """
+
+    def __init__(
+        self, shapes: dict[int, LayerShape], num_pages: int, page_tokens: int, device: torch.device, dtype: torch.dtype
+    ):
+        self.num_pages, self.page_tokens = num_pages, page_tokens
+        P, S, kind = num_pages, page_tokens, {"device": device, "dtype": dtype}
+        self.keys = {i: torch.empty(P, s.heads, s.key_dim, S, **kind) for i, s in shapes.items()}
+        self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
+        self.free = list(range(num_pages))  # a heap: the lowest page is handed out first
+        self.clean = 0  # pages below this hold finite numbers; a masked nan would still poison a sum
+
+    @staticmethod
+    def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:
+        return sum(s.heads * (s.key_dim + s.value_dim) for s in shapes.values()) * dtype.itemsize
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+    def take(self) -> int:
+        page = heapq.heappop(self.free)
+        if page >= self.clean:
+            end = min(self.num_pages, page + 16)
+            for layer in self.keys:
+                self.keys[layer][self.clean : end].zero_()
+                self.values[layer][self.clean : end].zero_()
+            self.clean = end
+        return page
+
+    def give_back(self, pages: list[int]) -> None:
+        for page in pages:
+            heapq.heappush(self.free, page)
+        pages.clear()
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """Page contents, all layers: a shared prompt is computed once and copied."""
+        for layer in self.keys:
+            self.keys[layer][target] = self.keys[layer][source]
+            self.values[layer][target] = self.values[layer][source]
+
+    def compact(self, tables: Sequence[list[int]]) -> None:
+        """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""
+        used = sorted(page for table in tables for page in table)
+        if not used or used[-1] + 1 <= len(used) + len(used) // 8 + 1:
+            return
+        holes = sorted(set(range(len(used))) - set(used))
+        high = [page for page in used if page >= len(used)]
+        self.copy(high, holes)
+        moved = dict(zip(high, holes, strict=True))
+        for table in tables:
+            table[:] = [moved.get(page, page) for page in table]
+        self.free = list(range(len(used), self.num_pages))  # sorted, so a heap
+
+
+@dataclass
+class Piece:
+    """Part of a prompt in a packed batch: `count` tokens from packed index `at`, the first of them at `start`."""
+
+    at: int
+    count: int
+    start: int
+    pages: list[int]
+
+
+@dataclass
+class Batch:
+    """Who is who in one packed forward pass. The first `len(lengths)` tokens are decoded ones, then the pieces."""
+
+    cache: PagedCache | None  # None = a probe: attend to the batch itself and note the shapes
+    pages: Tensor | None = None  # [T] page each token's key and value go to
+    slots: Tensor | None = None  # [T] place inside that page
+    lengths: Tensor | None = None  # [B] keys each decoded token sees, itself included
+    owner: Tensor | None = None  # [P] decoded token that owns the page; B = none
+    first: Tensor | None = None  # [P] position of the page's first token
+    pieces: list[Piece] = field(default_factory=list)
+    shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
+    _bias: dict[int, Tensor] = field(default_factory=dict)
+    _owns: Tensor | None = None
+
+    def bias(self, window: int) -> Tensor:
+        """[P, 1, 1, S] fp32: 0 where the owner's token may look, -inf elsewhere. One for all layers of a window."""
+        if window not in self._bias:
+            length = F.pad(self.lengths, (0, 1))[self.owner][:, None]  # [P, 1]; 0 = owned by none, sees nothing
+            key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
+            seen = key < length
+            if window:
+                seen &= key >= length - window  # W keys, the token itself included
+            bias = torch.zeros(key.shape, device=key.device).masked_fill_(~seen, float("-inf"))
+            self._bias[window] = bias[:, None, None]
+        return self._bias[window]
+
+    def owns(self) -> Tensor:
+        """[B, P] fp32 zeros and ones. A product with it sums over a text's pages, in a fixed order."""
+        if self._owns is None:
+            rows = torch.arange(len(self.lengths), device=self.owner.device)
+            self._owns = (rows[:, None] == self.owner[None]).float()
+        return self._owns
+
+
+_batch: Batch | None = None  # the forward pass in progress
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The registered function. query [1, Hq, T, D], key and value [1, Hkv, T, D] with positions applied.
+
+    Returns ([1, T, Hq, D], None). `sliding_window`, `softcap` (tanh bound of the scores) and `s_aux` (a learned
+    sink per query head) come from the model, layer by layer. The mask is ignored: none is built for our key.
+    """
+    assert _batch is not None, "a model with lengthen's attention was called outside of the sampler"
+    batch, layer = _batch, module.layer_idx
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window or 0
+    q, k, v = query[0], key[0], value[0]  # [H, T, D]
+    if batch.cache is None:
+        batch.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1], window)
+        return _dense(q, k, v, 0, scaling, window, softcap, s_aux).transpose(0, 1)[None], None
+
+    keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+    keys[batch.pages, :, :, batch.slots] = k.transpose(0, 1)  # [T, Hkv, D]
+    values[batch.pages, :, batch.slots] = v.transpose(0, 1)
+    out = query.new_empty(q.shape[1], q.shape[0], v.shape[-1])  # [T, Hq, D]
+    B = len(batch.lengths)
+    if B:
+        out[:B] = _decode(q[:, :B].transpose(0, 1), keys, values, batch, scaling, window, softcap, s_aux)
+    for piece in batch.pieces:
+        here = slice(piece.at, piece.at + piece.count)
+        if piece.start == 0:
+            all_k, all_v = k[:, here], v[:, here]
+        else:  # the earlier part of this text lies in its pages
+            total = piece.start + piece.count
+            all_k = keys[piece.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
+            all_v = values[piece.pages].transpose(0, 1).flatten(1, 2)[:, :total]
+        out[here] = _dense(q[:, here], all_k, all_v, piece.start, scaling, window, softcap, s_aux).transpose(0, 1)
+    return out[None], None
+
+
+def _decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One new token per text against the pool: q [B, Hq, D] -> [B, Hq, Dv]. Softmax in fp32, joined over pages."""
+    P, (B, Hq, D) = len(batch.owner), q.shape
+    Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
+    G, owner = Hq // Hkv, batch.owner
+    q = (q * scaling).view(B, Hkv, G, D)
+    # 1) every page meets its owner's query. Unowned pages get the last text's, and a bias of -inf.
+    mine = q[owner.clamp(max=B - 1)].view(P * Hkv, G, D)
+    scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).view(P, Hkv, G, S).float()
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores += batch.bias(window)
+    # 2) the softmax's maximum per text, then its terms
+    highest = scores.new_full((B + 1, Hkv, G), STABLE)
+    highest.scatter_reduce_(0, owner[:, None, None].expand(P, Hkv, G), scores.amax(-1), "amax")
+    if sinks is not None:
+        highest = torch.maximum(highest, sinks.float().view(1, Hkv, G))
+    terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, G, S]
+    # 3) sums over the pages of a text
+    total = batch.owns() @ terms.sum(-1).view(P, Hq)  # [B, Hq]
+    if sinks is not None:
+        total += (sinks.float().view(1, Hq) - highest[:B].view(B, Hq)).exp()
+    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, G, S), values[:P].view(P * Hkv, S, Dv))
+    out = batch.owns() @ part.float().view(P, Hq * Dv)
+    return (out.view(B, Hq, Dv) / total[..., None]).to(q.dtype)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Causal attention of one text's tokens start..start+n over its keys 0..start+n: q [Hq, n, D] -> [Hq, n, Dv]."""
+    n, total = q.shape[1], k.shape[1]
+    if not start and softcap is None and sinks is None and (not window or n <= window):
+        return F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
+        )[0]
+    at = torch.arange(start, total, device=q.device)[:, None]
+    key = torch.arange(total, device=q.device)[None]
+    seen = key <= at
+    if window:
+        seen &= key > at - window
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
+        )[0]
+    Hkv, G = k.shape[0], q.shape[0] // k.shape[0]
+    scores = (q.reshape(Hkv, G * n, -1) @ k.transpose(1, 2)).float().view(Hkv, G, n, total) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill_(~seen, float("-inf"))
+    if sinks is not None:  # a column that takes weight and gives nothing
+        column = sinks.float().view(Hkv, G, 1, 1).expand(Hkv, G, n, 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights.to(v.dtype).view(Hkv, G * n, total) @ v).view(q.shape[0], n, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Joining a model
+
+
+AttentionInterface.register(NAME, attend)
+
+
+class Hook:
+    """Sends a model's attention here while a batch is running, and nowhere else.
+
+    Raises UserError for a model whose attention cannot be carried: it would be silently wrong.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
+        self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+        self.shapes = self._probe()
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        global _batch
+        assert _batch is None, "one forward pass at a time"
+        before = [c._attn_implementation for c in self.configs]
+        for config in self.configs:
+            config._attn_implementation = NAME
+        _batch = batch
+        try:
+            yield
+        finally:
+            _batch = None
+            for config, name in zip(self.configs, before, strict=True):
+                config._attn_implementation = name
+
+    def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype."""
+        with self.running(batch):
+            return self.model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+            ).logits[0]
+
+    def _refuse(self, why: str) -> None:
+        name = f"{type(self.model).__name__} (model_type {self.model.config.model_type!r})"
+        raise UserError(
+            f"the sampler cannot run {name}: {why}",
+            "take a model whose layers are all softmax attention: the Llama, Qwen2.5, Qwen3, Mistral, Gemma families",
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> dict[int, LayerShape]:
+        """Runs 8 tokens: by the model's own attention, by ours, and split over the pages. All three must agree."""
+        config = self.model.config.get_text_config()
+        strange = sorted(set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS)
+        if strange:
+            self._refuse(f"it has {', '.join(strange)} layers")
+        if not getattr(self.model, "_supports_attention_backend", False):
+            self._refuse("its attention does not go through transformers' attention interface")
+        device = self.model.get_input_embeddings().weight.device
+        ids = (torch.arange(8, device=device) * 7919 + 11) % config.vocab_size
+        at, every = torch.arange(8, device=device), torch.arange(8, device=device)
+        own = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        batch = Batch(None)
+        ours = self.forward(batch, ids, at, every).float()
+        if len(batch.shapes) != config.num_hidden_layers:
+            self._refuse(f"{config.num_hidden_layers - len(batch.shapes)} of its layers are no attention layers")
+        kinds = getattr(config, "layer_types", None) or []
+        for layer, kind in enumerate(kinds):
+            if kind == "sliding_attention" and not batch.shapes[layer].window:
+                self._refuse(f"layer {layer} slides, but its window is not passed to the attention function")
+        dtype = self.model.get_input_embeddings().weight.dtype
+        cache = PagedCache(batch.shapes, 3, 4, device, dtype)
+        pages = [cache.take(), cache.take(), cache.take()]
+        split = [self.forward(piece_batch(cache, pages, 0, 5), ids[:5], at[:5], every[:5])]
+        for i in range(5, 8):
+            split.append(self.forward(token_batch(cache, [pages], [i]), ids[i : i + 1], at[i : i + 1], every[:1]))
+        split = torch.cat(split).float()
+        scale = own.abs().max().clamp(min=1.0)
+        bound = {torch.float32: 1e-3, torch.float64: 1e-6}.get(dtype, 8e-2) * scale
+        for what, got in (("a packed pass", ours), ("a pass split over pages", split)):
+            error = (got - own).abs().max()
+            if not error <= bound:
+                self._refuse(f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})")
+        return batch.shapes
+
+
+def token_batch(cache: PagedCache, tables: Sequence[list[int]], positions: Sequence[int]) -> Batch:
+    """A batch that decodes one token per text: the token at positions[i] of the text with page table tables[i]."""
+    return make_batch(cache, list(zip(tables, positions, strict=True)), [])
+
+
+def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> Batch:
+    """A batch of `count` tokens of one text, from position `start`."""
+    return make_batch(cache, [], [(pages, start, count)])
+
+
+def make_batch(
+    cache: PagedCache, decode: Sequence[tuple[list[int], int]], prefill: Sequence[tuple[list[int], int, int]]
+) -> Batch:
+    """The batch of (pages, position) decoded tokens followed by (pages, start, count) pieces, in this order."""
+    S, pages, slots, pieces = cache.page_tokens, [], [], []
+    for table, position in decode:
+        pages.append(table[position // S])
+        slots.append(position % S)
+    for table, start, count in prefill:
+        pieces.append(Piece(len(pages), count, start, table[: cache.pages_for(start + count)]))
+        pages.extend(table[p // S] for p in range(start, start + count))
+        slots.extend(p % S for p in range(start, start + count))
+    B, last = len(decode), max((max(table) for table, _ in decode), default=-1)
+    owner, first = [B] * (last + 1), [0] * (last + 1)
+    for row, (table, _) in enumerate(decode):
+        for nth, page in enumerate(table):
+            owner[page], first[page] = row, nth * S
+    device = next(iter(cache.keys.values())).device
+    as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first)]
+    lengths = torch.tensor([position + 1 for _, position in decode], dtype=torch.long, device=device)
+    return Batch(cache, as_ids[0], as_ids[1], lengths, as_ids[2], as_ids[3], pieces)
