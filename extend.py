@@ -1,0 +1,412 @@
+"""Rewrite each draft into a longer text, in two stages: the Extender's part of Self-Lengthen, and its heart.
+
+One call of a model is bounded by the length it is used to writing. So a round of extension is two calls
+(arXiv 2410.23933; `Extension` below):
+
+1. Stage 1: the Extender enriches the first half of the text alone. The first two thirds of the paragraphs it returns
+   are kept as a prefix: the last third is cut, so that no ending survives.
+2. Stage 2: it enriches the WHOLE text, its answer prefilled with that prefix. The prefix shows in context at which
+   rate to expand, and leaves the habitual length for the second half. Result = prefix + continuation.
+3. The result is the next round's text if it passes the filters and is longer; else the round is tried again.
+4. After up to --rounds rounds the job is accepted if the text has more than --min-gain times the words of the draft.
+5. Length bias: of all accepted texts the shortest fifth always goes, 40.5 % go on average.
+
+Reads responses.jsonl, writes extended.jsonl (and .rejected.jsonl, .meta.json). extended.work.jsonl holds every prefix,
+accepted round and failed try while the stage runs: a kill costs only the texts being decoded, and the same command
+goes on with the same seeds.
+
+Departures from the paper and its release:
+ 1. A text of one paragraph is divided by sentences, so neither the first half nor the prefix is ever empty.
+ 2. Prefix and continuation are joined by the paragraph break that followed the prefix; the model sees it too.
+ 3. Both stages must end by EOS. Two thirds of a cut stage 1 could be used in principle; but what did not end for half
+    the text does not end for the whole, and it would leave stage 2 the smallest room.
+ 4. Chatter around either stage's text is stripped, else the text is rejected. Loops are rejected in both stages.
+ 5. A try is one pass of two stages, and --max-attempts counts the tries of all rounds of a job together. A round that
+    used them up does not sink the job: what earlier rounds reached counts. The last round must reach --min-gain.
+ 6. The repetition penalty counts the output and its prefix only: over the draft, it drives the Extender away from the
+    draft's own words (--penalty-scope all is the release's way).
+ 7. Jobs run side by side, each at its own stage: a finished text's place is taken at once. The longest drafts start
+    first, and the slowest are waited for: they are the longest.
+
+    python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \
+        --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6     # 2-core CPU: about 10 s a try
+"""
+
+import argparse
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+
+from lengthen import cli
+from lengthen.chat import fill, template_hashes
+from lengthen.records import (
+    LANGUAGES,
+    Job,
+    UserError,
+    draw_seed,
+    filter_language,
+    fingerprint,
+    new_record,
+    prompt_id,
+    read_jsonl,
+    record_id,
+    run_id_of,
+)
+from lengthen.text import (
+    clean_answer,
+    count_words,
+    detect_language,
+    has_chatter,
+    is_loop,
+    length_bias,
+    split_paragraphs,
+    strip_chatter,
+)
+
+FIRST_HALF = (1, 2)  # of the text's paragraphs: what stage 1 is asked to enrich
+KEPT_PREFIX = (2, 3)  # of stage 1's paragraphs: what stage 2 goes on from
+
+# ---------------------------------------------------------------------------------------------------------
+# Cutting texts
+
+# Behind a sentence's end with its closing quote or bracket. Chinese puts no blank there; "3.14" does not count.
+_SENTENCE_END = re.compile(
+    r"(?<=[。！？])(?![。！？”’」』）》])|(?<=[。！？][”’」』）》])|(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+"
+)
+
+
+def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
+    """Return the first share of a text's paragraphs, verbatim, and the break behind it; ("", "") for one sentence."""
+    text = text.replace("\r\n", "\n")
+    parts, _ = split_paragraphs(text)
+    one_paragraph = len(parts) < 2
+    if one_paragraph:
+        parts = [part for part in _SENTENCE_END.split(text) if part.strip()]
+    end = 0
+    for part in parts[: len(parts) * share[0] // share[1]]:
+        end = text.index(part, end) + len(part)
+    gap = text[end:][: len(text[end:]) - len(text[end:].lstrip())]
+    return text[:end].strip(), "" if not end else "\n" if not one_paragraph and gap.count("\n") == 1 else "\n\n"
+
+
+def first_half(text: str) -> str:
+    """What stage 1 enriches; the whole text where it cannot be divided."""
+    return first_share(text, FIRST_HALF)[0] or text
+
+
+def examine_stage_1(text: str, finish: str, language: str) -> tuple[str, str]:
+    """Return (prefix with its break, reason): what stage 2 is prefilled with, or why this output is of no use."""
+    if finish != "eos":
+        return "", finish if finish in ("error", "repetition") else "unfinished"
+    text, _ = strip_chatter(text, language)
+    prefix = "".join(first_share(text, KEPT_PREFIX))
+    if not prefix:
+        return "", "empty"
+    if is_loop(text, language):
+        return "", "repetition"
+    if has_chatter(prefix):  # it would only be found when stage 2 has been paid for
+        return "", "chatter"
+    return (prefix, "") if detect_language(prefix) == language else ("", "language")
+
+
+def examine_stage_2(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
+    """Return (prefix + continuation without chatter, reason); reason "" = it passes the filters."""
+    if finish in ("error", "repetition"):
+        return "", finish
+    if not text.strip():
+        return "", "empty"
+    return clean_answer(prefix + text.lstrip(), finish, language)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One job
+
+
+@dataclass
+class Extension:
+    """A draft on its way to a longer text. `examine` decides about a sample, `apply` alone changes the state.
+
+    What `examine` returns is what the journal holds, so applying a journal's entries in order gives the state back.
+    """
+
+    record: dict  # the extended record it will be: ids, prompt, initial, initial_words
+    rules: argparse.Namespace  # rounds, max_attempts, min_gain, one_stage
+    text: str = ""  # the draft, then the last accepted round
+    round_words: list[int] = field(default_factory=list)  # after each accepted round
+    attempt: int = 0  # the try that runs, counted over all rounds
+    accepted_attempt: int = -1  # the try that gave `text`
+    prefix: str = ""  # what stage 1 of this try left; "" = stage 1 is still to come
+    reason: str = ""  # why the last failed try failed
+
+    def __post_init__(self) -> None:
+        self.text = self.text or self.record["initial"]
+
+    @property
+    def stage(self) -> int:
+        return 2 if self.prefix or self.rules.one_stage else 1
+
+    @property
+    def over(self) -> bool:
+        return len(self.round_words) >= self.rules.rounds or self.attempt >= self.rules.max_attempts
+
+    @property
+    def words(self) -> int:
+        return self.round_words[-1] if self.round_words else self.record["initial_words"]
+
+    def draft(self) -> str:
+        """What the next call is asked to enrich."""
+        return self.text if self.stage == 2 else first_half(self.text)
+
+    def draw(self) -> tuple[int, int, int]:
+        """(attempt, round, stage): what a call's sampling seed is hashed from."""
+        return self.attempt, len(self.round_words), self.stage
+
+    def examine(self, sample) -> dict:
+        """The journal entry of a sample: with reason "", `text` is a prefix (stage 1) or a round (stage 2)."""
+        language = self.record["language"]
+        if self.stage == 1:
+            text, reason = examine_stage_1(sample.text, sample.finish, language)
+        else:
+            text, reason = examine_stage_2(self.prefix, sample.text, sample.finish, language)
+            reason = reason or self._too_short(count_words(text))
+        attempt, round_, stage = self.draw()
+        entry = {"id": self.record["id"], "attempt": attempt, "round": round_, "stage": stage}
+        return {**entry, "reason": reason, "text": "" if reason else text, "tokens": sample.num_tokens}
+
+    def _too_short(self, words: int) -> str:
+        if words <= self.words:
+            return "not-longer"
+        last_round = len(self.round_words) + 1 == self.rules.rounds
+        return "gain" if last_round and words <= self.rules.min_gain * self.record["initial_words"] else ""
+
+    def apply(self, entry: dict) -> None:
+        """Go on to the next call."""
+        assert (entry["attempt"], entry["round"], entry["stage"]) == self.draw(), (entry, self.draw())
+        if entry["reason"]:
+            self.reason = entry["reason"]
+            # A draft that does not fit the context never will; a prefix that does not may come out shorter.
+            hopeless = entry["reason"] == "error" and not self.prefix
+            self.attempt = self.rules.max_attempts if hopeless else self.attempt + 1
+            self.prefix = ""
+        elif self.stage == 1:
+            self.prefix = entry["text"]
+        else:
+            self.text, self.prefix, self.accepted_attempt = entry["text"], "", self.attempt
+            self.round_words.append(count_words(self.text))
+            self.record["response_tokens"] = entry.get("response_tokens", -1)
+            self.attempt += 1
+
+    def outcome(self) -> tuple[dict, str]:
+        """Return (the record, reason) of a job that is over; reason "" = accepted."""
+        changes = {
+            "response": self.text,
+            "response_words": self.words,
+            "finish": "eos" if self.round_words else "",
+            "attempt": self.accepted_attempt,
+            "rounds": len(self.round_words),
+            "round_words": self.round_words,
+            "gain": round(self.words / max(1, self.record["initial_words"]), 4),
+        }
+        accepted = self.words > self.rules.min_gain * self.record["initial_words"]
+        return {**self.record, **changes}, "" if accepted else self.reason
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_drafts(paths: list[str], language: str) -> list[dict]:
+    """Drafts of one or several files, longest first: they take the most calls and the longest ones."""
+    drafts, origin = [], {}
+    for path in paths:
+        for row in read_jsonl(path, needs=("prompt", "response")):
+            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
+            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+            if row["id"] in origin:
+                raise UserError(f"id {row['id']!r} is in {origin[row['id']]} and again in {path}")
+            origin[row["id"]] = path
+            drafts.append({**row, "words": count_words(row["response"])})
+    return sorted(filter_language(drafts, language), key=lambda row: (-row["words"], row["id"]))
+
+
+def make_extensions(drafts: list[dict], args: argparse.Namespace) -> dict[str, Extension]:
+    """--samples jobs a draft, by id, in the order in which they are to start."""
+    run_id, extensions = run_id_of(args.output), {}
+    for draft in drafts:
+        for sample in range(args.samples):
+            id_ = record_id("extended", draft["id"], sample)
+            base = {"id": id_, "parent_id": draft["id"], "language": draft["language"], "run_id": run_id}
+            initial = {"initial": draft["response"], "initial_words": draft["words"]}
+            record = new_record("extended", **base, sample=sample, prompt=draft["prompt"], **initial)
+            extensions[id_] = Extension(record, args)
+    return extensions
+
+
+def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extension]) -> list[dict]:
+    """Run every job to its end and store it; returns all journal entries, those of earlier processes included."""
+    # 1) where an earlier process left off
+    entries = list(job.journal)
+    for entry in entries:
+        extensions[entry["id"]].apply(entry)
+    running = [e for e in extensions.values() if not e.over]
+
+    def store(extension: Extension) -> None:
+        record, reason = extension.outcome()
+        if record["id"] not in job.done_ids:
+            job.reject(record, reason) if reason else job.accept(record)
+
+    for extension in extensions.values():
+        if extension.over:  # killed between the last entry and the record
+            store(extension)
+    if not running:
+        return entries
+
+    # 2) new requests join while results are read: no waves, no idle rows
+    from lengthen.sampler import Request, Sampling
+
+    chat, sampler = open_model(args, job)
+    settings = cli.sampling_settings(args)
+    settings["max_new_tokens"] = settings["max_new_tokens"] or Sampling().max_new_tokens
+    sampling = Sampling(**settings)
+
+    def add(extension: Extension) -> None:
+        record = extension.record
+        content = fill("extend", record["language"], instruction=record["prompt"], draft=extension.draft())
+        messages = [{"role": "user", "content": content}]
+        prompt_ids = chat.encode(messages, prefill=extension.prefix)
+        penalty_from = len(chat.encode(messages)) if args.penalty_scope == "output" else 0
+        seed = draw_seed(args.seed, record["id"], *extension.draw())
+        sampler.add(Request(record["id"], prompt_ids, seed, sampling, penalty_from))
+
+    for extension in running:
+        add(extension)
+    with cli.progress("extensions", len(extensions)) as bar:
+        for sample in sampler.run():
+            extension = extensions[sample.request.key]
+            entry = extension.examine(sample)
+            if sample.finish == "error":
+                cli.say(f"  {entry['id']}, stage {entry['stage']}: {sample.error}")
+            if entry["stage"] == 2 and not entry["reason"]:
+                entry["response_tokens"] = len(chat.encode_answer(entry["text"]))
+            job.note(entry)
+            entries.append(entry)
+            extension.apply(entry)
+            if extension.over:
+                store(extension)
+            else:
+                add(extension)
+            bar.update(len(job.done_ids), f"{len(job.records)} accepted, {len(entries)} calls")
+    return entries
+
+
+def statistics_of(entries: list[dict], job: Job) -> dict:
+    """The Extender in numbers, before the length bias takes its share."""
+    tries = sum(e["stage"] == 2 or bool(e["reason"]) for e in entries)  # one that failed in stage 1 is a whole try
+    passed = sum(e["stage"] == 2 and not e["reason"] for e in entries)
+    gains = [r["gain"] for r in job.records]
+    return {
+        "jobs": len(job.done_ids),
+        "acceptance": round(len(gains) / max(1, len(job.done_ids)), 4),
+        "gain_median": statistics.median(gains) if gains else -1.0,
+        "calls": len(entries),
+        "tries": tries,
+        "tries_passed": passed,
+        "tokens": sum(e["tokens"] for e in entries),
+        "stage_1_tokens": sum(e["tokens"] for e in entries if e["stage"] == 1),
+    }
+
+
+def length_bias_drops(records: list[dict], seed: int) -> dict[str, str]:
+    """Ids that the length bias drops; a Chinese word is a character, so each language is ranked on its own."""
+    drops = {}
+    for language in LANGUAGES:
+        same = [r for r in records if r["language"] == language]
+        gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
+        drops |= {same[i]["id"]: "length-bias" for i in gone}
+    return drops
+
+
+def open_model(args: argparse.Namespace, job: Job):
+    """Return (Chat, Sampler). Imported here: --help and a finished stage need not wait for torch."""
+    from lengthen.model import load_model
+    from lengthen.sampler import Sampler
+
+    loaded = load_model(
+        args.model,
+        adapter=args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        trust_remote_code=args.trust_remote_code,
+    )
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    sampler = Sampler(
+        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
+    )
+    for line in [*loaded.notes, *sampler.notes]:
+        cli.say(line)
+    return loaded.chat, sampler
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__, "extend.py")
+    cli.add_io_flags(parser, several_inputs=True)
+    group = parser.add_argument_group("extension")
+    group.add_argument("--samples", type=cli.at_least(1), default=2, help="independent jobs for each draft")
+    group.add_argument(
+        "--rounds", type=cli.at_least(1), default=3, help="extensions, each of the text of the one before"
+    )
+    group.add_argument("--max-attempts", type=cli.at_least(1), default=20, help="tries of one job, over all its rounds")
+    group.add_argument(
+        "--min-gain", type=cli.at_least(0, float), default=1.2, help="times the draft's words that must be exceeded"
+    )
+    group.add_argument(
+        "--penalty-scope",
+        choices=("output", "all"),
+        default="output",
+        help="what the repetition penalty counts: output and prefix, or the draft too",
+    )
+    group.add_argument("--one-stage", action="store_true", help="the control: one call for the whole text, no prefix")
+    group.add_argument("--no-length-bias", action="store_true", help="keep the short texts too")
+    cli.add_model_flags(parser)
+    cli.add_sampling_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    extensions = make_extensions(read_drafts(args.input, args.language), args)
+    own = ("samples", "rounds", "max_attempts", "min_gain", "penalty_scope", "one_stage", "no_length_bias")
+    settings = {
+        **{k: getattr(args, k) for k in (*own, "seed", "language", "quantize")},
+        **cli.sampling_settings(args),
+        "model": fingerprint(args.model),
+        "adapter": fingerprint(args.adapter),
+        "templates": template_hashes("extend"),
+    }
+    with Job(
+        "extend",
+        args.output,
+        inputs=args.input,
+        settings=settings,
+        info={"model": args.model, "adapter": args.adapter},
+        overwrite=args.overwrite,
+        allow_partial=args.allow_partial,
+        journal=True,
+    ) as job:
+        stats = {}
+        if not job.complete:
+            # 1) all jobs to their end
+            entries = extend_all(args, job, extensions)
+            for reason, times in Counter(e["reason"] for e in entries if e["reason"]).items():
+                job.count(reason, times)
+            stats = statistics_of(entries, job)
+            # 2) the shortest go, once all are there
+            if not args.no_length_bias:
+                job.drop(length_bias_drops(job.records, args.seed))
+        summary = job.finish(args.min_yield, **stats)
+    cli.emit(summary)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,550 @@
+"""The Generator's part of Self-Lengthen: invent instructions, draft answers, weave length demands into instructions.
+
+Three commands, each one step of the method (arXiv 2410.23933):
+
+instructions  1. The BASE model sees two seed instructions and writes a third, as a continuation of its own turn.
+              2. It judges whether that instruction suits a long article; 3 < words < 500, right language, not a
+                 near-duplicate of a seed, of --dedup-against, or of an instruction before it.
+responses     3. The Generator answers each instruction --samples times; one that fails the filters is drawn again.
+              4. Length bias: the shortest fifth of the answers always goes, 40.5 % go on average.
+constrain     5. A length demand that is true of the answer is woven into its instruction by the BASE model, checked,
+                 and drawn again; at last it is appended in one plain sentence. Several files in = this also collects.
+
+Reads and writes JSONL: seeds -> instructions.jsonl -> responses.jsonl; responses.jsonl + extended.jsonl ->
+constrained.jsonl. Beside X.jsonl: X.rejected.jsonl with a `reason`, X.meta.json, and X.work.jsonl while it runs.
+
+Departures from the paper and its release:
+ 1. One tree for both languages: templates, filters and word measures follow each record's language.
+ 2. The judge is the log-probability of yes minus that of no, not a sampled word compared with "Yes".
+ 3. Near-duplicate instructions are removed, in the order (attempt, sample): what is kept does not depend on the batch.
+ 4. An instruction ends at the next number ("Instruction 4"); no other stop strings, and answers must end by EOS.
+ 5. Length bias ranks by words, within each language, and ties share a rank.
+ 6. A demand is true of its answer; the rewritten instruction is checked to state it.
+ 7. Every draw has its own seed, hashed from --seed, the record's id and the attempt.
+
+    python generate.py responses --model smollm2 --input runs/demo/iter_1/instructions.jsonl \\
+        --output runs/demo/iter_1/responses.jsonl          # 2-core CPU: about 5 s an answer
+"""
+
+import argparse
+import random
+import re
+from collections import Counter, deque
+from collections.abc import Callable
+
+from lengthen import cli
+from lengthen.chat import fill, template_hashes
+from lengthen.demands import make_demand, states_demand
+from lengthen.records import (
+    LANGUAGES,
+    Job,
+    UserError,
+    draw_seed,
+    filter_language,
+    fingerprint,
+    new_record,
+    prompt_id,
+    read_jsonl,
+    read_prompts,
+    record_id,
+    run_id_of,
+)
+from lengthen.text import NearDuplicates, clean_answer, count_words, detect_language, length_bias, strip_chatter
+
+MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
+INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
+JUDGE_BATCH = 16  # instructions judged at a time, between two steps of the sampler
+NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
+YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
+APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
+
+# ---------------------------------------------------------------------------------------------------------
+# 1, 2: instructions
+
+# What models put before and behind an instruction when they continue the list: its number, a label, an answer.
+_LABEL = re.compile(r"^\W*(?:instruction|prompt|task|指令|题目)\s*\d*\s*[:：.]\W*|^\d+[.:、)]\s*", re.IGNORECASE)
+_ANSWER = re.compile(r"\n\W*(?:(?:response|answer|output|solution|example)\W*:|(?:回答|答案|输出|示例)\W*[:：])", re.I)
+_QUOTES = {'"': '"', "“": "”", "'": "'", "「": "」", "『": "』", "**": "**", "*": "*"}
+
+
+def clean_instruction(text: str) -> str:
+    """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer behind it."""
+    text = _LABEL.sub("", _ANSWER.split("\n" + text)[0].strip()).strip()
+    for left, right in _QUOTES.items():
+        inside = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and inside and left not in inside:
+            return inside.strip()
+    return text
+
+
+def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str]:
+    """Return (instruction, reason): "" = worth a judgement."""
+    instruction = clean_instruction(text)
+    if finish not in ("eos", "stop"):
+        return instruction, finish if finish in ("error", "repetition") else "unfinished"
+    if not MIN_INSTRUCTION_WORDS < count_words(instruction) < MAX_INSTRUCTION_WORDS:
+        return instruction, "words"
+    return instruction, "" if detect_language(instruction) == language else "language"
+
+
+def split_count(count: int, seeds: list[dict]) -> list[str]:
+    """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh")."""
+    num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
+    return ["en"] * num_en + ["zh"] * (count - num_en)
+
+
+def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
+    """The two examples of a record: the same on every machine and in every attempt."""
+    same = sorted((s for s in seeds if s["language"] == language), key=lambda s: s["id"])
+    if len(same) < 2:
+        raise UserError(f"two seeds of language {language!r} are needed, found {len(same)}", "--seeds FILE [FILE ...]")
+    return random.Random(record_id_).sample(same, 2)
+
+
+def instructions(args: argparse.Namespace) -> None:
+    # 1) seeds, and one record per wanted instruction
+    seeds = filter_language(read_prompts(args.seeds, source="seed"), args.language)
+    if not seeds:
+        raise UserError(f"no seed is of language {args.language!r}", "--language both, or other --seeds")
+    run_id = run_id_of(args.output)
+    records, shots = [], []
+    for sample, language in enumerate(split_count(args.count, seeds)):
+        id_ = record_id("instruction", "", sample, scope=run_id)
+        shots.append(draw_shots(id_, language, seeds))
+        base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
+        records.append(new_record("instruction", **base, example_ids=[s["id"] for s in shots[-1]]))
+    settings = {
+        **{k: getattr(args, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
+        "templates": template_hashes("instruct", "instruct_prefill", "judge"),
+    }
+    with open_job("instructions", args, [*args.seeds, *args.dedup_against], settings) as job:
+        stats = {}
+        if not job.complete:
+            distinct = NearDuplicates()
+            for known in [*seeds, *(read_prompts(args.dedup_against) if args.dedup_against else [])]:
+                distinct.add(known["prompt"], known["language"])
+            stats = write_instructions(args, job, records, shots, distinct)
+        summary = job.finish(args.min_yield, **stats)
+    cli.emit(summary)
+
+
+def write_instructions(
+    args: argparse.Namespace, job: Job, records: list[dict], shots: list[list[dict]], distinct: NearDuplicates
+) -> dict:
+    """Fill and store the records; returns the stage's statistics.
+
+    Draws run and finish in any order. Whether one is a near-duplicate depends on those before it, so that is decided
+    in the order (attempt, sample), each draw waiting for its turn: nearly the order in which the sampler finishes.
+    """
+    from lengthen.sampler import Request, Sampling
+
+    # The journal holds every draw: {"id", "attempt", "prompt", "reason"}, and {"id", "attempt", "margin"} once judged.
+    entries = [e for e in job.journal if "prompt" in e]
+    drawn = {(e["id"], e["attempt"]): (e["prompt"], e["reason"]) for e in entries}
+    margins = {(e["id"], e["attempt"]): e["margin"] for e in job.journal if "margin" in e}
+    loaded, sampler = open_model(args, job)
+    chat = loaded.chat
+    wanted = {r["id"]: (r, pair) for r, pair in zip(records, shots, strict=True)}
+    turns = deque((r["id"], 0) for r in records)
+    unjudged, failures = [], Counter()
+    no_judge = args.judge_margin == float("-inf")
+
+    def verdict(draw: tuple[str, int]) -> str | None:
+        """A reason, "" = passed (but for near-duplicates), None = not known yet."""
+        if draw not in drawn or drawn[draw][1]:
+            return drawn[draw][1] if draw in drawn else None
+        if no_judge:
+            return ""
+        return None if draw not in margins else "" if margins[draw] > args.judge_margin else "judge"
+
+    def advance(id_: str, attempt: int) -> None:
+        """Ask for the next draw as soon as this one is known to have failed: its turn may be far away."""
+        while verdict((id_, attempt)) and attempt + 1 < args.max_attempts:
+            attempt += 1
+        if (id_, attempt) in drawn:
+            if verdict((id_, attempt)) is None and (id_, attempt) not in unjudged:
+                unjudged.append((id_, attempt))
+            return
+        record, pair = wanted[id_]
+        language = record["language"]
+        examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
+        messages = [{"role": "user", "content": fill("instruct", language)}]
+        prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
+        sampling = sampling_of(args, Sampling, INSTRUCTION_TOKENS, stop=(NEXT_NUMBER[language],))
+        sampler.add(Request((id_, attempt), prompt_ids, draw_seed(args.seed, id_, attempt), sampling))
+
+    def judge() -> None:
+        """Log-probability of yes minus that of no, for all that wait; a question that does not fit gets a no."""
+        pairs, asked, waiting = [], [], unjudged.copy()
+        unjudged.clear()
+        for id_, attempt in waiting:
+            language = wanted[id_][0]["language"]
+            question = fill("judge", language, instruction=drawn[id_, attempt][0], words=str(args.long_words))
+            prompt_ids = chat.encode([{"role": "user", "content": question}])
+            answers = [chat.encode_text(word) for word in YES_NO[language]]
+            if len(prompt_ids) + max(map(len, answers)) > loaded.context:
+                note_margin(id_, attempt, -1e9)
+                continue
+            asked.append((id_, attempt))
+            pairs += [(prompt_ids, answer) for answer in answers]
+        logprobs = [float(values.sum()) for values in sampler.logprobs(pairs)] if pairs else []
+        for draw, yes, no in zip(asked, logprobs[::2], logprobs[1::2], strict=True):
+            note_margin(*draw, yes - no)
+        for draw in waiting:
+            advance(*draw)
+
+    def note_margin(id_: str, attempt: int, margin: float) -> None:
+        job.note({"id": id_, "attempt": attempt, "margin": margin})
+        margins[id_, attempt] = margin
+
+    def take_turns() -> None:
+        """Decide every draw whose turn has come; the failed ones get another turn behind all others."""
+        while turns and (reason := verdict(turns[0])) is not None:
+            id_, attempt = turns.popleft()
+            prompt, language = drawn[id_, attempt][0], wanted[id_][0]["language"]
+            if not reason and not distinct.add(prompt, language):
+                # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
+                reason = "duplicate"
+            record = {**wanted[id_][0], "attempt": attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
+            if reason:
+                failures[reason] += 1
+            if reason and attempt + 1 < args.max_attempts:
+                turns.append((id_, attempt + 1))
+                advance(id_, attempt + 1)
+            elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
+                job.reject(record, reason) if reason else job.accept(record)
+
+    for record in records:
+        advance(record["id"], 0)
+    with cli.progress("instructions", len(records)) as bar:
+        while turns:
+            take_turns()
+            for sample in sampler.run():
+                id_, attempt = sample.request.key
+                prompt, reason = examine_instruction(sample.text, sample.finish, wanted[id_][0]["language"])
+                entry = {"id": id_, "attempt": attempt, "prompt": prompt, "reason": reason, "tokens": sample.num_tokens}
+                entries.append(entry)
+                job.note(entry)
+                drawn[id_, attempt] = prompt, reason
+                advance(id_, attempt)
+                if len(unjudged) >= JUDGE_BATCH:
+                    judge()
+                take_turns()
+                bar.update(len(job.done_ids), f"{len(job.records)} accepted")
+            judge()
+            take_turns()
+    for reason, times in failures.items():
+        job.count(reason, times)
+    return {"attempts": len(entries), "tokens": sum(e["tokens"] for e in entries)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3, 4: responses
+
+
+def examine_response(record: dict, sample) -> tuple[dict, str]:
+    """Return (the fields that a draw fills, reason); reason "" = accepted."""
+    text, reason = clean_answer(sample.text, sample.finish, record["language"])
+    if sample.finish in ("error", "repetition"):
+        reason = sample.finish  # more telling than "unfinished"
+    fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
+    return {**fields, "finish": sample.finish}, reason
+
+
+def responses(args: argparse.Namespace) -> None:
+    # 1) one record per instruction and sample
+    prompts = filter_language(read_prompts(args.input), args.language)
+    run_id, records = run_id_of(args.output), []
+    for parent in prompts:
+        for sample in range(args.samples):
+            id_ = record_id("response", parent["id"], sample)
+            base = {"id": id_, "parent_id": parent["id"], "language": parent["language"], "run_id": run_id}
+            records.append(new_record("response", **base, sample=sample, prompt=parent["prompt"]))
+    settings = {k: getattr(args, k) for k in ("samples", "max_attempts", "no_length_bias")}
+    with open_job("responses", args, args.input, settings) as job:
+        stats = {}
+        if not job.complete:
+            # 2) draw until the filters pass
+            stats = draw_each(args, job, records, "answers", lambda r: (r["prompt"], 0), examine_response)
+            # 3) the shortest go, once all are there
+            if not args.no_length_bias:
+                job.drop(length_bias_drops(job.records, args.seed))
+        summary = job.finish(args.min_yield, **stats)
+    cli.emit(summary)
+
+
+def length_bias_drops(records: list[dict], seed: int) -> dict[str, str]:
+    """Ids that the length bias drops; a Chinese word is a character, so each language is ranked on its own."""
+    drops = {}
+    for language in LANGUAGES:
+        same = [r for r in records if r["language"] == language]
+        gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
+        drops |= {same[i]["id"]: "length-bias" for i in gone}
+    return drops
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5: constrain
+
+# A prompt that names a number of words already: a second demand behind it would contradict the first.
+_OWN_DEMAND = re.compile(r"\d\s*[- ]?words?\b|[\d〇零一二两三四五六七八九十百千万]\s*个?(?:字|词)(?!符)", re.IGNORECASE)
+
+
+def examine_query(record: dict, sample) -> tuple[dict, str]:
+    """Return ({"query": …}, reason): the rewritten instruction states the demand, in its language, at a sane length."""
+    language, prompt = record["language"], record["prompt"]
+    query = clean_instruction(strip_chatter(sample.text, language)[0])
+    words, prompt_words = count_words(query), count_words(prompt)
+    if sample.finish != "eos":
+        reason = sample.finish if sample.finish in ("error", "repetition") else "unfinished"
+    elif not prompt_words / 2 <= words <= 2 * prompt_words + 30:  # an answer, or a fragment
+        reason = "words"
+    elif detect_language(query) != language:
+        reason = "language"
+    else:
+        reason = "" if states_demand(query, *demand_of(record), language) else "demand"
+    return {"query": query}, reason
+
+
+def append_demand(record: dict, reason: str) -> tuple[dict, str]:
+    """The last resort: the demand in a sentence of its own, unless the prompt has a demand already."""
+    if _OWN_DEMAND.search(record["prompt"]):
+        return record, reason
+    template = APPENDED[record["language"]]
+    query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
+    stated = states_demand(query, *demand_of(record), record["language"])
+    return {**record, "query": query if stated else "", "attempt": -1}, "" if stated else reason
+
+
+def demand_of(record: dict) -> tuple[str, int, int]:
+    return record["type"], record["min_words"], record["max_words"]
+
+
+def read_answers(paths: list[str], language: str) -> list[dict]:
+    """Answers of several files (responses, extended); a pair of prompt and answer that came before is left out."""
+    answers, seen = [], set()
+    for path in paths:
+        for row in read_jsonl(path, needs=("prompt", "response")):
+            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
+            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+            if (row["prompt"], row["response"]) not in seen:
+                seen.add((row["prompt"], row["response"]))
+                answers.append(row)
+    return filter_language(answers, language)
+
+
+def constrain(args: argparse.Namespace) -> None:
+    # 1) a demand per answer, true of it
+    run_id, records, without, same_id = run_id_of(args.output), [], [], Counter()
+    for parent in read_answers(args.input, args.language):
+        language, words = parent["language"], count_words(parent["response"])
+        # Two files may hold the same id with other answers (one prompt file used twice): number them.
+        id_ = record_id("constrained", parent["id"], same_id[parent["id"]])
+        base = {"id": id_, "parent_id": parent["id"], "language": language, "run_id": run_id}
+        kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
+        record = new_record("constrained", **base, **kept, sample=same_id[parent["id"]])
+        record["response_tokens"] = parent.get("response_tokens", -1)
+        record["origin"] = "extended" if "initial" in parent else "response"
+        same_id[parent["id"]] += 1
+        bounds = {"low": args.demand_min, "high": args.demand_max, "steps": args.demand_steps}
+        demand = make_demand(words, language, random.Random(draw_seed(args.seed, id_, 0)), **bounds)
+        if demand is None:
+            without.append(record)
+        else:
+            names = ("constraint", "type", "min_words", "max_words")
+            records.append({**record, **dict(zip(names, demand, strict=True))})
+    settings = {
+        **{k: getattr(args, k) for k in ("max_attempts", "demand_min", "demand_max", "demand_steps")},
+        "templates": template_hashes("constrain"),
+    }
+    with open_job("constrain", args, args.input, settings) as job:
+        stats = {}
+        if not job.complete:
+            for record in without:
+                if record["id"] not in job.done_ids:
+                    inside = args.demand_min <= record["response_words"] < args.demand_max
+                    job.reject(record, "no-demand" if inside else "outside-demand")
+
+            # 2) woven in by the model, else appended
+            def ask(record: dict) -> tuple[str, int]:
+                fields = {"instruction": record["prompt"], "constraint": record["constraint"]}
+                limit = 4 * count_words(record["prompt"]) + 128  # tokens: a rewritten instruction, not an answer
+                return fill("constrain", record["language"], **fields), limit
+
+            stats = draw_each(args, job, records, "demands", ask, examine_query, append_demand)
+            stats["appended"] = sum(r["attempt"] == -1 for r in job.records)
+        summary = job.finish(args.min_yield, **stats)
+    cli.emit(summary)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What responses and constrain share: draw, examine, draw again
+
+
+def draw_each(
+    args: argparse.Namespace,
+    job: Job,
+    records: list[dict],
+    what: str,
+    ask: Callable[[dict], tuple[str, int]],
+    examine: Callable,
+    give_up: Callable = lambda record, reason: (record, reason),
+) -> dict:
+    """Sample every record that is not done until `examine` passes it; returns the stage's statistics.
+
+    ask(record) -> (the user's turn, most tokens or 0); examine(record, sample) -> (fields, reason);
+    give_up(record, reason) -> (record, reason), asked after the last attempt: reason "" accepts it after all.
+    """
+    # Draws of an earlier process are in the journal: failed ones are neither made nor counted again, except the last
+    # one of a record (a kill may have come between its note and the record), whose text is needed.
+    notes = {(n["id"], n["attempt"]): n for n in job.journal}
+    failed = Counter(n["id"] for n in notes.values() if n["reason"])
+    attempts = {r["id"]: min(failed[r["id"]], args.max_attempts - 1) for r in records}
+    todo = {r["id"]: r for r in records if r["id"] not in job.done_ids}
+    if todo:
+        from lengthen.sampler import Request, Sampling
+
+        loaded, sampler = open_model(args, job)
+
+        def add(id_: str) -> None:
+            content, limit = ask(todo[id_])
+            prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
+            seed = draw_seed(args.seed, id_, attempts[id_])
+            sampler.add(Request(id_, prompt_ids, seed, sampling_of(args, Sampling, limit)))
+
+        for id_ in todo:
+            add(id_)
+        with cli.progress(what, len(records)) as bar:
+            for sample in sampler.run():
+                id_ = sample.request.key
+                attempt = attempts[id_]
+                fields, reason = examine(todo[id_], sample)
+                record = {**todo[id_], **fields, "attempt": attempt}
+                note = {"id": id_, "attempt": attempt, "reason": reason, "tokens": sample.num_tokens}
+                notes[id_, attempt] = note
+                job.note(note)
+                if reason:
+                    if sample.finish == "error":  # it would fail again: a prompt that does not fit, say
+                        cli.say(f"  {id_}: {sample.error}")
+                    elif attempt + 1 < args.max_attempts:
+                        attempts[id_] += 1
+                        add(id_)
+                        continue
+                    record, reason = give_up(record, reason)
+                job.reject(record, reason) if reason else job.accept(record)
+                bar.update(len(job.done_ids), f"{len(job.records)} accepted")
+    for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
+        job.count(reason, times)
+    return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}
+
+
+def sampling_of(args: argparse.Namespace, sampling_class: type, limit: int = 0, stop: tuple[str, ...] = ()):
+    """The flags as Sampling; `limit` tokens where the user set none (0 = the sampler's own 16,384)."""
+    settings = cli.sampling_settings(args)
+    tokens = settings.pop("max_new_tokens") or limit
+    return sampling_class(**settings, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
+
+
+def open_job(stage: str, args: argparse.Namespace, inputs: list[str], settings: dict) -> Job:
+    """The stage's output with all that shapes it; what only some commands have comes in `settings`."""
+    shared = {k: getattr(args, k) for k in ("seed", "language", "quantize")}
+    model = {"model": fingerprint(args.model), "adapter": fingerprint(getattr(args, "adapter", ""))}
+    return Job(
+        stage,
+        args.output,
+        inputs=inputs,
+        settings={**settings, **shared, **model, **cli.sampling_settings(args)},
+        info={"model": args.model, "adapter": getattr(args, "adapter", "")},
+        overwrite=args.overwrite,
+        allow_partial=args.allow_partial,
+        journal=True,
+    )
+
+
+def open_model(args: argparse.Namespace, job: Job):
+    """Return (LoadedModel, Sampler). Imported here: --help and a finished stage need not wait for torch."""
+    from lengthen.model import load_model
+    from lengthen.sampler import Sampler
+
+    loaded = load_model(
+        args.model,
+        adapter=getattr(args, "adapter", ""),
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        trust_remote_code=args.trust_remote_code,
+    )
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    sampler = Sampler(
+        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
+    )
+    for line in [*loaded.notes, *sampler.notes]:
+        cli.say(line)
+    return loaded, sampler
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__, "generate.py")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable, help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_, formatter_class=parser.formatter_class)
+        sub.allow_abbrev = False
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("instructions", instructions, "self-instruct from seeds, judged and without near-duplicates")
+    cli.add_io_flags(sub, input_required=False)
+    group = sub.add_argument_group("selection")
+    group.add_argument("--seeds", nargs="+", required=True, help="JSONL files with `prompt`: the examples shown")
+    group.add_argument("--count", type=cli.at_least(1), default=500, help="instructions wanted, all languages together")
+    group.add_argument("--dedup-against", nargs="+", default=[], help="JSONL files whose `prompt` must not come again")
+    group.add_argument("--max-attempts", type=cli.at_least(1), default=10, help="draws for one instruction")
+    group.add_argument("--long-words", type=cli.at_least(1), default=2000, help="what the judge calls a long article")
+    group.add_argument(
+        "--judge-margin", type=float, default=0.0, help="log p(yes) - log p(no) to exceed, nats; =-inf: no judge"
+    )
+    cli.add_model_flags(sub, adapter=False)
+    cli.add_sampling_flags(sub)
+
+    sub = command("responses", responses, "draft answers to instructions, filtered, the shortest dropped")
+    cli.add_io_flags(sub, several_inputs=True)
+    group = sub.add_argument_group("selection")
+    group.add_argument("--samples", type=cli.at_least(1), default=2, help="answers to each instruction")
+    group.add_argument("--max-attempts", type=cli.at_least(1), default=20, help="draws for one answer")
+    group.add_argument("--no-length-bias", action="store_true", help="keep the short answers too")
+    cli.add_model_flags(sub)
+    cli.add_sampling_flags(sub)
+
+    sub = command("constrain", constrain, "collect answers and weave a true length demand into each instruction")
+    cli.add_io_flags(sub, several_inputs=True)
+    group = sub.add_argument_group("selection")
+    group.add_argument("--demand-min", type=cli.at_least(1), default=2000, help="shorter answers are left out, words")
+    group.add_argument("--demand-max", type=cli.at_least(1), default=8000, help="so are answers this long, words")
+    group.add_argument(
+        "--demand-steps", type=steps, default=(1000, 2000), help="words that demands are rounded to: most, and a fifth"
+    )
+    group.add_argument("--max-attempts", type=cli.at_least(1), default=5, help="draws before the demand is appended")
+    cli.add_model_flags(sub, adapter=False)
+    cli.add_sampling_flags(sub)
+    return parser.parse_args(argv)
+
+
+def steps(text: str) -> tuple[int, int]:
+    """'1000,2000' -> (1000, 2000)."""
+    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers like 1000,2000")
+    return int(found[1]), int(found[2])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
