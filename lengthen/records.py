@@ -14,6 +14,7 @@ a no-op resume takes a fraction of a second.
 
 import datetime
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -534,9 +535,11 @@ class Job:
 
     def _open(self) -> None:
         files = (self.output, self.rejected_path, self.work_path, sidecar_path(self.output))
-        if self.overwrite:
-            for path in files:
+        for path in files:
+            if self.overwrite:
                 path.unlink(missing_ok=True)
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)  # of a process killed before its rename; we hold the lock
         meta = read_sidecar(self.output)
         if meta:
             check_settings(meta, self.settings, self.output)
