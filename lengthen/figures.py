@@ -10,7 +10,7 @@ INK, GREY, GRID, MARKS = "#30343b", "#5b636e", "#e4e6ea", "#d9efdd"  # text, sma
 
 
 def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes:
-    """Written against demanded words, one panel per type of demand, full marks shaded; both axes logarithmic.
+    """Written against demanded words, a panel per type of demand, full marks shaded; both axes logarithmic.
 
     outputs: "output" records, at least one with a demand; scores: what evaluate.score says of them.
     """
@@ -20,20 +20,12 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     from matplotlib import pyplot
 
     asked = [r for r in outputs if r["length_score"] >= 0]
-    types = [t for t in TYPES if any(r["type"] == t for r in asked)]
     lengths = [x for r in asked for x in full_marks(r["type"], r["min_words"], r["max_words"])]
     low, high = min(lengths) / 2.5, max(lengths) * 1.6  # of the words written
     left, right = min(map(_demanded, asked)) / 1.4, max(map(_demanded, asked)) * 1.4
-    figure, panels = pyplot.subplots(
-        1,
-        len(types),
-        figsize=(1.6 + 2.9 * len(types), 4.8),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, type_ in zip(panels[0], types, strict=True):
+    # All four panels always, an empty one too: the figures of several runs then lie side by side.
+    figure, panels = pyplot.subplots(1, 4, figsize=(13.2, 4.8), sharex=True, sharey=True, layout="constrained")
+    for panel, type_ in zip(panels, TYPES, strict=True):
         rows = [r for r in asked if r["type"] == type_]
         _shade(panel, type_, rows, left, right)
         for language, colour in COLOURS.items():
@@ -49,10 +41,10 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
                     alpha=0.75,
                     zorder=3,
                 )
-        _caption(panel, type_, scores["by_type"][type_])
+        _caption(panel, type_, scores["by_type"].get(type_))
         _axes(panel, (left, right), (low, high))
     figure.supxlabel("words demanded", fontsize=10, color=INK)
-    panels[0][0].set_ylabel("words written (LonGen's measure)", fontsize=10, color=INK)
+    panels[0].set_ylabel("words written (LonGen's measure)", fontsize=10, color=INK)
     constant = scores["constant_writer"]
     always = f"always {constant['best_words']:,} words: {constant['best']:.1f}"
     heading = f"{title}: length score {scores['length_score']:.1f} of 100   ({always})"
@@ -98,10 +90,12 @@ def _shade(panel, type_: str, rows: Sequence[dict], left: float, right: float) -
         )
 
 
-def _caption(panel, type_: str, part: dict) -> None:
+def _caption(panel, type_: str, part: dict | None) -> None:
     panel.set_title(f"{type_}\n", fontsize=11, fontweight="bold", color=INK, loc="left")
-    follows = part["rank_correlation"]
-    text = f"score {part['length_score']:.1f}   rank correlation {'-' if follows is None else f'{follows:+.2f}'}"
+    text = "no query of this type"
+    if part:
+        follows = part["rank_correlation"]
+        text = f"score {part['length_score']:.1f}   rank correlation {'-' if follows is None else f'{follows:+.2f}'}"
     panel.text(0, 1.02, text, transform=panel.transAxes, fontsize=8.5, color=GREY)
 
 

@@ -484,8 +484,8 @@ def test_the_figure_shows_every_answer_and_clips_none_away(monkeypatch):
     image = length_following(outputs, evaluate.score(outputs), "test")
     assert image.startswith(b"\x89PNG")
     panels = {panel.get_title(loc="left").strip(): panel for panel in drawn[0].axes}
-    assert list(panels) == ["about", "range", "below"]
-    for type_, count in (("about", 4), ("range", 4), ("below", 1)):
+    assert list(panels) == ["about", "range", "above", "below"]
+    for type_, count in (("about", 4), ("range", 4), ("above", 0), ("below", 1)):
         points = [xy for dots in panels[type_].collections for xy in dots.get_offsets() if len(dots.get_offsets())]
         inside = [xy for xy in points if numpy.isfinite(xy).all() and panels[type_].viewLim.contains(*xy)]
         assert len(inside) == count
