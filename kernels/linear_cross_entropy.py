@@ -28,6 +28,7 @@ Not supported: label smoothing, class weights, z-loss, double backward; a second
 scaled in place, so as not to hold it twice; fp64 keeps a copy, for gradcheck) raises.
 """
 
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ from torch import Tensor, nn
 
 MAX_EXPONENT = 60.0  # S >= e^60 is redone; far below fp32's e^88, so that E W cannot overflow either
 WORKSPACE_BYTES = 340_000_000  # on a GPU, per call: everything but the inputs and the returned dh
-CPU_TILE_ELEMENTS = 1 << 22  # fp32 logits held at a time on a CPU: 16 MB stay in its last-level cache
+TORCH_ROWS = 1024  # rows per chunk of the torch path
+CPU_TILE_ELEMENTS = 1 << 20  # logits held at a time on a CPU: 4 MB in fp32 stay in its cache
 
 
 class Head(NamedTuple):
@@ -121,68 +123,58 @@ def _slope(z: Tensor, head: Head) -> Tensor | float:
     return head.logit_scale if head.softcap is None else head.logit_scale * (1 - (z / head.softcap) ** 2)
 
 
-def _zero_target(x: Tensor, t: Tensor, start: int, value: float = 0.0) -> None:
-    """x[row, t[row] - start] = value where the target lies in this tile; no host read."""
+def _zero_target(x: Tensor, t: Tensor, start: int) -> None:
+    """x[row, t[row] - start] = 0 where the target lies in this tile; no host read."""
     column = t - start
     inside = (column >= 0) & (column < x.shape[1])
     column = column.clamp(0, x.shape[1] - 1)[:, None]
-    x.scatter_(1, column, x.gather(1, column).masked_fill(inside[:, None], value))
+    x.scatter_(1, column, x.gather(1, column).masked_fill(inside[:, None], 0))
 
 
-def _torch_chunk(
-    h: Tensor, head: Head, t: Tensor, coef: Tensor, want_grad: bool, want_stats: bool, from_max: bool = False
-):
-    """Rows h [n, H] with targets t [n] -> (S [n], loss, entropy, top1, dh [n, H]), the last three only if wanted.
+def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, stats: bool, from_max: bool = False):
+    """Rows h [n, H] with targets t [n] -> (sums [4, n], dh [n, H] or None), fp32 (fp64).
 
-    The exponentials are relative to the target's logit (r = z_t), or with from_max to the largest logit, which cannot
-    overflow but takes one more matrix product. With D = e^(z_t - r) + S: loss = r - z_t + log D and
-    dh = coef * (sum_j E_j W_j - S W_t) / D; for r = z_t that is the text on top.
+    The exponentials are relative to r: the target's logit, or with from_max the largest one, which cannot overflow but
+    takes one more matrix product. sums = S, sum_{j != t} E_j (z_j - r), max_{j != t} E_j, z_t - r; the two in
+    the middle only with stats. dh = coef * (sum_j E_j W_j - S W_t) / (e^(z_t - r) + S): for r = z_t the text on top.
     """
-    vocab = head.weight.shape[0]
+    vocab = len(head.weight)
     tiles = _tiles(h, vocab)
     zt, weight_t = _target_logits(h, head, t)
     r = zt
     if from_max:
         for start, stop in tiles:
             r = torch.maximum(r, _logits(h, head, start, stop).amax(dim=1))
-    total = torch.zeros_like(zt)  # S
-    moment = torch.zeros_like(zt)  # sum_{j != t} E_j (z_j - r)
-    largest = torch.full_like(zt, -torch.inf)  # max_{j != t} (z_j - r)
-    u = torch.zeros(h.shape, dtype=zt.dtype, device=h.device) if want_grad else None  # sum_j E_j W_j
+    sums = zt.new_zeros(4, len(h))
+    total, moment, largest, offset = sums
+    offset.copy_(zt - r)
+    u = zt.new_zeros(h.shape) if grad else None  # sum_j E_j W_j
 
     for start, stop in tiles:
         x = _logits(h, head, start, stop)
         slope = None if head.softcap is None else _slope(x, head)
         x -= r[:, None]
-        if want_stats:
-            _zero_target(x, t, start, -torch.inf)
-            largest = torch.maximum(largest, x.amax(dim=1))
+        if stats:
             e = x.exp()
-            moment += x.masked_fill_(x == -torch.inf, 0).mul_(e).sum(dim=1)
+            _zero_target(e, t, start)
+            torch.maximum(largest, e.amax(dim=1), out=largest)
+            moment += x.mul_(e).sum(dim=1)
         else:
             e = x.exp_()
             _zero_target(e, t, start)
         total += e.sum(dim=1)
-        if want_grad:
+        if grad:
             if slope is not None:
                 e *= slope
             u.addmm_(e, head.weight[start:stop].to(e.dtype))
 
-    rest = torch.expm1(zt - r)  # e^(z_t - r) - 1: exactly 0 for r = z_t, so that confident tokens keep every digit
-    log_d = torch.log1p(rest + total)
-    loss = r - zt + log_d
-    entropy = top1 = dh = None
-    if want_stats:
-        entropy = log_d - (moment + (1 + rest) * (zt - r)) / (1 + rest + total)
-        top1 = largest <= zt - r
-    if want_grad:
-        scale = coef / (1 + rest + total)
+    if grad:
+        scale = coef / (offset.exp() + total)
         slope_t = _slope(zt, head)
         if head.softcap is None:
-            scale = scale * slope_t  # constant: u was left without it
-            slope_t = 1.0
-        dh = (u - (total * slope_t)[:, None] * weight_t).mul_(scale[:, None])
-    return total, loss, entropy, top1, dh
+            scale, slope_t = scale * slope_t, 1.0  # a constant, not yet in u either
+        u = u.sub_((total * slope_t)[:, None] * weight_t).mul_(scale[:, None])
+    return sums, u
 
 
 def _torch_weight_grad(h: Tensor, head: Head, t: Tensor, coef: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,31 +207,40 @@ def _torch_weight_grad(h: Tensor, head: Head, t: Tensor, coef: Tensor, loss: Ten
 # ---- all rows --------------------------------------------------------------------------------------------------------
 
 
-def _step(num_rows: int, most: int) -> int:
-    """Rows per chunk: even chunks, a multiple of 128, at most `most`."""
+def _choose_path(path: str, hidden: Tensor, weight: Tensor) -> str:
+    """What "auto" means here: "fused" or "split" (Triton) for bf16 on CUDA, else "torch". A named path, or an error."""
+    if path == "torch":
+        return path
+    has_triton = importlib.util.find_spec("triton") is not None
+    if has_triton and hidden.dtype == torch.bfloat16 and weight.stride(1) == 1:
+        from . import linear_cross_entropy_triton as fast
+
+        if path != "auto" and (hidden.is_cuda or fast.INTERPRET):
+            return path
+        if path == "auto" and hidden.is_cuda:
+            return fast.choose_path(hidden.device, len(weight))
+    if path != "auto":
+        raise ValueError(f"linear_cross_entropy: path {path!r} needs triton, bf16 and a GPU (or TRITON_INTERPRET=1)")
+    return "torch"
+
+
+def _rows_per_chunk(num_rows: int, vocab: int, dim: int, path: str) -> int:
+    """Even chunks of a multiple of 128 rows, within the workspace."""
+    most = TORCH_ROWS
+    if path != "torch":
+        from . import linear_cross_entropy_triton as fast
+
+        most = max(128, WORKSPACE_BYTES // fast.bytes_per_row(path, vocab, dim) // 128 * 128)
     chunks = max(1, math.ceil(num_rows / most))
-    return min(most, math.ceil(math.ceil(num_rows / chunks) / 128) * 128) or 128
+    return max(128, math.ceil(num_rows / chunks / 128) * 128)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        targets,
-        rows,
-        token_weights,
-        ignore_index,
-        reduction,
-        softcap,
-        logit_scale,
-        want_grad,
-        want_stats,
-    ):
+    def forward(ctx, hidden, weight, bias, targets, rows, token_weights, options):
+        ignore_index, reduction, softcap, logit_scale, want_grad, want_stats, path = options
         head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
-        hidden = hidden.detach()
+        hidden = hidden.detach() if hidden.stride(1) == 1 else hidden.detach().contiguous()
         num_tokens, vocab, dtype = len(hidden), len(weight), _acc(hidden)
         num_rows = num_tokens if rows is None else len(rows)
 
@@ -260,27 +261,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             coef = token_w / norm.where(norm != 0, 1)
 
         # 2) chunks of rows; everything of a row is final when its chunk is done
-        total, loss, entropy = torch.zeros(3, num_rows, dtype=dtype, device=hidden.device).unbind()
-        top1 = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+        sums = torch.zeros(4, num_rows, dtype=dtype, device=hidden.device)
         dh = None
         if want_grad:
-            dh = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+            dh = (torch.empty if rows is None else torch.zeros)(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
-        def store(where, picked, part):
-            total[where], loss[where] = part[0], part[1]
-            if want_stats:
-                entropy[where], top1[where] = part[2], part[3]
+        def by_torch(where, picked, **options):
+            part, grad = _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats, **options)
+            sums[:, where] = part
             if want_grad:
-                dh[picked] = part[4].to(dh.dtype)
+                dh[picked] = grad.to(dh.dtype)
 
-        step = _step(num_rows, 1024)
-        for a in range(0, num_rows, step):
-            where = slice(a, min(a + step, num_rows))
+        if path != "torch":
+            from .linear_cross_entropy_triton import run_chunk
+        step = _rows_per_chunk(num_rows, vocab, hidden.shape[1], path)
+        for start in range(0, num_rows, step):
+            where = slice(start, min(start + step, num_rows))
             picked = where if rows is None else rows[where]
-            store(where, picked, _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats))
+            if path == "torch":
+                by_torch(where, picked)
+            else:
+                target = dh[where] if want_grad and rows is None else dh
+                to = None if rows is None else picked
+                run_chunk(path, hidden[picked], head, t[where], coef[where], sums[:3, where], target, to, want_stats)
 
         # 3) the one host read
-        overflow = ~(total < math.exp(MAX_EXPONENT))  # also catches NaN
+        overflow = ~(sums[0] < math.exp(MAX_EXPONENT))  # also catches NaN
         bad_targets, bad_rows, any_overflow = torch.stack([bad_targets, bad_rows, overflow.any()]).tolist()
         if bad_rows:
             raise ValueError(
@@ -292,15 +298,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         if any_overflow:
             for where in overflow.nonzero()[:, 0].split(256):
-                picked = where if rows is None else rows[where]
-                store(
-                    where,
-                    picked,
-                    _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats, from_max=True),
-                )
+                by_torch(where, where if rows is None else rows[where], from_max=True)
 
         # 4) what is returned, and kept
-        row_loss = loss
+        total, moment, largest, offset = sums  # offset = z_t - r is 0 but in redone rows
+        log_d = torch.log1p(torch.expm1(offset) + total)  # expm1(0) = 0: confident tokens keep every digit
+        loss = row_loss = log_d - offset
+        entropy, top1 = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool)
+        if want_stats:
+            entropy = log_d - (moment + offset.exp() * offset) / (offset.exp() + total)
+            top1 = largest <= offset.exp()
         if rows is not None:
             spread = torch.zeros(3, num_tokens, dtype=dtype, device=hidden.device)
             spread[0, rows], spread[1, rows] = loss, entropy
@@ -311,7 +318,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             value = (row_loss * coef).sum()
         stats = LossStats(-loss, entropy, top1)
-        ctx.dh, ctx.head, ctx.reduction, ctx.had_grad = dh, head, reduction, want_grad
+        ctx.dh, ctx.head, ctx.reduction = dh, head, reduction
         ctx.trainable = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if ctx.trainable:  # a frozen head keeps nothing but dh
             ctx.save_for_backward(hidden, t, rows, coef, row_loss)
@@ -337,13 +344,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = hidden if rows is None else hidden[rows]
             upstream = grad if ctx.reduction != "none" or rows is None else grad[rows]
             dw, db = _torch_weight_grad(h, ctx.head, t, coef * upstream, row_loss)
-        return dh, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, *[None] * 9
+        return dh, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, *[None] * 4
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------
 
 
-def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows) -> None:
+def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows, path) -> None:
     def need(ok, what):
         if not ok:
             raise ValueError(f"linear_cross_entropy: {what}")
@@ -373,6 +380,7 @@ def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, val
             x is None or x.device == hidden.device,
             f"{name} is on {x is not None and x.device}, hidden is on {hidden.device}",
         )
+    need(path in ("auto", "torch", "fused", "split"), f"path must be auto, torch, fused or split, not {path!r}")
     need(reduction in ("mean", "sum", "none"), f"reduction must be mean, sum or none, not {reduction!r}")
     need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
     if valid_rows is not None:
@@ -398,6 +406,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     valid_rows: Tensor | None = None,
     return_stats: bool = False,
+    path: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of hidden [T, H] against targets [T] (int64) through the head `weight` [V, H], without its logits.
 
@@ -405,30 +414,20 @@ def linear_cross_entropy(
     Without any valid token "mean" is 0 with a zero gradient (torch: nan): an empty batch must not poison a run.
     valid_rows: ascending int64 index of the rows whose target is not ignore_index, best from the host that built the
     batch; without it, finding them is one host read. It is checked against the targets.
+    path: "auto", or for tests and benches "torch", "fused", "split".
     -> the loss in fp32 (fp64 for fp64), a scalar or ("none") [T] with 0 in ignored rows; with return_stats
     (loss, LossStats). ValueError, one line naming the argument, for wrong shapes, dtypes, devices and targets.
     """
-    _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows)
+    _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows, path)
     if valid_rows is None:
         valid_rows = (targets != ignore_index).nonzero()[:, 0]
     # all rows valid: no gather and no scatter
     rows = None if len(valid_rows) == len(targets) else valid_rows.to(targets.device, non_blocking=True)
+    path = _choose_path(path, hidden, weight)
     want_grad = torch.is_grad_enabled() and hidden.requires_grad
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
-        value, *stats = _LinearCrossEntropy.apply(
-            hidden,
-            weight,
-            bias,
-            targets,
-            rows,
-            token_weights,
-            ignore_index,
-            reduction,
-            softcap,
-            logit_scale,
-            want_grad,
-            return_stats,
-        )
+        options = (ignore_index, reduction, softcap, logit_scale, want_grad, return_stats, path)
+        value, *stats = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, token_weights, options)
     return (value, LossStats(*stats)) if return_stats else value
 
 
