@@ -1,10 +1,10 @@
 """Prompts: the templates in prompts/, and one way to turn messages into token ids for every stage.
 
 What a user or a model wrote never becomes a control token. The tokenizer's own chat template is rendered with unique
-sentinels in place of the contents and split at them; the template's pieces are encoded with their control tokens,
-the contents without any (`<|im_end|>` in a prompt is then ten characters of text). A prefilled answer is encoded
-behind the assistant header and never sees the template: one that trims would eat its trailing blank line. Nor are
-contents trimmed: they go in as they are. No torch here.
+sentinels in place of the contents and split at its control tokens; only then do the contents go in, and the text
+between two control tokens is encoded without any (`<|im_end|>` in a prompt stays ten characters of text). A prefilled
+answer is encoded behind the assistant header and never sees the template: one that trims would eat its trailing blank
+line. Nor are contents trimmed: they go in as they are. No torch here.
 """
 
 import hashlib
@@ -81,131 +81,136 @@ class Chat:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", extra_eos: Iterable[int] = ()):
-        self.tokenizer = tokenizer
-        self._rendered: dict[tuple, list[str | int]] = {}
+        self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        self._runs: dict[tuple[str, ...], list[str]] = {}
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template",
-                "take the instruct or chat version of the model",
+                f"the tokenizer {self.name} has no chat template", "take the instruct or chat version of the model"
             )
-        if self._anchored(ROUND_TRIP) is None or self._decode_behind(self._anchored(ROUND_TRIP)) != ROUND_TRIP:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} does not give text back as it was (white space?)")
-        header = self._encode_parts(self._parts(("user",), True), [""])
-        self._header_is_control = header[-1] in self._controls
-        self._tail = self._answer_tail()
-        self.end_id = self._tail[-1]
+        header, whole = self._render(("user",), True), self._render(("user", "assistant"), False)
+        self._controls = self._control_tokens(header + whole)
+        self._check_round_trip()
+        self._header_end = "control" if self._split(header)[-1] == "" else "text"
+
+        # Llama-2 writes " answer </s>" where its header ends without the space: what stands around an answer is kept.
+        around, answer = whole.split(SENTINEL.format(1))[0], self._split(whole.split(SENTINEL.format(1))[1])
+        lead = around.removeprefix(header)
+        self._lead = lead if lead.isspace() else ""
+        self._trail, end = (answer[0], self._controls[answer[1]]) if len(answer) > 1 else ("", tokenizer.eos_token_id)
+        if end is None:
+            raise UserError(
+                f"nothing ends an answer: the template of {self.name} writes no EOS, its tokenizer has none"
+            )
+        self.end_id: int = end
         self.eos_ids = {self.end_id, *extra_eos} | ({tokenizer.eos_token_id} - {None})
 
     def encode(self, messages: list[dict[str, str]], prefill: str = "") -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header, then of the answer that is begun for it.
 
+        The header's ids are those that it has alone, as when a model is asked: a prefill changes none of them.
         UserError where the template refuses the roles or rewrites a content.
         """
-        parts = self._parts(tuple(m["role"] for m in messages), True)
-        return self._encode_parts(parts, [m["content"] for m in messages]) + self.encode_text(prefill)
+        roles = tuple(m["role"] for m in messages)
+        if roles not in self._runs:
+            self._runs[roles] = self._split(self._render(roles, True))
+        ids: list[int] = []
+        for i, run in enumerate(self._runs[roles]):  # text, control token, text, ..., text
+            if i % 2:
+                ids.append(self._controls[run])
+            elif run:
+                # Contents and the template's own text in one piece, so that words join as in the whole string.
+                text = SENTINELS.sub(lambda m: messages[int(m[1])]["content"], run)
+                ids += self._encode(text, behind="control" if i else "nothing")
+        return ids + (self.encode_text(prefill) if prefill else [])
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text behind the assistant's header: no control token can arise."""
-        return self._encode(text, after_control=self._header_is_control) if text else []
+        """Ids of plain text as an answer begins, behind the assistant's header: no control token can arise."""
+        return self._encode(self._lead + text, behind=self._header_end)
 
     def encode_answer(self, text: str) -> list[int]:
-        """A whole answer as the model should write it: its text, then what the template puts there, up to end_id."""
-        return self.encode_text(text) + self._tail
+        """A whole answer as the model should write it, up to and including end_id."""
+        return [*self.encode_text(text + self._trail), self.end_id]
 
     # -- the template --------------------------------------------------------------------------------------
 
-    def _parts(self, roles: tuple[str, ...], header: bool) -> list[str | int]:
-        """The template for these roles: its pieces of text, and in between the index of the content that goes there."""
-        if (roles, header) not in self._rendered:
-            messages = [{"role": role, "content": SENTINEL.format(i)} for i, role in enumerate(roles)]
-            text = self._render(messages, header)
-            parts = [int(p) if i % 2 else p for i, p in enumerate(SENTINELS.split(text))]
-            if sorted(parts[1::2]) != list(range(len(roles))):
-                lost = next((r for i, r in enumerate(roles) if parts[1::2].count(i) != 1), roles[-1])
-                raise UserError(
-                    f"the chat template of {self.tokenizer.name_or_path} rewrites, drops or repeats what a {lost} says",
-                    "set a plain chat_template in the model's folder",
-                )
-            self._rendered[roles, header] = parts
-        return self._rendered[roles, header]
-
-    def _render(self, messages: list[dict[str, str]], header: bool) -> str:
+    def _render(self, roles: tuple[str, ...], header: bool) -> str:
+        """The template's text with a sentinel for each content."""
         from jinja2 import TemplateError
 
+        messages = [{"role": role, "content": SENTINEL.format(i)} for i, role in enumerate(roles)]
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=header, **TEMPLATE_OPTIONS
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the chat template of {self.tokenizer.name_or_path} refuses ({roles}): {error}") from None
+            raise UserError(f"the chat template of {self.name} refuses the roles {', '.join(roles)}: {error}") from None
+        found = SENTINELS.findall(text)
+        for i, role in enumerate(roles):
+            if found.count(str(i)) != 1:
+                raise UserError(
+                    f"the chat template of {self.name} rewrites, drops or repeats what the {role} says",
+                    "set a plain chat_template in the model's folder",
+                )
+        return text
 
-    def _encode_parts(self, parts: list[str | int], contents: list[str]) -> list[int]:
-        ids: list[int] = []
-        for part in parts:
-            is_content = isinstance(part, int)
-            text = contents[part] if is_content else part
-            if text and not ids and not is_content:
-                ids = self._raw(text, control=True)
-            elif text:
-                ids += self._encode(text, after_control=not ids or ids[-1] in self._controls, control=not is_content)
-        return ids
-
-    def _answer_tail(self) -> list[int]:
-        """Ids from the end of an answer to the control token that closes the assistant's turn."""
-        last = self._parts(("user", "assistant"), False)[-1]
-        tail = self._encode(last, after_control=False, control=True) if last else []
-        for i, token in enumerate(tail):
-            if token in self._controls:
-                return tail[: i + 1]
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"nothing ends an answer: {self.tokenizer.name_or_path} names no EOS token")
-        return [self.tokenizer.eos_token_id]
-
-    @cached_property
-    def _controls(self) -> dict[int, str]:
-        """Control tokens, id -> text: all that the tokenizer calls special, and any added token the template writes."""
+    def _control_tokens(self, rendered: str) -> dict[str, int]:
+        """Text -> id of all tokens that the tokenizer calls special, and of added tokens that the template writes."""
         added = self.tokenizer.added_tokens_decoder
-        parts = [self._parts(("user",), True), self._parts(("user", "assistant"), False)]
-        written = {i for some in parts for p in some if isinstance(p, str) for i in self._raw(p, control=True)}
-        special = {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
-        return {i: self.tokenizer.convert_ids_to_tokens(i) for i in special | (written & set(added))}
+        written = set(self.tokenizer.encode(rendered, add_special_tokens=False))
+        ids = {i for i, token in added.items() if token.special or i in written} | set(self.tokenizer.all_special_ids)
+        names = {self.tokenizer.convert_ids_to_tokens(i): i for i in ids}
+        return {name: i for name, i in names.items() if len(name) > 1}  # "!" as PAD is still an exclamation mark
+
+    def _split(self, rendered: str) -> list[str]:
+        """[text, control token, text, ..., text]."""
+        patterns = []
+        for name in sorted(self._controls, key=len, reverse=True):
+            token = self.tokenizer.added_tokens_decoder.get(self._controls[name])
+            left, right = (
+                (token.lstrip, token.rstrip) if token else (False, False)
+            )  # Phi-3's take the space beside them
+            patterns.append(r"\s*" * left + f"({re.escape(name)})" + r"\s*" * right)
+        runs, at = [], 0
+        for match in re.finditer("|".join(patterns), rendered) if patterns else ():
+            runs += [rendered[at : match.start()], match[match.lastindex]]
+            at = match.end()
+        return [*runs, rendered[at:]]
 
     # -- the tokenizer -------------------------------------------------------------------------------------
 
-    def _raw(self, text: str, control: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)
+    def _raw(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def _encode(self, text: str, *, after_control: bool, control: bool = False) -> list[int]:
-        """Ids of a text that goes on behind others; `control`: a piece of the template, its control tokens count."""
-        ids = self._behind(text, after_control, control)
-        if control or self._controls.keys().isdisjoint(ids):
+    def _encode(self, text: str, behind: str) -> list[int]:
+        """Ids of plain text behind "nothing", a "control" token, or other "text"."""
+        ids = self._encode_once(text, behind) if text else []
+        stray = set(ids) & set(self._controls.values())
+        if not stray:
             return ids
-        # `split_special_tokens` leaves added tokens alone that are not marked special: cut each behind its first
-        # character and encode the pieces apart.
-        names = sorted(self._controls.values(), key=len, reverse=True)
-        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, names)), text) if len(m[0]) > 1]
+        # `split_special_tokens` leaves added tokens alone that are not marked special, though the template may use
+        # them: cut each behind its first character and encode the pieces apart.
+        names = "|".join(map(re.escape, sorted(self._controls, key=len, reverse=True)))
+        cuts = [match.start() + 1 for match in re.finditer(names, text)]
+        if not cuts and stray == {self.tokenizer.unk_token_id}:
+            return ids  # a character that the vocabulary lacks
         if not cuts:
-            if self._controls.keys() & set(ids) == {self.tokenizer.unk_token_id}:
-                return ids  # a character that the vocabulary lacks
-            raise UserError(f"the tokenizer {self.tokenizer.name_or_path} makes control tokens out of plain text")
+            raise UserError(f"the tokenizer {self.name} makes control tokens out of plain text")
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        first = self._encode(pieces[0], after_control=after_control)
-        return first + [i for piece in pieces[1:] if piece for i in self._encode(piece, after_control=False)]
+        return self._encode(pieces[0], behind) + [i for piece in pieces[1:] for i in self._encode(piece, "text")]
 
-    def _behind(self, text: str, after_control: bool, control: bool) -> list[int]:
+    def _encode_once(self, text: str, behind: str) -> list[int]:
         """SentencePiece-like tokenizers put a space before each text they are given: not wanted in mid-sentence."""
-        if not self._adds_space or (after_control and self._adds_space_after_control):
-            return self._raw(text, control)
-        ids = self._anchored(text, control)
+        if behind == "nothing" or not self._adds_space or (behind == "control" and self._adds_space_after_control):
+            return self._raw(text)
+        ids = self._anchored(text)
         if ids is None:
-            raise UserError(f"the tokenizer {self.tokenizer.name_or_path} cannot encode a text in pieces")
+            raise UserError(f"the tokenizer {self.name} cannot encode a text in pieces")
         return ids
 
-    def _anchored(self, text: str, control: bool = False) -> list[int] | None:
+    def _anchored(self, text: str) -> list[int] | None:
         """Ids of `text` behind another text, whose own ids are cut off again; None where the two always merge."""
         for anchor in ("\n", "a", "0"):
-            head, ids = self._raw(anchor), self._raw(anchor + text, control)
+            head, ids = self._raw(anchor), self._raw(anchor + text)
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         return None
@@ -217,10 +222,12 @@ class Chat:
     @cached_property
     def _adds_space_after_control(self) -> bool:
         """Whether it does so behind every control token too, not only where a text begins ("first")."""
-        token, name = next(iter(self._controls.items()))
-        return self._raw(name + "x", control=True) == [token, *self._raw("x")]
+        name = next(iter(self._controls))
+        return self.tokenizer.encode(name + "x", add_special_tokens=False)[1:] == self._raw("x")
 
-    def _decode_behind(self, ids: list[int]) -> str:
-        head = self._raw("\n")
+    def _check_round_trip(self) -> None:
+        """Texts are carried as ids between the stages: a tokenizer that eats white space would change them."""
+        head, ids = self._raw("\n"), self._anchored(ROUND_TRIP) or []
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(head + ids, **options)[len(self.tokenizer.decode(head, **options)) :]
+        if self.tokenizer.decode(head + ids, **options) != self.tokenizer.decode(head, **options) + ROUND_TRIP:
+            raise UserError(f"the tokenizer {self.name} does not give a text back as it was")

@@ -6,6 +6,8 @@ with random numbers. Of the model's generation config only the EOS ids are kept:
 not ours.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
+
 import fcntl
 import importlib.util
 import io
@@ -23,17 +25,6 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 import kernels
 from lengthen import cli, lora
@@ -58,8 +49,8 @@ if OUR_KERNELS not in map(os.path.abspath, kernels.__path__):
 class LoadedModel:
     """A model in eval mode with all its parameters frozen, and what was decided on the way."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     chat: Chat
     device: torch.device
     dtype: torch.dtype  # of the weights, and of the arithmetic over NF4 weights
@@ -87,12 +78,12 @@ def load_model(
     place, device_why = _choose_device(device)
     source = _resolve(name)
     with _explained(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     quantize, quantize_why = _choose_quantize(quantize, place, config, name)
     kind, dtype_why = _choose_dtype(dtype, place)
     tokenizer = load_tokenizer(name, trust_remote_code)
     with _explained(name):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=kind,
@@ -125,12 +116,12 @@ def load_model(
     return LoadedModel(model, tokenizer, Chat(tokenizer, eos), place, kind, quantize, context, name, notes)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer alone."""
     _quiet()
     source = _resolve(name)
     with _explained(name, what="tokenizer"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -225,10 +216,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     # stderr: a progress bar that transformers cannot switch off
     with _explained(str(gguf)), redirect_stderr(io.StringIO()):
         place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             **place,
-            quantization_config=GgufConfig(dequantize=True),  # else 5.23 keeps the blocks packed: 10x slower on a CPU
+            quantization_config=transformers.GgufConfig(
+                dequantize=True
+            ),  # else 5.23 keeps the blocks packed: 10x slower on a CPU
             dtype=dtype,
         )
     if _gguf_value(head, "tokenizer.ggml.pre") in SINGLE_DIGITS:
@@ -306,7 +299,9 @@ def _choose_dtype(dtype: str, place: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, f"the default on {place.type}"
 
 
-def _choose_quantize(quantize: str, place: torch.device, config: PretrainedConfig, name: str) -> tuple[str, str]:
+def _choose_quantize(
+    quantize: str, place: torch.device, config: transformers.PretrainedConfig, name: str
+) -> tuple[str, str]:
     if _prequantised(config):
         method = dict(config.quantization_config)
         if not (method.get("load_in_4bit") and method.get("bnb_4bit_quant_type") == "nf4") or quantize == "none":
@@ -334,13 +329,13 @@ def _choose_quantize(quantize: str, place: torch.device, config: PretrainedConfi
     return chosen, why
 
 
-def _prequantised(config: PretrainedConfig) -> bool:
+def _prequantised(config: transformers.PretrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     """QLoRA's storage: 4-bit NormalFloat, the scales quantised once more (0.4 bits a weight less)."""
-    return BitsAndBytesConfig(
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -352,7 +347,9 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 # After loading
 
 
-def _check_weights(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loading: dict) -> None:
+def _check_weights(
+    name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, loading: dict
+) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{name}: the files hold no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
@@ -367,15 +364,15 @@ def _check_weights(name: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         )
 
 
-def _take_generation_config(model: PreTrainedModel) -> set[int]:
+def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:
     """The EOS ids of the generation config, which is then reduced to them: its sampling defaults must not leak in."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     ids = {eos} if isinstance(eos, int) else set(eos or ())
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ids) or None)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ids) or None)
     return ids
 
 
-def _context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+def _context(config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, str]:
     """(tokens the model takes, a remark). YaRN is stated beside the old limit, other RoPE scalings are in it."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_sequence_length", "seq_length", "max_seq_len")
@@ -390,7 +387,7 @@ def _context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     return limit, f" (the tokenizer says {said:,}, which is not the model's limit)" if 0 < said < limit else ""
 
 
-def _apply(adapter: str, model: PreTrainedModel, quantize: str) -> list[str]:
+def _apply(adapter: str, model: transformers.PreTrainedModel, quantize: str) -> list[str]:
     trained_on = lora.adapter_meta(adapter).get("quantize", quantize)
     if quantize == "nf4":
         lora.attach_adapter(model, adapter)
