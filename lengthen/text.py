@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 
-# Ideographs and the two signs written among them (々 repeats one, 〇 is a zero); kana and hangul are letters, not these.
+# Ideographs and two signs written among them (々 repeats one, 〇 is a zero); kana and hangul are letters, not these.
 IDEOGRAPHS = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KANA = "\u3040-\u30ff"
 # A letter or digit that is no ideograph; combining accents stay inside their word.
@@ -23,7 +23,7 @@ _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _OTHER_LETTER = re.compile(rf"[^\W\d_A-Za-z\u00aa\u00ba\u00b5\u00c0-\u024f{IDEOGRAPHS}]")
 
 # Common short words of the languages that share the Latin alphabet: enough to tell English from its neighbours.
-_ENGLISH = frozenset("the of and to is that it was for with are this be by from not have his her their which you".split())
+_ENGLISH = frozenset("the of and to is that it was for with are this be by from not have his her their you".split())
 _NOT_ENGLISH = frozenset(
     "le la les des du une et est dans que qui pour au aux sur il elle nous vous ce cette "
     "der das und ist den dem ein eine nicht mit von zu sich auf auch für "
@@ -119,15 +119,17 @@ def remove_lines(draft: str, keep: float = 0.8, seed: int = 0) -> str:
 # Loops
 
 NGRAM = {"en": 10, "zh": 13}  # words / tokens of Chinese text, as in the release
+LOOP_COUNT = 3  # occurrences of one n-gram
 MAX_REPEATED_SHARE = 0.02  # of the text; lets a long name occur twice in thousands of words
-# One to ten characters, a hundred times on end: loops without words (dashes, "hahaha…") that n-grams cannot see.
-_RUN = re.compile(r"(\S.{0,9}?)\1{99}")
+# One to four characters, a hundred times on end: loops without words (dashes, "hahaha…") that n-grams cannot see.
+_RUN = re.compile(r"(\S.{0,3}?)\1{99}")
 
 
 def repeats(text: str, language: str) -> tuple[int, float]:
-    """Return how often the most frequent n-gram occurs, and the share of the words inside n-grams that occur twice or more.
+    """Return how often the most frequent n-gram occurs, and the share of the words that repeated n-grams cover.
 
-    An n-gram is 10 words, in Chinese 13 ideographs or words; a text shorter than that gives (0, 0.0).
+    An n-gram is 10 words, in Chinese 13 ideographs or words, and repeated when it occurs twice or more; every
+    occurrence counts. A text shorter than an n-gram gives (0, 0.0).
     """
     words, n = tokens(text), NGRAM[language]
     if len(words) < n:
@@ -144,148 +146,156 @@ def repeats(text: str, language: str) -> tuple[int, float]:
 
 def is_loop(text: str, language: str) -> bool:
     """True when an n-gram occurs three times or more, or a few characters repeat a hundred times on end."""
-    return repeats(text, language)[0] >= 3 or _RUN.search(text) is not None
+    return repeats(text, language)[0] >= LOOP_COUNT or _RUN.search(text) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chatter: what a model says about its answer rather than as its answer. Whole phrases at the start of a sentence only:
-# a text may well speak of conversion, of versions or of a paragraph (the release rejects all three).
+# Chatter: what a model says about its answer, not in it. Whole phrases, and only at the start of a sentence: a text may
+# well speak of conversion, of versions or of a paragraph (the release rejects all three).
+#
+# One phrase a line, a regular expression but for these: a space is any white space, "is", "am", "have" … also match
+# their short forms, "…" is the rest of a clause, "~" up to four words, WORK and REWORKED are the words below.
 
-_WORKS = (
-    r"(?:version|rewrite|rewriting|revision|draft|outline|article|essay|story|text|piece|post|guide|report|response|answer|"
-    r"expansion|continuation|instruction|query|prompt|example|sample|attempt|content|paper|speech|script|poem|chapter)"
+_WORK = (
+    "version|rewrite|revision|draft|outline|article|essay|story|text|piece|post|guide|report|response|answer|"
+    "expansion|continuation|instruction|query|prompt|content|paper|speech|script|poem|chapter"
 )
-_REWORKED = (
-    r"(?:rewritten|revised|expanded|extended|enriched|enhanced|improved|updated|polished|refined|detailed|edited|"
-    r"modified|longer|final|full|complete|possible|sample)"
+_REWORKED = "rewritten|revised|expanded|extended|enriched|enhanced|improved|updated|polished|refined|edited|rephrased"
+_OPENINGS = r"""
+(sure|sure thing|certainly|of course|absolutely|okay|ok|alright|great|got it|understood)!
+(sure|sure thing|certainly|of course|absolutely|okay|ok|alright|great)[,.:]? (here is|here are|i can|i would|let me)
+(here is|here are|below is|the following is) ~(REWORKED) ~(WORK)
+(here is|here are|below is|the following is) …(WORK)…:
+here is (how|what) (i|you) …:
+i am ~(excited|happy|glad|pleased|thrilled|delighted) to (share|help|assist|present|provide|offer|write)
+i am here to (help|assist)
+i would (be (happy|glad|delighted)|love) to (help|assist|share|provide|write|rewrite|expand)
+i have (now |also |carefully )?(REWORKED) (the|your|this) ~(WORK)
+i have made (some|a few) ~(changes|edits|revisions|improvements)
+i will (rewrite|expand|enrich|extend|revise)
+let me (rewrite|expand|enrich|revise|help you|provide you)
+as (requested|per your request|you requested|an ai|a language model|a large language model)
+(thank you|thanks) for (sharing|providing|your (request|input|draft|outline|question|feedback))
+based on your (draft|outline|request|instructions?|prompt|text)
+your (opening|first|closing|original|introductory|REWORKED) (paragraph|sentence|line|WORK) (is|has|does|could|sets)
+your (draft|outline) (is|has|does|could|provides|sets|needs|looks|was)
+you have (done|written|provided|created) (a|an)
+(in )?(the|this) (rewritten|revised|expanded|enriched|extended) (version|text|draft|outline|article|essay|story|piece)
+(REWORKED) ~(WORK):
+(当然|当然可以|好的|没问题|明白了?|收到)[!！。]
+(当然|当然可以|好的|没问题)[，,](以下|下面|这是|这里|我来|我将|我会|我可以|我很|请)
+(以下|下面)就?是(我|为您|为你|根据|按照|一[篇份个]|对|您|你|经过|完整|改写|扩写|扩展|丰富|润色|修改)…[：:。]
+这就?是我?(为您|为你|根据|按照)…[：:。]
+(根据|按照)[您你]所?(提供)?的?(要求|大纲|草稿|提纲|提示|指令|需求)
+我(已经?|将|会|来)(为[您你]|根据|按照|对)…(改写|扩写|扩展|丰富|润色|修改)
+作为(一个|一名|一款)?(AI|人工智能|大?语言模型)
+我?很高兴能?(为[您你]|帮助|协助)
+感谢[您你]的?(提供|分享|信任|提问)
+[您你]的(开头|开篇|草稿|大纲|提纲|原文|第一段)(已经?|很|非常|可以|需要|写得)
+"""
+_CLOSINGS = r"""
+i hope (this|these|that this|it|the above) …(helps?|helped|helpful|meets?|useful|expectations|requirements|looking for)
+i hope (this|the|these) ~(REWORKED|WORK) (is|was|are|has|helps|meets|provides|gives|captures)
+i hope (that )?you (find|found|like|liked|enjoy|enjoyed) (this|these|the|it)
+(please )?(do )?let me know (if|what|how|whether|your|should)
+(please )?feel free to (ask|let me|reach|adjust|modify|customi[sz]e|edit|expand|adapt|contact me)
+if you (would|have|need|want|are) …(let me know|feel free|just ask|please ask|i would be|i am here|i can (help|also))
+(would|do) you (like|want|need) me to
+is there anything else (you|i)
+(please )?note that (this is a|(this|the) (response|above|REWORKED|WORK))
+[(（[【]?\s*(total )?words?( count)?( is| =|\s*[:：])\W*(about |approximately )?[\d,]+
+[(（[【]\s*(about |approximately |~\s*)?[\d,]+ words\s*[)）\]】]
+[(（[【]\s*(please )?note\s*[:：]
+note\s*[:：] (i|this (is|WORK)|the (above|following|text|REWORKED|WORK)|please)
+(the|this) (rewritten|revised|expanded|enriched|extended) (version|text|draft|outline|article|essay|story|piece)
+i have (now |also |carefully )?(REWORKED) (the|your|this) ~(WORK)
+希望(以上|这[篇份个些]|本文|上述|我的|能够?|对[您你]|[您你])…(帮助|满足|符合|满意|喜欢|有用|启发|参考)
+如果?[您你]还?(有|需要|想|对|希望)…(告诉我|联系我|随时|请(让我知道|说明|提出|指出)|我(可以|会|很乐意))
+请?随时(告诉我|联系我|提问|让我知道)
+[(（[【]?\s*(全文|本文|正文|文章)?[总共约]?字数\s*(统计)?\s*(:|：|约|为|共)
+[(（[【]\s*(全文|本文|正文)?[共约大计]+\s*[\d,]+\s*个?字\s*[)）\]】]
+[(（[【]\s*注\s*[:：]
+注\s*[:：]\s*(以上|本文|此文|这|上述|该|为)
+以上[就便]?是(我|为[您你]|根据|对|扩写|改写|丰富|本次)
+以上内容(仅供|是|为|由)
+"""
+# In the middle of a text a line that starts so begins a second answer, or talk about the first: there is no cutting it.
+_INSIDE = r"""
+here is (a|an|the|my|your) ~(rewritten|revised|expanded|enriched|extended|rephrased) ~(WORK)
+i have (rewritten|expanded|enriched|extended|rephrased) (the|your|this) ~(WORK)
+your (opening|REWORKED) (paragraph|sentence|line|WORK) (is|has|does|could|provides|sets)
+i hope this (helps|meets|(REWORKED|version|rewrite|revision|expansion|draft))
+let me know if (you would like|you (need|want|have) (me to|any|further)|there is anything)
+in this (rewritten|revised|expanded|enriched|extended) (version|text|draft)
+(the|this) (rewritten|revised|expanded|enriched) (version|text|draft|rewrite) (is|has|includes?|provides?|adds?|now|of)
+(以下|下面)是我?(为[您你])?(改写|扩写|扩展|润色|修改|丰富)后?的
+希望(以上|这篇|上述)…(对[您你]有|能帮助[您你]|满足[您你]|符合[您你])
+[您你]的(草稿|大纲|提纲|原文)(已经?|很|非常|写得)
+"""
+_SELF = (
+    r"\bas an ai (?:language )?(?:model|assistant)\b|\bas a (?:large )?language model,|作为(?:一[个名])?(?:AI|人工智能)"
 )
-# Openings that end with their own sentence or colon; the rest of the line may be the answer.
-_OPENING = re.compile(
-    rf"""(?:
-    (?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|alright|great|got\s+it|understood)\s*!
-    |(?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|alright|great)[,.:]?\s+(?=here(?:['’]s|\s+(?:is|are))|i\s+can\b|i['’](?:d|ll)\b|let\s+me\b)
-    |(?:here(?:['’]s|\s+is|\s+are)|below\s+is|the\s+following\s+is|this\s+is)\s+(?:(?:my|your|the|a|an|one|some)\s+)+
-        (?:[\w-]+\s+){{0,3}}?(?:{_REWORKED}\s+(?:[\w-]+\s+){{0,4}}?{_WORKS}|{_WORKS}\s*(?:of\s+(?:the|your)\b[^.:!\n]*|that\s+(?:meets|follows|incorporates|includes)\b[^.:!\n]*|based\s+on\b[^.:!\n]*|for\s+you\b[^.:!\n]*)?:)
-    |here(?:['’]s|\s+is)\s+(?:how|what)\s+(?:i|you|it)\b[^.:!\n]*:
-    |i(?:['’]m|\s+am)\s+(?:so\s+|very\s+|really\s+|more\s+than\s+)?(?:excited|happy|glad|pleased|thrilled|delighted|here)\s+to\s+(?:share|help|assist|present|provide|offer|write|rewrite|expand|be\s+of)
-    |i(?:['’]d|\s+would)\s+(?:be\s+(?:happy|glad|delighted|more\s+than\s+happy)|love)\s+to\s+(?:help|assist|share|provide|write|rewrite|expand)
-    |i(?:['’]ve|\s+have)\s+(?:now\s+|also\s+|carefully\s+)?(?:rewritten|revised|expanded|extended|enriched|edited|rephrased|made\s+(?:some|a\s+few|the))\b
-    |i(?:['’]ll|\s+will)\s+(?:do\s+my\s+best|now\s+)?(?:rewrite|expand|enrich|extend|revise)\b
-    |let\s+me\s+(?:help\s+you|rewrite|expand|enrich|revise|provide)
-    |as\s+(?:requested|per\s+your\s+request|you\s+requested|an\s+ai\b|a\s+(?:large\s+)?language\s+model)
-    |(?:thank\s+you|thanks)\s+for\s+(?:sharing|providing|your\s+(?:request|input|draft|outline|question|feedback))
-    |based\s+on\s+your\s+(?:draft|outline|request|instructions?|prompt|text)
-    |your\s+(?:opening|first|introductory|revised|rewritten|draft|outline|original|closing)(?:\s+(?:paragraph|sentence|line|draft|text|version|outline|story|essay|article))*\s+(?:is|has|does|could|can|should|provides|effectively|sets|captures|needs|looks|was)
-    |you(?:['’]ve|\s+have)\s+(?:done\s+a|written\s+a|provided\s+a|created\s+a)\s
-    |(?:the|this)\s+(?:rewritten|revised|expanded|enriched|extended)\s+(?:version|text|draft|article|essay|story|outline|piece|rewrite)\b
-    |in\s+this\s+(?:rewritten|revised|expanded|enriched|extended)\s+(?:version|text|draft|article|essay|story|outline|piece)\b
-    |(?:rewritten|revised|expanded|enriched|enhanced|extended|updated)\s+(?:[\w-]+\s+)?(?:{_WORKS})\s*:
-    |(?:当然(?:可以)?|好的|没问题|明白了?|收到)\s*[!！。]
-    |(?:当然(?:可以)?|好的|没问题)[，,]\s*(?=以下|下面|这是|这里|我(?:来|将|会|可以|很)|请)
-    |(?:以下|下面|这)(?:就)?是\s*(?:我|为您|为你|根据|按照|按您|一[篇份个]|对|您|你|经过|改写|扩写|扩展|丰富|润色|修改|完整)[^。！？\n：:]{{0,60}}[：:。]
-    |(?:以下|下面)(?:就)?是\s*(?:改写|扩写|扩展|丰富|润色|修改)后?的[^。！？\n：:]{{0,60}}[：:。]
-    |(?:根据|按照)(?:您|你)(?:所)?(?:提供)?的?(?:要求|大纲|草稿|提纲|提示|指令|需求)
-    |我(?:已经?|将|会|来)(?:为(?:您|你)|根据|按照|对)[^。！？\n]{{0,40}}(?:改写|扩写|扩展|丰富|润色|修改)
-    |作为(?:一个|一名|一款)?(?:AI|人工智能|大?语言模型)(?:语言)?(?:助手|模型)?
-    |(?:我)?很高兴(?:能)?(?:为您|为你|帮助|协助)
-    |感谢(?:您|你)(?:的)?(?:提供|分享|信任|提问)
-    |(?:您|你)的(?:开头|开篇|草稿|大纲|提纲|原文|第一段)(?:已经?|很|非常|可以|需要|写得)
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_CLOSING = re.compile(
-    r"""(?:
-    i\s+hope\s+(?:this|that\s+this|these|the\s+(?:above|revised|expanded|rewritten)|you\s+(?:find|found|like|enjoy)|it)\b[^.!?\n]*
-    |(?:please\s+)?(?:do\s+)?let\s+me\s+know\s+(?:if|what|how|whether|your|should)\b
-    |(?:please\s+)?feel\s+free\s+to\s+(?:ask|let\s+me|reach|adjust|modify|customi[sz]e|edit|expand|adapt|contact\s+me)\b
-    |if\s+you(?:['’]d|\s+would|\s+have|\s+need|\s+want|['’]re)\b[^.!?\n]*(?:let\s+me\s+know|feel\s+free|just\s+ask|please\s+ask|i['’]d\s+be|i['’]m\s+here|i\s+can\b)
-    |(?:would|do)\s+you\s+(?:like|want|need)\s+me\s+to\b
-    |is\s+there\s+anything\s+else\b
-    |(?:please\s+)?note\s+that\s+(?:this|the)\s+(?:is\s+a|response|rewrite|rewritten|revised|expanded|enriched|above|outline|version)
-    |[(\[（【]?\s*(?:(?:total\s+)?word\s+count|total\s+words)\s*(?:[:：]|is\b|=)
-    |[(\[（【]\s*(?:about\s+|approximately\s+|~\s*)?[\d,]+\s+words\s*[)\]）】]\s*$
-    |[(\[（【]\s*(?:please\s+)?note\s*[:：]
-    |note\s*[:：]\s*(?:i\s|i['’]|this\s+(?:is|response|version|article|essay|story|text|draft|rewrite)|the\s+(?:above|following|text|rewritten|revised|expanded|response)|please)
-    |the\s+(?:rewritten|revised|expanded|enriched|extended)\s+(?:version|text|draft|article|essay|story|outline)\b
-    |i(?:['’]ve|\s+have)\s+(?:also\s+)?(?:rewritten|revised|expanded|enriched|extended|rephrased)\b
-    |希望(?:以上|这篇|这份|这个|这些|本文|上述|我的|能够?|对您|对你|您|你)[^。！？\n]{0,40}(?:帮助|满足|符合|满意|喜欢|有用|启发|参考)
-    |如果?(?:您|你)(?:还)?(?:有|需要|想|对|希望)[^。！？\n]{0,40}(?:告诉我|联系我|随时|请(?:让我知道|说明|提出|指出)|我(?:可以|会|很乐意))
-    |(?:请)?随时(?:告诉我|联系我|提问|让我知道)
-    |[(\[（【]?\s*(?:全文|本文|正文|文章)?(?:总|共|约)?字数\s*(?:统计)?\s*(?:[:：]|约|为|共)
-    |[(\[（【]\s*(?:全文|本文|正文)?(?:共|约|大约|共计)+\s*[\d,]+\s*个?字\s*[)\]）】]?
-    |[(\[（【]\s*注\s*[:：]
-    |注\s*[:：]\s*(?:以上|本文|此文|这|上述|该|为)
-    |以上(?:就|便)?是\s*(?:我|为您|为你|根据|对|扩写|改写|丰富|本次)
-    |以上内容(?:仅供|是|为|由)
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-# In the middle of a text a line that starts so is a second answer or a talk about the first; nothing can be cut there.
-_INSIDE = re.compile(
-    rf"""(?:
-    here(?:['’]s|\s+is)\s+(?:a|an|the|my|your)\s+(?:[\w-]+\s+){{0,2}}?(?:rewritten|revised|expanded|enriched|extended|edited|rephrased)\s+(?:[\w-]+\s+){{0,3}}?{_WORKS}
-    |i(?:['’]ve|\s+have)\s+(?:rewritten|expanded|enriched|extended|rephrased)\s+(?:the|your|this)
-    |your\s+(?:opening|revised|rewritten)\s+(?:paragraph|draft|text|version|outline)\s+(?:is|has|does|could|provides|sets)
-    |i\s+hope\s+this\s+(?:helps|(?:rewritten|revised|expanded|enriched)?\s*(?:version|rewrite|revision|expansion|draft)\b|meets)
-    |let\s+me\s+know\s+if\s+(?:you(?:['’]d\s+like|\s+(?:need|want|would\s+like|have))\s+(?:me\s+to|any\s+(?:further|other|more|changes|adjustments)|further)|there\s+is\s+anything)
-    |in\s+this\s+(?:rewritten|revised|expanded|enriched)\s+(?:version|text|draft)
-    |(?:the|this)\s+(?:rewritten|revised|expanded|enriched)\s+(?:version|text|draft|rewrite)\s+(?:is|has|includes?|provides?|adds?|maintains?|now|expands?|of)
-    |(?:以下|下面)是\s*(?:我)?(?:为您|为你)?(?:改写|扩写|扩展|润色|修改|丰富)后?的
-    |希望(?:以上|这篇|上述)(?:内容|文章|回答|扩写|改写)?[^。！？\n]{{0,12}}(?:对您有|对你有|能帮助您|能帮助你|满足您|满足你|符合您)
-    |(?:您|你)的(?:草稿|大纲|提纲|原文)(?:已经?|很|非常|写得)
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_ANYWHERE = re.compile(
-    r"\bas\s+an\s+ai(?:\s+language)?\s+(?:model|assistant)\b|\bas\s+a\s+(?:large\s+)?language\s+model,|作为(?:一个|一名)?(?:AI|人工智能)(?:语言)?(?:模型|助手)，我",
-    re.IGNORECASE,
-)
-_MARKS = re.compile(r"^[\s>#*_`\"“”'~-]*")
+_SHORT = {" is": "'s", " are": "'re", " am": "'m", " have": "'ve", " will": "'ll", " would": "'d"}
+
+
+def _compile(phrases: str) -> re.Pattern:
+    pattern = "|".join(line for line in phrases.split("\n") if line)
+    pattern = pattern.replace("REWORKED", _REWORKED).replace("WORK", _WORK)
+    pattern = pattern.replace("~", r"(?:[\w'-]+\s+){0,4}?").replace("…", r"[^.!?。！？:：\n]*?")
+    for long, short in _SHORT.items():
+        pattern = re.sub(rf"{long}\b", rf"(?: {long.strip()}|{short})", pattern)
+    return re.compile(rf"(?:{pattern.replace(' ', chr(92) + 's+')})(?![a-z])", re.IGNORECASE)
+
+
+_OPENING, _CLOSING, _MIDDLE = map(_compile, (_OPENINGS, _CLOSINGS, _INSIDE))
+_SPEAKS_OF_ITSELF = re.compile(_SELF, re.IGNORECASE)
+# What may stand before a sentence; no quotes: what a character says is not what the model says.
+_MARKS = re.compile(r"[\s>#*_~-]*")
 _RULE = re.compile(r"\s*(?:[-*_=]\s*){3,}")
 _SENTENCE = re.compile(r"(?:[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[”’」』）*_]*)\s*")
 _ANNOUNCED = re.compile(rf"(?:[:：]\**(?=\s|$)|：)\s*|{_SENTENCE.pattern}")  # after "Here is the article:" it begins
 
 
+def _starts(phrases: re.Pattern, line: str, position: int = 0) -> re.Match | None:
+    return phrases.match(line.replace("’", "'"), _MARKS.match(line, position).end())
+
+
 def _without_opening(line: str) -> str:
     """The line without the chatty sentences it begins with; all of it goes when it also ends in an announcement."""
-    rest, found = line, False
-    while (marks := _MARKS.match(rest)) and (chat := _OPENING.match(rest, marks.end())):
+    rest = line
+    while chat := _starts(_OPENING, rest):
         if line.rstrip(" *_").endswith((":", "：")):
             return ""
-        # A phrase that already ends in "!" or ":" is whole; any other runs to the end of its sentence.
-        end = _ANNOUNCED.search(rest, max(chat.end() - 1, marks.end()))
-        found, rest = True, rest[end.end() :] if end else ""
-    return rest if found else line
+        # A phrase that ends in "!" or ":" is whole; any other runs to the end of its sentence.
+        end = _ANNOUNCED.search(rest, chat.end() - 1)
+        rest = rest[end.end() :] if end else ""
+    return rest
 
 
 def _without_closing(line: str) -> str:
     """The line without the chatty sentences it ends with; a remark in brackets goes from its bracket on."""
     starts = [0] + [match.end() for match in _SENTENCE.finditer(line) if match.end() < len(line)]
-    cut = len(line)
-    for start in reversed(starts):
-        if not _CLOSING.match(line, _MARKS.match(line, start).end() if start == 0 else start):
-            break
-        cut = start
-    return line[:cut].rstrip()
+    while starts and _starts(_CLOSING, line, starts[-1]):
+        line = line[: starts.pop()]
+    return line.rstrip()
 
 
 def strip_chatter(text: str, language: str) -> tuple[str, bool]:
-    """Strip chatty sentences off the first two and the last three lines; return (text, whether anything was stripped).
+    """Strip chatty sentences off the first two and the last three lines; return (text, whether any was stripped).
 
-    Rules ("---") that then stand at an edge go too. `language` is not needed to find a phrase, both lists apply.
+    Rules ("---") that then stand at an edge go too. Models answer Chinese requests with English remarks and the other
+    way round, so the phrases of both languages apply, whatever `language` is.
     """
-    lines, stripped = text.strip().split("\n"), False
+    original = text.strip().replace("\r\n", "\n")
+    lines = original.split("\n")
     for _ in range(2):
-        rest = _without_opening(lines[0]) if lines else ""
-        if not lines or rest == lines[0]:
-            break
-        lines, stripped = _trim(([rest] if rest.strip() else []) + lines[1:]), True
+        if lines and (rest := _without_opening(lines[0])) != lines[0]:
+            lines = _trim([rest, *lines[1:]])
     for _ in range(3):
-        rest = _without_closing(lines[-1]) if lines else ""
-        if not lines or rest == lines[-1]:
-            break
-        lines, stripped = _trim(lines[:-1] + ([rest] if rest.strip() else [])), True
-    return "\n".join(lines), stripped
+        if lines and (rest := _without_closing(lines[-1])) != lines[-1].rstrip():
+            lines = _trim([*lines[:-1], rest])
+    stripped = "\n".join(lines)
+    return stripped, stripped != original
 
 
 def _trim(lines: list[str]) -> list[str]:
@@ -295,9 +305,8 @@ def _trim(lines: list[str]) -> list[str]:
 
 
 def has_chatter(text: str) -> bool:
-    """True when a line inside the text starts like chatter, or a sentence speaks as an AI model."""
-    lines = text.split("\n")
-    return _ANYWHERE.search(text) is not None or any(_INSIDE.match(line, _MARKS.match(line).end()) for line in lines)
+    """True when a line starts with talk about the answer, or a sentence speaks as an AI model."""
+    return _SPEAKS_OF_ITSELF.search(text) is not None or any(_starts(_MIDDLE, line) for line in text.split("\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,12 +345,12 @@ def clean_answer(text: str, finish: str, language: str) -> tuple[str, str]:
         return cleaned, "chatter"
     if not is_complete(cleaned):
         return cleaned, "ending"
-    if is_loop(cleaned, language) or repeats(cleaned, language)[1] > MAX_REPEATED_SHARE:
+    most, share = repeats(cleaned, language)
+    if most >= LOOP_COUNT or share > MAX_REPEATED_SHARE or _RUN.search(cleaned):
         return cleaned, "repetition"
     # Halves as well, so that a text which drifts into the other language midway is not outvoted by its start.
-    middle = len(cleaned) // 2
-    halves = {detect_language(cleaned[:middle]), detect_language(cleaned[middle:])} if count_words(cleaned) > 60 else set()
-    if detect_language(cleaned) != language or {"en": "zh", "zh": "en"}[language] in halves:
+    middle, other = len(cleaned) // 2, {"en": "zh", "zh": "en"}[language]
+    if detect_language(cleaned) != language or other in map(detect_language, (cleaned[:middle], cleaned[middle:])):
         return cleaned, "language"
     # What is left must stand alone: nothing that goes on from the sentence cut off.
     if has_chatter(cleaned) or (stripped and re.match(r"[a-z,;:)]", cleaned)):
@@ -370,7 +379,8 @@ def length_bias(words: list[int], keys: list[str], seed: int) -> set[int]:
     for length in sorted(counts, reverse=True):
         rank[length] = (longer + counts[length] / 2) / len(words)
         longer += counts[length]
-    return {i for i, (length, key) in enumerate(zip(words, keys, strict=True)) if _uniform(seed, key) < 2 * rank[length] ** 3}
+    answers = enumerate(zip(words, keys, strict=True))
+    return {i for i, (length, key) in answers if _uniform(seed, key) < 2 * rank[length] ** 3}
 
 
 def _uniform(seed: int, key: str) -> float:
