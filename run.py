@@ -83,7 +83,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     model = flags(model=args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
     model += ["--trust-remote-code"] if args.trust_remote_code else []
     common = model + flags(language=args.language, seed=args.seed)
-    sampling = flags(max_new_tokens=args.max_new_tokens, max_rows=args.max_rows)
+    sampling = flags(max_new_tokens=args.max_new_tokens or "", max_rows=args.max_rows or "")
     bias = ["--no-length-bias"] if args.no_length_bias else []
 
     def add(part: str, name: str, command: list[str]) -> None:
@@ -107,12 +107,12 @@ def plan(args: argparse.Namespace) -> list[Step]:
         output = f"{run / part}/{role}"
         command = ["train.py", "--role", role, *common, *flags(adapter=adapter), "--input", *inputs]
         command += flags(rank=args.rank, alpha=args.alpha, learning_rate=args.learning_rate, epochs=args.epochs)
-        add(part, f"train {role}", [*command, *flags(max_length=args.max_length, output=output), *more])
+        add(part, f"train {role}", [*command, *flags(max_length=args.max_length or "", output=output), *more])
         return output
 
     def evaluate(name: str, adapter: str) -> None:
         command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark]
-        add(f"eval/{name}", "evaluate", [*command, *flags(limit=args.limit, output=f"{run}/eval/{name}")])
+        add(f"eval/{name}", "evaluate", [*command, *flags(limit=args.limit or "", output=f"{run}/eval/{name}")])
 
     lines = ["--no-line-removal"] if args.no_line_removal else []
     generator, extender, asked, extended, generators = "", "", [], [], {}
@@ -150,8 +150,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
 
 
 def flags(**values: object) -> list[str]:
-    """rank=8 -> ["--rank", "8"]; an empty or None value leaves its flag out, so the stage's own default holds."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in ("", None)]
+    """rank=8 -> ["--rank", "8"]; "auto" and "" leave the flag out, so that the stage's own default holds."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in ("", "auto")]
     return [part for pair in pairs for part in pair]
 
 
