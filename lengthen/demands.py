@@ -76,9 +76,7 @@ def _read_chinese(text: str) -> int:
 
 def _read_english(text: str) -> int:
     total = part = 0
-    for word in re.split(r"[\s-]+", text):
-        if word in ("and", "a", "an"):
-            continue
+    for word in re.split(r"[\s-]+(?:and[\s-]+)?", re.sub(r"^an?\s+", "", text)):
         if word == "thousand":
             total, part = total + (part or 1) * 1000, 0
         elif word == "hundred":
@@ -121,10 +119,12 @@ def _normalise(text: str) -> str:
 
 _EN_NAMES = "|".join([*_EN_NUMBERS, *_EN_UNITS])
 _EN_NUMBER = (
-    r"\d+(?:,\d{3})*(?:\.\d+)?(?:\s?k\b|\s?thousand\b)?"
+    r"\d{1,9}(?:,\d{3}){0,2}(?:\.\d{1,3})?(?:\s?k\b|\s?thousand\b)?"
     rf"|\b(?:{_EN_NAMES})\b(?:[\s-]+(?:and[\s-]+)?(?:{_EN_NAMES})\b)*"
 )
-_ZH_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?\s?[千万k]?|[零〇一二两三四五六七八九十百千万]+"
+_ZH_NUMBER = (
+    r"\d{1,9}(?:,\d{3}){0,2}(?:\.\d{1,3})?\s?[千万k]?|[一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*"
+)
 
 # Rows are tried in order and negated comparisons come first: "no less than" is not "less than". A "soft below" word
 # sets a limit, unless the number itself is called approximate ("within about 3,000 words" is about 3,000).
@@ -139,7 +139,7 @@ _EN_MODIFIERS = (
     ("soft below", r"within|inside|limit(?:ed|ing)?(?:\s+(?:\w+\s+){0,4}?to)?"),
     ("about", r"around|about|approximately|approx\.?|roughly|circa|nearly|almost|close\s+to|some|~|≈"),
 )
-_EN_FILLERS = r"[\s:(]+|of\b|a\b|the\b|total\b|length\b|is\b|be\b|to\b|at\b|words?\b|count\b|-"
+_EN_FILLERS = r"[\s:(]|of\b|a\b|the\b|total\b|length\b|is\b|be\b|to\b|at\b|words?\b|count\b|-"
 _EN_TAILS = (
     ("above", r",?\s*or\s+(?:more|longer|above|over)\b|\s*\+|\s+and\s+(?:above|up)\b"),
     ("below", r",?\s*or\s+(?:less|fewer|shorter|under|below)\b|[\s-]+limit\b"),
@@ -156,7 +156,7 @@ _ZH_MODIFIERS = (
     ("below", r"至多|最多|最高|顶多|小于|少于|低于|短于|少过|不到|不足|不满|上限|<=?|≤"),
     ("about", r"大约|大概|大致|约|差不多|将近|接近|近"),
 )
-_ZH_FILLERS = r"[\s::(]+|[为在于到是达需要有写的了]|控制|限制|限定|保持|总计|共|字数|篇幅"
+_ZH_FILLERS = r"[\s:(为在于到是达需要有写的了]|控制|限制|限定|保持|总计|共|字数|篇幅"
 _ZH_TAILS = (
     ("above", r"\s*(?:\+|(?:及|或)?以上|之上|往上|打底|起步|起(?=[\s,。.;!?、)]|$))"),
     ("below", r"\s*(?:及|或)?(?:以下|之下)"),

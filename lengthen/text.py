@@ -188,7 +188,7 @@ you have (done|written|provided|created) (a|an)
 这就?是我?(为您|为你|根据|按照)…[：:。]
 (根据|按照)[您你]所?(提供)?的?(要求|大纲|草稿|提纲|提示|指令|需求)
 我(已经?|将|会|来)(为[您你]|根据|按照|对)…(改写|扩写|扩展|丰富|润色|修改)
-作为(一个|一名|一款)?(AI|人工智能|大?语言模型)
+作为(一个|一名|一款)?(AI|人工智能|大?语言)(语言)?(模型|助手)
 我?很高兴能?(为[您你]|帮助|协助)
 感谢[您你]的?(提供|分享|信任|提问)
 [您你]的(开头|开篇|草稿|大纲|提纲|原文|第一段)(已经?|很|非常|可以|需要|写得)
@@ -233,7 +233,8 @@ in this (rewritten|revised|expanded|enriched|extended) (version|text|draft)
 [您你]的(草稿|大纲|提纲|原文)(已经?|很|非常|写得)
 """
 _SELF = (
-    r"\bas an ai (?:language )?(?:model|assistant)\b|\bas a (?:large )?language model,|作为(?:一[个名])?(?:AI|人工智能)"
+    r"\bas an ai (?:language )?(?:model|assistant)\b|\bas a (?:large )?language model,"
+    r"|作为一[个名](?:AI|人工智能)(?:语言)?(?:模型|助手)"
 )
 _SHORT = {" is": "'s", " are": "'re", " am": "'m", " have": "'ve", " will": "'ll", " would": "'d"}
 
@@ -241,7 +242,7 @@ _SHORT = {" is": "'s", " are": "'re", " am": "'m", " have": "'ve", " will": "'ll
 def _compile(phrases: str) -> re.Pattern:
     pattern = "|".join(line for line in phrases.split("\n") if line)
     pattern = pattern.replace("REWORKED", _REWORKED).replace("WORK", _WORK)
-    pattern = pattern.replace("~", r"(?:[\w'-]+\s+){0,4}?").replace("…", r"[^.!?。！？:：\n]*?")
+    pattern = pattern.replace("~", r"(?:[\w'-]+\s+){0,4}?").replace("…", r"[^.!?。！？:：\n]{0,200}?")
     for long, short in _SHORT.items():
         pattern = re.sub(rf"{long}\b", rf"(?: {long.strip()}|{short})", pattern)
     return re.compile(rf"(?:{pattern.replace(' ', chr(92) + 's+')})(?![a-z])", re.IGNORECASE)
@@ -252,7 +253,8 @@ _SPEAKS_OF_ITSELF = re.compile(_SELF, re.IGNORECASE)
 # What may stand before a sentence; no quotes: what a character says is not what the model says.
 _MARKS = re.compile(r"[\s>#*_~-]*")
 _RULE = re.compile(r"\s*(?:[-*_=]\s*){3,}")
-_SENTENCE = re.compile(r"(?:[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[”’」』）*_]*)\s*")
+# The look-behind keeps a long row of dots linear: only its first one is tried.
+_SENTENCE = re.compile(r"(?:(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[”’」』）*_]*)\s*")
 _ANNOUNCED = re.compile(rf"(?:[:：]\**(?=\s|$)|：)\s*|{_SENTENCE.pattern}")  # after "Here is the article:" it begins
 
 
@@ -283,11 +285,11 @@ def _without_closing(line: str) -> str:
 def strip_chatter(text: str, language: str) -> tuple[str, bool]:
     """Strip chatty sentences off the first two and the last three lines; return (text, whether any was stripped).
 
-    Rules ("---") that then stand at an edge go too. Models answer Chinese requests with English remarks and the other
+    Rules ("---") at the edges go too. Models answer Chinese requests with English remarks and the other
     way round, so the phrases of both languages apply, whatever `language` is.
     """
     original = text.strip().replace("\r\n", "\n")
-    lines = original.split("\n")
+    lines = _trim(original.split("\n"))
     for _ in range(2):
         if lines and (rest := _without_opening(lines[0])) != lines[0]:
             lines = _trim([rest, *lines[1:]])
@@ -312,7 +314,9 @@ def has_chatter(text: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Acceptance (method section 4)
 
-_ENDING = re.compile(r"[.!?…。！？]+[\"'”’»)\]}」』）］】》*_`]*$")
+_ENDS = tuple(".!?…。！？")
+_CLOSERS = "\"'”’»)]}」』）］】》*_` "  # quotes, brackets and Markdown's marks may follow the end of a sentence
+_GOES_ON = tuple(",;:-–—，；：、")
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)、]|[(（]?\d{1,3}[)）]|[一二三四五六七八九十]+、)\s*\S")
 _LIST_MARK = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)、]|\**\d{1,3}\.\**)\s*")
 _TABLE_ROW = re.compile(r"\s*\|.*\|\s*")
@@ -321,11 +325,12 @@ _TABLE_ROW = re.compile(r"\s*\|.*\|\s*")
 def is_complete(text: str) -> bool:
     """True when a text ends as texts end: with . ! ? … 。！？ and closing marks, or with a list item or a table row."""
     last = text.rstrip().rsplit("\n", 1)[-1]
+    bare = last.rstrip(_CLOSERS)
     if _LIST_MARK.fullmatch(last):  # "3." alone is a list cut short
         return False
-    if _ENDING.search(last) or _TABLE_ROW.fullmatch(last):
+    if bare.endswith(_ENDS) or _TABLE_ROW.fullmatch(last):
         return True
-    return _LIST_ITEM.match(last) is not None and last.rstrip("*_`\"'”’ ")[-1:] not in set(",;:-–—(，；：、（")
+    return _LIST_ITEM.match(last) is not None and not bare.endswith(_GOES_ON)
 
 
 def clean_answer(text: str, finish: str, language: str) -> tuple[str, str]:
