@@ -120,10 +120,11 @@ def _normalise(text: str) -> str:
 _EN_NAMES = "|".join([*_EN_NUMBERS, *_EN_UNITS])
 _EN_NUMBER = (
     r"\d{1,9}(?:,\d{3}){0,2}(?:\.\d{1,3})?(?:\s?k\b|\s?thousand\b)?"
-    rf"|\b(?:{_EN_NAMES})\b(?:[\s-]+(?:and[\s-]+)?(?:{_EN_NAMES})\b)*"
+    # "three thousand and fifty" is one number, "two thousand and three thousand" are two.
+    rf"|\b(?:{_EN_NAMES})\b(?:[\s-]+(?:{_EN_NAMES})\b|\s+and\s+(?:{_EN_NAMES})\b(?![\s-]+(?:hundred|thousand)))*"
 )
 _ZH_NUMBER = (
-    r"\d{1,9}(?:,\d{3}){0,2}(?:\.\d{1,3})?\s?[千万k]?|[一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*"
+    r"\d{1,9}(?:,\d{3}){0,2}(?:\.\d{1,3})?\s?[千万k]?|[一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]{0,12}"
 )
 
 # Rows are tried in order and negated comparisons come first: "no less than" is not "less than". A "soft below" word
@@ -175,7 +176,7 @@ class _Grammar:
     def __init__(self, number, unit, unit_before, join, between, and_join, modifiers, fillers, tails):
         modifier = f"(?<![a-z])(?:{_rows(modifiers)})"  # "moreover 3,000 words" has no modifier "over"
         self.modifiers, self.tails = modifiers, tails
-        self.number = re.compile(rf"(?<![\d.,a-z])(?P<number>{number})(?P<unit>{unit})?")
+        self.number = re.compile(rf"(?<![\da-z])(?<!\d[.,])(?P<number>{number})(?P<unit>{unit})?")
         self.unit_before = re.compile(unit_before)
         self.join = re.compile(f"(?:{unit})?{join}")
         self.between, self.and_join = re.compile(between), re.compile(f"(?:{unit})?{and_join}")
