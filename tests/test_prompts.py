@@ -1,0 +1,176 @@
+"""Run: pytest tests/test_prompts.py
+
+What the files in prompts/ must hold so that the stages work, and that they are of the quality a reader expects.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+from lengthen import chat
+from lengthen.demands import TYPES, length_score, parse_demand, stated_demands, states_demand
+from lengthen.text import NearDuplicates, count_words, detect_language, has_chatter
+
+PROMPTS = Path(chat.PROMPTS)
+FIELDS = {
+    "instruct": set(),
+    "instruct_prefill": {"example_1", "example_2"},
+    "judge": {"instruction", "words"},
+    "extend": {"instruction", "draft"},
+    "constrain": {"instruction", "constraint"},
+}
+LANGUAGES = ("en", "zh")
+
+
+def raw(name: str, language: str) -> str:
+    return (PROMPTS / f"{name}.{language}.md").read_text("utf-8")
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (PROMPTS / name).read_text("utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_templates_have_their_fields_language_and_one_final_newline(name, language):
+    text = raw(name, language)
+    assert {field for _, field, _, _ in Formatter().parse(text) if field is not None} == FIELDS[name]
+    assert chat.FIELDS[name] == FIELDS[name]
+    assert re.search(r"\S\n\Z", text) and "\r" not in text and "\t" not in text
+    if name != "instruct_prefill":
+        assert detect_language(re.sub(r"\{\w+\}", "", text)) == language
+    assert count_words(text) < 250  # a model of 135M parameters has to follow it
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_prefill_stops_right_behind_the_third_number(language):
+    filled = chat.fill("instruct_prefill", language, example_1="AAA", example_2="BBB")
+    mark = {"en": "Instruction 3:", "zh": "指令3："}[language]
+    assert filled.endswith(mark) and filled.index("AAA") < filled.index("BBB") < filled.index(mark)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_extender_is_told_what_the_method_asks(language):
+    """Method section 3: an outline, enriched and detailed, new sub-sections, no going past its end, no repetition."""
+    text = raw("extend", language).lower()
+    needed = {
+        "en": ["outline", "enrich", "detail", "sub-section", "do not go on past", "never say the same thing twice"]
+        + ["without any introduction"],
+        "zh": ["提纲", "充实", "细化", "小节", "不要续写", "不要重复", "不要任何开场白"],
+    }[language]
+    assert [phrase for phrase in needed if phrase not in text] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_judge_asks_for_yes_or_no_last(language):
+    last = raw("judge", language).rstrip("\n").split("\n")[-1]
+    assert "{words}" in last
+    assert all(answer in last for answer in {"en": ("Yes", "No"), "zh": ("“是”", "“否”")}[language])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_texts_with_braces_go_in_as_they_are(language):
+    instruction = "Print {draft} and {{0}} and {} with str.format"
+    filled = chat.fill("extend", language, instruction=instruction, draft="{instruction}")
+    assert instruction in filled and "{instruction}" in filled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_seeds_are_enough_of_each_of_seven_kinds_and_in_their_language(language):
+    seeds = rows(f"seeds.{language}.jsonl")
+    assert len(seeds) >= 24 and all(set(seed) == {"language", "kind", "prompt"} for seed in seeds)
+    kinds = Counter(seed["kind"] for seed in seeds)
+    assert len(kinds) == 7 and min(kinds.values()) >= 3
+    assert len({seed["kind"] for seed in seeds[:7]}) == 7  # the first seven show them all
+    for seed in seeds:
+        assert seed["language"] == language == detect_language(seed["prompt"])
+        assert 3 < count_words(seed["prompt"]) < 500  # the window that self-instruct applies to new ones
+        assert seed["prompt"] == seed["prompt"].strip() and "\n" not in seed["prompt"]
+        assert seed["prompt"].endswith(tuple(".?。？")) and not has_chatter(seed["prompt"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_seeds_state_no_length(language):
+    for seed in rows(f"seeds.{language}.jsonl"):
+        assert stated_demands(seed["prompt"], language) == []
+        assert not re.search(r"\d|\bwords?\b|\bpages?\b|\bchapters?\b|字数|篇幅|字以|页", seed["prompt"]), seed[
+            "prompt"
+        ]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_seeds_and_queries_differ_from_each_other(language):
+    """The benchmark must not be what the models are trained on."""
+    distinct = NearDuplicates(threshold=0.25)
+    for seed in rows(f"seeds.{language}.jsonl"):
+        assert distinct.add(seed["prompt"], language), seed["prompt"]
+    for row in rows("bench_mini.jsonl"):
+        if row["language"] == language:
+            assert distinct.add(row["query"], language), row["query"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mini benchmark
+
+FIRST = [row for row in rows("bench_mini.jsonl") if row["language"] == "en"][:8]  # the demo's evaluation
+
+
+def demand(row: dict) -> tuple[str, int, int]:
+    return parse_demand(row["constraint"], row["language"])
+
+
+def test_every_query_is_readable_and_states_exactly_its_demand():
+    for row in rows("bench_mini.jsonl"):
+        assert list(row) == ["language", "range", "type", "constraint", "query"]
+        assert demand(row)[0] == row["type"]
+        assert states_demand(row["query"], *demand(row), row["language"]), row["query"]
+        assert detect_language(row["query"]) == row["language"]
+        assert all(200 <= number <= 1500 for number in demand(row)[1:] if number != -1)
+
+
+def test_the_mini_benchmark_is_balanced():
+    bench = rows("bench_mini.jsonl")
+    languages = Counter(row["language"] for row in bench)
+    assert len(bench) >= 24 and languages["en"] >= 14 and languages["zh"] >= 8
+    for language in LANGUAGES:
+        types = Counter(row["type"] for row in bench if row["language"] == language)
+        assert set(types) == set(TYPES) and len(set(types.values())) == 1
+        assert len({row["range"] for row in bench if row["language"] == language}) == 3
+    numerals = [row for row in bench if row["language"] == "zh" and not re.search(r"\d", row["constraint"])]
+    assert len(numerals) >= 4
+
+
+def test_the_first_eight_english_queries_cover_types_and_lengths():
+    assert Counter(row["type"] for row in FIRST) == dict.fromkeys(TYPES, 2)
+    asked = sorted(max(demand(row)[1:]) for row in FIRST)
+    assert asked[0] <= 300 and asked[-1] >= 1200 and len(set(asked)) >= 7
+
+
+def test_no_constant_length_does_well_on_the_mini_benchmark():
+    """A writer that ignores the prompt must stay clearly below one that follows it, or the score says nothing."""
+    demands = [demand(row) for row in FIRST]
+    best = max(sum(length_score(words, *x) for x in demands) / 8 for words in range(100, 2000, 10))
+    assert best < 0.65, best
+
+
+def test_the_readme_names_every_file_and_kind():
+    readme = (PROMPTS / "README.md").read_text("utf-8")
+    for path in PROMPTS.iterdir():
+        name = re.sub(r"\.(en|zh)\.md$", ".*.md", path.name)
+        assert path.name == "README.md" or name in readme, path.name
+    for kind in {seed["kind"] for language in LANGUAGES for seed in rows(f"seeds.{language}.jsonl")}:
+        assert f"`{kind}`" in readme
+    for fields in FIELDS.values():
+        assert all(f"`{field}`" in readme for field in fields)
