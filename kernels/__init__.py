@@ -25,10 +25,12 @@ def _load_namesake() -> ModuleType:
     """Run the other package's `__init__` under a private name; `kernels.X` inside it finds its own submodules."""
     name = f"{__name__}._namesake"
     if name not in sys.modules:
-        module = module_from_spec(spec_from_file_location(name, _namesake.origin))
+        # Not as a package, though its file is an `__init__`: its `from .layer import` must mean kernels.layer.
+        spec = spec_from_file_location(name, _namesake.origin, submodule_search_locations=None)
+        module = module_from_spec(spec)
         sys.modules[name] = module  # first, as the import system does: its submodules may ask us for its names
         try:
-            module.__spec__.loader.exec_module(module)
+            spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise

@@ -94,6 +94,8 @@ def load_model(
             output_loading_info=True,
         )
     _check_weights(name, model, tokenizer, loading)
+    if quantize == "nf4" and place.type == "cpu":
+        _check_rows(name, model)
     model = model.eval().requires_grad_(False)
     if place.type not in ("cuda", "cpu"):
         model = model.to(place)
@@ -132,7 +134,7 @@ def _resolve(name: str) -> str:
     """What from_pretrained takes: a folder that exists, or a hub id."""
     if name == "smollm2":
         return str(_converted(_demo_file()))
-    path = Path(name).expanduser()
+    path = Path(name or "?").expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"there is no file {name}", "--model takes a .gguf file, a folder, a hub id, or smollm2")
@@ -362,6 +364,19 @@ def _check_weights(
             f"{name}: the tokenizer has ids up to {largest}, the model only {rows} embeddings",
             "the tokenizer's files are of another model: copy both from the same place",
         )
+
+
+def _check_rows(name: str, model: transformers.PreTrainedModel) -> None:
+    """bitsandbytes 0.50 on a CPU quantises a matrix in flat blocks, and reads it as if each row began a block."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer, module in model.named_modules():
+        if isinstance(module, Linear4bit) and module.in_features % module.weight.quant_state.blocksize:
+            raise UserError(
+                f"{name}: bitsandbytes misreads {layer} on a CPU, whose rows of {module.in_features} weights are no"
+                f" multiple of {module.weight.quant_state.blocksize}",
+                "--quantize none on a CPU, or a GPU",
+            )
 
 
 def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:

