@@ -177,11 +177,12 @@ def run_step(step: Step) -> dict:
 
     command = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a polite kill is passed on
     while True:
         try:
             output, _ = process.communicate()
             break
-        except KeyboardInterrupt:  # the terminal sent it to the stage as well: let it drain
+        except KeyboardInterrupt:  # Ctrl-C went to the stage as well: let it finish what it must
             continue
     if process.returncode:
         code = 128 - process.returncode if process.returncode < 0 else process.returncode
@@ -288,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=cli.at_least(1), default=8, help="LoRA rank")
     add("--alpha", type=cli.at_least(0, float), default=16, help="LoRA alpha")
     add("--learning-rate", type=cli.at_least(0, float), default=1e-4, help="peak, cosine with 10 %% warm-up")
-    add("--epochs", type=cli.at_least(0, float), default=4, help="passes over the pairs")
+    add("--epochs", type=cli.at_least(1), default=4, help="passes over the pairs")
     add("--max-length", type=cli.at_least(0), default=0, help="tokens a pair; 0 = 16384 generator, 32768 extender")
     # length demands of the last stage
     add("--demand-min", type=cli.at_least(1), default=2000, help="shortest answer that gets a demand, words")

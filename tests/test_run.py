@@ -3,14 +3,16 @@
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import run
-from lengthen.records import UserError
+from lengthen.records import Lock, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,3 +141,30 @@ def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
     assert "error:" in process.stderr and "Traceback" not in process.stderr
     assert "iter_1 instructions ended with exit code 2" in process.stderr.replace("\n", " ")
     assert shlex.quote(str(tmp_path / "no model")) in process.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
+    """Else the stage goes on alone and holds the lock that the next start needs."""
+    command = [sys.executable, "run.py", "--model", str(writer), "--run", str(tmp_path / "r"), "--language", "en"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output = tmp_path / "r" / "iter_1" / "instructions.jsonl"
+    wait_until(lambda: output.exists())
+    process.send_signal(sent)
+    assert process.wait(60) == {signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+
+    def free() -> bool:
+        try:
+            Lock(output).release()
+        except UserError:
+            return False
+        return True
+
+    wait_until(free)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
