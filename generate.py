@@ -162,7 +162,7 @@ def write_instructions(
         while verdict((id_, attempt)) and attempt + 1 < args.max_attempts:
             attempt += 1
         if (id_, attempt) in drawn:
-            if verdict((id_, attempt)) is None and (id_, attempt) not in unjudged:
+            if verdict((id_, attempt)) is None:
                 unjudged.append((id_, attempt))
             return
         record, pair = wanted[id_]
@@ -210,7 +210,8 @@ def write_instructions(
                 failures[reason] += 1
             if reason and attempt + 1 < args.max_attempts:
                 turns.append((id_, attempt + 1))
-                advance(id_, attempt + 1)
+                if reason == "duplicate":  # for any other reason it was drawn when the reason was found
+                    advance(id_, attempt + 1)
             elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
                 job.reject(record, reason) if reason else job.accept(record)
 
