@@ -17,7 +17,8 @@ Departures from the paper and its release:
  1. One tree for both languages: templates, filters and word measures follow each record's language.
  2. The judge is the log-probability of yes minus that of no, not a sampled word compared with "Yes".
  3. Near-duplicate instructions are removed, in the order (attempt, sample): what is kept does not depend on the batch.
- 4. An instruction ends at the next number ("Instruction 4"); no other stop strings, and answers must end by EOS.
+ 4. An instruction ends at the next number ("Instruction 4") or a blank line; nothing else has stop strings, and
+    answers must end by EOS.
  5. Length bias ranks by words, within each language, and ties share a rank.
  6. A demand is true of its answer; the rewritten instruction is checked to state it.
  7. Every draw has its own seed, hashed from --seed, the record's id and the attempt.
@@ -85,6 +86,15 @@ def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str
     if not MIN_INSTRUCTION_WORDS < count_words(instruction) < MAX_INSTRUCTION_WORDS:
         return instruction, "words"
     return instruction, "" if detect_language(instruction) == language else "language"
+
+
+def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
+    """Stop strings: the next number; and a blank line, where the shots have none inside.
+
+    Small models go on behind it with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's did.
+    """
+    has_blank_line = any("\n\n" in shot["prompt"].strip() for shot in shots)
+    return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
 
 
 def split_count(count: int, seeds: list[dict]) -> list[str]:
@@ -170,7 +180,7 @@ def write_instructions(
         examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
         messages = [{"role": "user", "content": fill("instruct", language)}]
         prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
-        sampling = sampling_of(args, Sampling, INSTRUCTION_TOKENS, stop=(NEXT_NUMBER[language],))
+        sampling = sampling_of(args, Sampling, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
         sampler.add(Request((id_, attempt), prompt_ids, draw_seed(args.seed, id_, attempt), sampling))
 
     def judge() -> None:

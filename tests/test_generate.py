@@ -64,6 +64,12 @@ def test_what_an_instruction_must_be(text, finish, reason):
     assert generate.examine_instruction(text, finish, "en")[1] == reason
 
 
+def test_an_instruction_ends_as_the_items_shown_do():
+    one, two = {"prompt": "Write a story.\n"}, {"prompt": "Write:\n\n- a\n- b"}
+    assert generate.item_ends([one, one], "zh") == ("\n指令4", "\n\n")
+    assert generate.item_ends([one, two], "en") == ("\nInstruction 4",)
+
+
 def test_the_count_is_split_in_proportion_to_the_seeds():
     assert Counter(generate.split_count(10, SEEDS + ZH_SEEDS)) == {"en": 7, "zh": 3}
     assert generate.split_count(3, SEEDS) == ["en"] * 3 and generate.split_count(1, ZH_SEEDS) == ["zh"]
