@@ -41,25 +41,23 @@ from dataclasses import dataclass, field
 from lengthen import cli
 from lengthen.chat import fill, template_hashes
 from lengthen.records import (
-    LANGUAGES,
     Job,
     UserError,
     draw_seed,
     filter_language,
-    fingerprint,
     new_record,
     prompt_id,
     read_jsonl,
     record_id,
     run_id_of,
 )
+from lengthen.stage import length_bias_drops, open_job, open_model, sampling_of
 from lengthen.text import (
     clean_answer,
     count_words,
     detect_language,
     has_chatter,
     is_loop,
-    length_bias,
     split_paragraphs,
     strip_chatter,
 )
@@ -262,12 +260,10 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
         return entries
 
     # 2) new requests join while results are read: no waves, no idle rows
-    from lengthen.sampler import Request, Sampling
+    from lengthen.sampler import Request
 
-    chat, sampler = open_model(args, job)
-    settings = cli.sampling_settings(args)
-    settings["max_new_tokens"] = settings["max_new_tokens"] or Sampling().max_new_tokens
-    sampling = Sampling(**settings)
+    loaded, sampler = open_model(args, job)
+    chat, sampling = loaded.chat, sampling_of(args)
 
     def add(extension: Extension) -> None:
         record = extension.record
@@ -316,38 +312,6 @@ def statistics_of(entries: list[dict], job: Job) -> dict:
     }
 
 
-def length_bias_drops(records: list[dict], seed: int) -> dict[str, str]:
-    """Ids that the length bias drops; a Chinese word is a character, so each language is ranked on its own."""
-    drops = {}
-    for language in LANGUAGES:
-        same = [r for r in records if r["language"] == language]
-        gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
-        drops |= {same[i]["id"]: "length-bias" for i in gone}
-    return drops
-
-
-def open_model(args: argparse.Namespace, job: Job):
-    """Return (Chat, Sampler). Imported here: --help and a finished stage need not wait for torch."""
-    from lengthen.model import load_model
-    from lengthen.sampler import Sampler
-
-    loaded = load_model(
-        args.model,
-        adapter=args.adapter,
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
-    sampler = Sampler(
-        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
-    )
-    for line in [*loaded.notes, *sampler.notes]:
-        cli.say(line)
-    return loaded.chat, sampler
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, "extend.py")
     cli.add_io_flags(parser, several_inputs=True)
@@ -377,23 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     extensions = make_extensions(read_drafts(args.input, args.language), args)
     own = ("samples", "rounds", "max_attempts", "min_gain", "penalty_scope", "one_stage", "no_length_bias")
-    settings = {
-        **{k: getattr(args, k) for k in (*own, "seed", "language", "quantize")},
-        **cli.sampling_settings(args),
-        "model": fingerprint(args.model),
-        "adapter": fingerprint(args.adapter),
-        "templates": template_hashes("extend"),
-    }
-    with Job(
-        "extend",
-        args.output,
-        inputs=args.input,
-        settings=settings,
-        info={"model": args.model, "adapter": args.adapter},
-        overwrite=args.overwrite,
-        allow_partial=args.allow_partial,
-        journal=True,
-    ) as job:
+    settings = {**{k: getattr(args, k) for k in own}, "templates": template_hashes("extend")}
+    with open_job("extend", args, args.input, settings) as job:
         stats = {}
         if not job.complete:
             # 1) all jobs to their end

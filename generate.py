@@ -37,12 +37,10 @@ from lengthen import cli
 from lengthen.chat import fill, template_hashes
 from lengthen.demands import make_demand, states_demand
 from lengthen.records import (
-    LANGUAGES,
     Job,
     UserError,
     draw_seed,
     filter_language,
-    fingerprint,
     new_record,
     prompt_id,
     read_jsonl,
@@ -50,7 +48,8 @@ from lengthen.records import (
     record_id,
     run_id_of,
 )
-from lengthen.text import NearDuplicates, clean_answer, count_words, detect_language, length_bias, strip_chatter
+from lengthen.stage import length_bias_drops, open_job, open_model, sampling_of
+from lengthen.text import NearDuplicates, clean_answer, count_words, detect_language, strip_chatter
 
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
@@ -146,7 +145,7 @@ def write_instructions(
     Draws run and finish in any order. Whether one is a near-duplicate depends on those before it, so that is decided
     in the order (attempt, sample), each draw waiting for its turn: nearly the order in which the sampler finishes.
     """
-    from lengthen.sampler import Request, Sampling
+    from lengthen.sampler import Request
 
     # The journal holds every draw: {"id", "attempt", "prompt", "reason"}, and {"id", "attempt", "margin"} once judged.
     entries = [e for e in job.journal if "prompt" in e]
@@ -180,7 +179,7 @@ def write_instructions(
         examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
         messages = [{"role": "user", "content": fill("instruct", language)}]
         prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
-        sampling = sampling_of(args, Sampling, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
+        sampling = sampling_of(args, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
         sampler.add(Request((id_, attempt), prompt_ids, draw_seed(args.seed, id_, attempt), sampling))
 
     def judge() -> None:
@@ -282,16 +281,6 @@ def responses(args: argparse.Namespace) -> None:
                 job.drop(length_bias_drops(job.records, args.seed))
         summary = job.finish(args.min_yield, **stats)
     cli.emit(summary)
-
-
-def length_bias_drops(records: list[dict], seed: int) -> dict[str, str]:
-    """Ids that the length bias drops; a Chinese word is a character, so each language is ranked on its own."""
-    drops = {}
-    for language in LANGUAGES:
-        same = [r for r in records if r["language"] == language]
-        gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
-        drops |= {same[i]["id"]: "length-bias" for i in gone}
-    return drops
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -413,7 +402,7 @@ def draw_each(
     attempts = {r["id"]: min(failed[r["id"]], args.max_attempts - 1) for r in records}
     todo = {r["id"]: r for r in records if r["id"] not in job.done_ids}
     if todo:
-        from lengthen.sampler import Request, Sampling
+        from lengthen.sampler import Request
 
         loaded, sampler = open_model(args, job)
 
@@ -421,7 +410,7 @@ def draw_each(
             content, limit = ask(todo[id_])
             prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
             seed = draw_seed(args.seed, id_, attempts[id_])
-            sampler.add(Request(id_, prompt_ids, seed, sampling_of(args, Sampling, limit)))
+            sampler.add(Request(id_, prompt_ids, seed, sampling_of(args, limit)))
 
         for id_ in todo:
             add(id_)
@@ -447,51 +436,6 @@ def draw_each(
     for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
         job.count(reason, times)
     return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}
-
-
-def sampling_of(args: argparse.Namespace, sampling_class: type, limit: int = 0, stop: tuple[str, ...] = ()):
-    """The flags as Sampling; `limit` tokens where the user set none (0 = the sampler's own 16,384)."""
-    settings = cli.sampling_settings(args)
-    tokens = settings.pop("max_new_tokens") or limit
-    return sampling_class(**settings, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
-
-
-def open_job(stage: str, args: argparse.Namespace, inputs: list[str], settings: dict) -> Job:
-    """The stage's output with all that shapes it; what only some commands have comes in `settings`."""
-    shared = {k: getattr(args, k) for k in ("seed", "language", "quantize")}
-    model = {"model": fingerprint(args.model), "adapter": fingerprint(getattr(args, "adapter", ""))}
-    return Job(
-        stage,
-        args.output,
-        inputs=inputs,
-        settings={**settings, **shared, **model, **cli.sampling_settings(args)},
-        info={"model": args.model, "adapter": getattr(args, "adapter", "")},
-        overwrite=args.overwrite,
-        allow_partial=args.allow_partial,
-        journal=True,
-    )
-
-
-def open_model(args: argparse.Namespace, job: Job):
-    """Return (LoadedModel, Sampler). Imported here: --help and a finished stage need not wait for torch."""
-    from lengthen.model import load_model
-    from lengthen.sampler import Sampler
-
-    loaded = load_model(
-        args.model,
-        adapter=getattr(args, "adapter", ""),
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
-    sampler = Sampler(
-        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
-    )
-    for line in [*loaded.notes, *sampler.notes]:
-        cli.say(line)
-    return loaded, sampler
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def write(request) -> tuple[str, str]:
 
 def run_stage(monkeypatch, folder: Path, *flags: str, order: int = 0, script=write) -> ScriptedSampler:
     sampler = ScriptedSampler(script, order)
-    monkeypatch.setattr(extend, "open_model", lambda args, job: (chat(), sampler))
+    monkeypatch.setattr(extend, "open_model", lambda args, job: (Namespace(chat=chat()), sampler))
     inputs = str(folder / "iter_1" / "responses.jsonl")
     output = str(folder / "iter_1" / "extended.jsonl")
     extend.main(

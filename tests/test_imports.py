@@ -28,6 +28,7 @@ LAYERS = [
     {"lengthen.chat", "lengthen.attention", "lengthen.checkpoint", "lengthen.packed", "lengthen.figures"},
     {"lengthen.lora"},
     {"lengthen.model", "lengthen.sampler"},
+    {"lengthen.stage"},
     STAGES,
 ]
 
