@@ -167,7 +167,9 @@ def row_loss(model, abilities: Abilities, pairs: list[Pair]) -> Tensor:
         logits = model(**inputs, use_cache=False).logits[0, index]
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
-    return linear_cross_entropy(hidden.index_select(0, index), targets=targets, reduction="sum", **abilities.head)
+    return linear_cross_entropy(
+        hidden.index_select(0, index), targets=targets, reduction="sum", **abilities.head._asdict()
+    )
 
 
 def train_step(model, abilities, recompute, optimizer, pairs: list[Pair], per_row: int) -> tuple[float, float]:
@@ -341,7 +343,8 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
 
     # 3) go on from the last checkpoint, if there is one
     per_step = args.batch_size * args.accumulate
-    total = args.epochs * math.ceil(len(pairs) / per_step)
+    per_epoch = math.ceil(len(pairs) / per_step)
+    total = args.epochs * per_epoch
     tensors, state, said = folder.load_checkpoint()
     for line in said:
         cli.say(f"{line}: going on from the one before, or from the start")
@@ -388,7 +391,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         tokens, seconds = sum(len(p.ids) for p in batch), time.monotonic() - started
         entry = {
             "step": step + 1,
-            "epoch": step * per_step // len(pairs),
+            "epoch": step // per_epoch,
             "loss": -1.0 if skipped else loss,
             "lr": rate,
             "grad_norm": -1.0 if skipped else norm,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kernels.linear_cross_entropy import Head, plain_head
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
@@ -175,7 +176,7 @@ class Abilities:
     """What `examine` found. `notes` are lines for people."""
 
     packs: bool  # several samples a row, exactly
-    head: dict | None  # weight, bias, softcap, logit_scale for the chunked loss; None = through the model's own logits
+    head: Head | None  # for the loss without logits; None = the model computes its own
     token_bytes: int  # activations that a backward pass keeps, bytes per token, without recomputation
     notes: list[str] = field(default_factory=list)
 
@@ -194,8 +195,8 @@ def examine(model: PreTrainedModel) -> Abilities:
     with torch.no_grad():
         alone = [torch.tensor([s], device=model.device) for s in samples]
         hidden = torch.cat([decoder(input_ids=x, use_cache=False).last_hidden_state[0] for x in alone])
-        logits = model(input_ids=alone[-1], use_cache=False).logits[0]
-    notes = []
+    head, why_not = plain_head(model)
+    notes = [f"loss through the model's own logits, which takes more memory: {why_not}"] if why_not else []
     why = _cannot_pack(model)
     if not why:
         model.set_attn_implementation(NAME)
@@ -208,10 +209,6 @@ def examine(model: PreTrainedModel) -> Abilities:
     if why:
         model.set_attn_implementation(own)
         notes.append(f"one sample a row through {own} attention: {why}")
-    head = _plain_head(model)
-    if head is None or not _close(_logits(hidden[6:], **head), logits):
-        head = None
-        notes.append("loss through the model's own logits (its head is no plain linear layer): more memory")
     model.train(True)
     row = pack(samples if not why else samples[-1:], model.device)
     token_bytes = _saved_bytes(model, decoder, row.keywords() if not why else {"input_ids": row.input_ids})
@@ -236,20 +233,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding; a sample that sees its neighbour is off by far more."""
     tolerance = 1e-4 if a.dtype == torch.float32 else 5e-2
     return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
-
-
-def _plain_head(model: PreTrainedModel) -> dict | None:
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(head, nn.Linear) or type(head.weight) is not nn.Parameter:
-        return None
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"weight": head.weight, "bias": head.bias, "softcap": softcap, "logit_scale": scale}
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    z = logit_scale * F.linear(hidden, weight, bias)
-    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> int:

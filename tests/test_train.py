@@ -1,0 +1,622 @@
+"""train.py: packing, masks, accumulation, resume, against transformers and PEFT.  python -m pytest tests/test_train.py"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from tiny import FAMILIES, WORDS, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import train
+from lengthen import checkpoint, lora, packed
+from lengthen.chat import Chat
+from lengthen.packed import Recompute, examine
+from lengthen.records import LowYield, UserError, new_record, read_jsonl
+from train import Pair
+
+ROOT = Path(__file__).parent.parent
+EOS = 2
+
+
+def words(n: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=n))
+
+
+def record(number: int, **fields) -> dict:
+    draft = "\n\n".join("\n".join(words(6, 100 * number + 10 * i + j) for j in range(3)) for i in range(4))
+    fields = {"initial": draft, "response": words(30 + 8 * number, number), "finish": "eos", **fields}
+    return new_record("extended", id=f"r{number}", language="en", prompt=words(7, 1000 + number), **fields)
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, capsys):
+    """Call train.main on seven records -> (summary, log entries, stderr)."""
+    write(tmp_path / "extended.jsonl", [record(i) for i in range(7)])
+
+    def call(*flags: str, output: str = "out", role: str = "generator", inputs=("extended.jsonl",)):
+        files = [str(tmp_path / name) for name in inputs]
+        basics = ["--role", role, "--model", str(model_folder), "--input", *files, "--output", str(tmp_path / output)]
+        small = ["--epochs", "2", "--learning-rate", "5e-3", "--rank", "4", "--alpha", "8", "--save-every", "2"]
+        capsys.readouterr()
+        train.main([*basics, *small, *flags])
+        out, err = capsys.readouterr()
+        return json.loads(out.splitlines()[-1]), read_jsonl(tmp_path / output / "train_log.jsonl", needs=()), err
+
+    return call
+
+
+def with_lora(family: str = "llama", **options) -> torch.nn.Module:
+    """A tiny model in training mode; B is not zero, so that both A and B have gradients."""
+    model = tiny_model(family)
+    lora.attach(model, **{"rank": 4, "alpha": 8, **options})
+    generator = torch.Generator().manual_seed(2)
+    for layer in lora.lora_layers(model).values():
+        layer.B.data.normal_(0, 0.05, generator=generator)
+    return model.train()
+
+
+def some_pairs(*lengths: int) -> list[Pair]:
+    rng = random.Random(0)
+    return [Pair([rng.randrange(3, 500) for _ in range(n - 1)] + [EOS], max(1, n // 3)) for n in lengths]
+
+
+def gradients(model) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in lora.lora_parameters(model)]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
+
+
+def alone(model, pairs: list[Pair]) -> torch.Tensor:
+    """The oracle: transformers' own forward pass and loss, one sample at a time, through its eager attention."""
+    model.set_attn_implementation("eager")
+    total = torch.zeros(())
+    for pair in pairs:
+        ids = torch.tensor([pair.ids])
+        labels = ids.clone()
+        labels[0, : pair.num_prompt] = -100
+        total = total + model(input_ids=ids, labels=labels).loss * (len(pair.ids) - pair.num_prompt)
+    return total
+
+
+# ---- exactness ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_the_same_samples_alone(family):
+    pairs = some_pairs(40, 2, 9, 61)  # two of them longer than the tiny models' sliding window of 24
+    ours, theirs = with_lora(family), with_lora(family)
+    abilities = examine(ours)
+    assert abilities.packs and abilities.head is not None, abilities.notes
+    loss, expected = train.row_loss(ours, abilities, pairs), alone(theirs, pairs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    assert_same(gradients(ours), gradients(theirs), 5e-5)
+
+
+def test_one_step_is_pefts(tmp_path):
+    """The same AdamW step of the same adapter: ours packed and fused, PEFT's one sample at a time."""
+    pairs, ours = some_pairs(30, 12, 21), with_lora()
+    lora.save_adapter(ours, tmp_path, "base")
+    theirs = peft.PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True).train()
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0) for p in (lora.lora_parameters(ours), trained)]
+    abilities = examine(ours)
+    loss, norm = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
+
+    expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
+    expected.backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(trained, train.CLIP)
+    optimizers[1].step()
+    assert loss == pytest.approx(expected.item(), rel=1e-5) and norm == pytest.approx(expected_norm.item(), rel=1e-4)
+    names = {n: p for n, p in theirs.named_parameters()}
+    for name, layer in lora.lora_layers(ours).items():
+        for part, value in (("A", layer.A), ("B", layer.B)):
+            torch.testing.assert_close(
+                value, names[f"base_model.model.{name}.lora_{part}.default.weight"], rtol=0, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(("per_row", "budget"), [(1, 1e12), (3, 1e12), (8, 1.0)])
+def test_accumulated_is_one_big_batch(per_row, budget):
+    """However the pairs of a step are split into rows, by number or by memory, and however much is recomputed."""
+    pairs, results = some_pairs(40, 5, 17, 28, 3), []
+    for rows, memory in ((per_row, budget), (8, 1e12)):
+        model = with_lora()
+        abilities = examine(model)
+        optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
+        recompute = Recompute(model, abilities.token_bytes, memory)
+        loss, norm = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
+        results.append((loss, norm, lora.lora_parameters(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    assert_same(results[0][2], results[1][2], 1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_layers_give_the_same_gradients(dropout):
+    pairs, found = some_pairs(33, 20), {}
+    for layers in (0, 1, 2):
+        model = with_lora(dropout=dropout)
+        abilities = examine(model)
+        recompute = Recompute(model, abilities.token_bytes, 1e12)
+        for i, layer in enumerate(recompute.layers):
+            layer.gradient_checkpointing = i < layers
+        torch.manual_seed(0)
+        train.row_loss(model, abilities, pairs).backward()
+        found[layers] = gradients(model)
+    assert_same(found[1], found[0], 1e-6)
+    assert_same(found[2], found[0], 1e-6)
+
+
+def test_as_few_layers_as_fit_are_recomputed():
+    model = with_lora()
+    abilities = examine(model)
+    recompute = Recompute(model, abilities.token_bytes, 1000 * abilities.token_bytes)
+    assert recompute.free_tokens == 1000 and len(recompute.layers) == 2
+    assert [recompute.set(n) for n in (1, 1000, 1001, 100_000)] == [0, 0, 2, 2]
+    assert [layer.gradient_checkpointing for layer in recompute.layers] == [True, True]
+    recompute.set(10)
+    assert [layer.gradient_checkpointing for layer in recompute.layers] == [False, False]
+
+
+def test_activations_are_measured():
+    """Twice the intermediate size: gate, up, their activation and product grow; nothing else does."""
+    small, large = (examine(_with_intermediate(n)).token_bytes for n in (112, 224))
+    assert 2 * 4 * 112 * 3 <= large - small <= 2 * 4 * 112 * 6  # 2 layers, fp32, 3 to 6 vectors of that size
+
+
+def _with_intermediate(size: int):
+    model = tiny_model(intermediate_size=size)
+    lora.attach(model, 4, 8)
+    return model
+
+
+@pytest.mark.parametrize("why", ["head", "attention"])
+def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
+    pairs, ours, theirs = some_pairs(20, 30), with_lora(), with_lora()
+    if why == "head":
+        ours.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+        theirs.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+        theirs.loss_function, rows = ours.loss_function, 8
+    else:
+        monkeypatch.setattr(packed, "_cannot_pack", lambda model: "it attends by other rules")
+        rows = 8
+    abilities = examine(ours)
+    assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
+    assert len(abilities.notes) == 1
+    optimizer = torch.optim.SGD(lora.lora_parameters(ours), lr=0.0)
+    loss, norm = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
+    expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_attention_that_leaks_between_samples_is_noticed(monkeypatch):
+    """A model whose attention ignores where samples begin must not be packed."""
+    model = with_lora()
+
+    def leaks(module, query, key, value, *more, scaling, **keywords):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(packed.NAME, leaks)
+    try:
+        abilities = examine(model)
+    finally:
+        AttentionInterface.register(packed.NAME, packed.packed_attention)
+    assert not abilities.packs and "different" in abilities.notes[0]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_rules_that_only_long_rows_would_show_are_refused():
+    for changes in (
+        {"attention_chunk_size": 8192},
+        {"layer_types": ["chunked_attention", "full_attention"]},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ):
+        config = SimpleNamespace(get_text_config=lambda c=changes: SimpleNamespace(**c))
+        assert packed._cannot_pack(SimpleNamespace(config=config))
+    assert all(not packed._cannot_pack(tiny_model(family)) for family in FAMILIES)
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------
+
+
+def options(role: str = "generator", keep_lines: float = 0.8) -> SimpleNamespace:
+    return SimpleNamespace(role=role, keep_lines=keep_lines, seed=0)
+
+
+@pytest.mark.parametrize("role", ["generator", "extender"])
+def test_targets_are_the_answer_and_its_eos_by_position(role):
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS  # SmolLM2's case: a mask by id would lose the EOS
+    records = [record(i) for i in range(3)]
+    pairs, left_out = train.make_pairs(records, Chat(tokenizer), options(role), 2048)
+    index, targets = train.targets_of(pairs)
+    flat = [i for p in pairs for i in p.ids]
+    assert not left_out and [flat[i + 1] for i in index] == targets.tolist()
+    answers = "".join(r["response"] + tokenizer.decode([EOS]) for r in records)
+    assert tokenizer.decode(targets) == answers and targets.tolist().count(EOS) == 3
+    assert all(EOS in p.ids[: p.num_prompt] for p in pairs), "the EOS that ends the user's turn is no target"
+
+
+def test_the_query_of_a_constrained_record_is_the_prompt():
+    asked = new_record("constrained", prompt="the river", query="the river in 50 words", response="a b.", language="en")
+    assert train.to_messages(asked, "generator", 0.8, 0)[0]["content"] == "the river in 50 words"
+    assert train.to_messages(record(1), "generator", 0.8, 0)[0]["content"] == record(1)["prompt"]
+
+
+def test_the_extender_sees_a_sparser_draft_that_keeps_its_paragraphs():
+    records = [record(i) for i in range(40)]
+    kept = total = 0
+    for r in records:
+        lines = [line for line in r["initial"].split("\n") if line]
+        shown = train.to_messages(r, "extender", 0.8, 0)[0]["content"]
+        whole = train.to_messages(r, "extender", 1.0, 0)[0]["content"]
+        assert r["initial"] in whole and r["prompt"] in shown
+        assert shown == train.to_messages(r, "extender", 0.8, 0)[0]["content"], "another epoch, another outline"
+        present = [line for line in lines if line in shown.split("\n")]
+        kept, total = kept + len(present), total + len(lines)
+        draft = shown[shown.index(present[0]) : shown.index(present[-1]) + len(present[-1])]
+        assert "\n\n\n" not in draft
+        # two lines of different paragraphs are still apart
+        for paragraph in draft.split("\n\n"):
+            homes = {next(k for k, p in enumerate(r["initial"].split("\n\n")) if x in p) for x in paragraph.split("\n")}
+            assert len(homes) == 1
+    assert 0.7 < kept / total < 0.9  # 480 lines: 0.8 +- 5 standard deviations
+
+
+def test_too_long_and_unfinished_pairs_are_left_out_counted_and_listed(run, tmp_path):
+    rows = [record(i) for i in range(6)] + [record(6, response=words(700, 6)), record(7, finish="length")]
+    write(tmp_path / "extended.jsonl", rows)
+    summary, _, err = run("--max-length", "400")
+    assert (summary["pairs"], summary["left_out"]) == (6, 2)
+    rejected = {r["id"]: r for r in read_jsonl(tmp_path / "out" / "rejected.jsonl")}
+    assert {i: r["reason"] for i, r in rejected.items()} == {"r6": "too-long", "r7": "unfinished"}
+    assert rejected["r6"]["tokens"] > 700 and rejected["r6"]["response"] == rows[6]["response"]
+    total = 700 + sum(len(r["response"].split()) for r in (*rows[:6], rows[7]))
+    assert f"warning: left out 2 of 8 pairs (rejected.jsonl), {700 + 86:,} of {total:,} words" in err
+    assert "--max-length is 400" in err
+
+
+def test_the_context_caps_the_length(run, tmp_path):
+    write(tmp_path / "extended.jsonl", [record(0), record(1, response=words(2500, 1))])
+    summary, _, err = run()
+    assert summary["left_out"] == 1 and "--max-length is 2048" in err
+
+
+def test_a_long_pair_among_many_is_a_warning_and_an_ordinary_one_is_not():
+    records = [{"response": "w " * n} for n in range(1, 101)]
+    ordinary = train.left_out_notes(records, [{**records[50], "reason": "unfinished"}], 10)
+    longest = train.left_out_notes(records, [{**records[99], "reason": "too-long", "tokens": 99}], 10)
+    assert not ordinary[0].startswith("warning") and longest[0].startswith("warning")
+    assert "100 of 5,050 words" in longest[0] and train.left_out_notes(records, [], 10) == []
+
+
+def test_no_pair_left_is_too_little_yield(run, tmp_path):
+    with pytest.raises(LowYield, match="0 of 7 records") as raised:
+        run("--max-length", "20")
+    assert "rejected.jsonl" in raised.value.hint
+    assert not (tmp_path / "out" / lora.WEIGHTS).exists()
+    with pytest.raises(LowYield, match="--min-yield asks for 8"):
+        run("--min-yield", "8", output="other")
+
+
+def test_languages_are_filtered_and_detected(run, tmp_path):
+    rows = [record(0), {"prompt": "写一篇关于长江的文章", "response": "长江是一条河。"}]
+    write(tmp_path / "extended.jsonl", rows)
+    assert run("--language", "zh")[0]["pairs"] == 1
+    assert run("--language", "both", output="both")[0]["pairs"] == 2
+
+
+# ---- order and rate -------------------------------------------------------------------------------------
+
+
+def test_every_epoch_visits_each_pair_once_in_another_order():
+    epochs = [[i for step in range(4 * e, 4 * e + 4) for i in train.step_pairs(step, 11, 3, 0)] for e in range(3)]
+    assert all(sorted(order) == list(range(11)) for order in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [i for step in range(4) for i in train.step_pairs(step, 11, 3, seed=1)]
+
+
+def test_rows_respect_number_and_memory():
+    lengths = [[len(p.ids) for p in row] for row in train.split_rows(some_pairs(5, 6, 7, 50, 2, 3), 3, 16)]
+    assert lengths == [[5, 6], [7], [50], [2, 3]]
+    assert [len(r) for r in train.split_rows(some_pairs(2, 2, 2, 2, 2), 2, 100)] == [2, 2, 1]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(step, 20, 1.0) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert rates[11] == pytest.approx(0.5) and 0 < rates[-1] < 0.01  # cosine: half the rate at half the way
+    assert train.learning_rate(0, 1, 1.0) == 1.0
+
+
+# ---- a whole run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_everything(run, tmp_path, model_folder):
+    summary, log, err = run("--epochs", "6", "--batch-size", "2", "--merge-to", str(tmp_path / "merged"))
+    assert summary["last_loss"] < 0.9 * summary["first_loss"] and summary["steps"] == len(log) == 24
+    assert [e["step"] for e in log] == list(range(1, 25)) and log[0]["epoch"] == 0 and log[-1]["epoch"] == 5
+    assert sum(e["tokens"] for e in log) == summary["tokens"] and "tok/s" in err and "| lr " in err
+    out = {p.name for p in (tmp_path / "out").iterdir()}
+    assert out == {lora.WEIGHTS, lora.CONFIG, "meta.json", "train_log.jsonl", "loss.png", "rejected.jsonl"}
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["status"] == "done" and meta["quantize"] == "none" and meta["settings"]["rank"] == 4
+    assert list(meta["settings"]["inputs"]) == [f"{tmp_path.name}/extended.jsonl"]
+
+    ids = torch.arange(5, 45)[None]
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    applied = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    with torch.no_grad():
+        expected = applied(input_ids=ids).logits
+        with applied.disable_adapter():
+            assert (applied(input_ids=ids).logits - expected).abs().max() > 0.1
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_finished_run_loads_no_model(run, monkeypatch):
+    first = run()
+    monkeypatch.setattr(train, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    again = run()
+    assert again[:2] == first[:2] and "nothing to train" in again[2]
+
+
+def test_other_settings_are_refused_by_name(run, tmp_path):
+    run()
+    with pytest.raises(UserError, match="rank = 4, this command says 8") as raised:
+        run("--rank", "8")
+    assert "--overwrite" in raised.value.hint
+    write(tmp_path / "extended.jsonl", [record(i) for i in range(5)])
+    with pytest.raises(UserError, match="inputs"):
+        run()
+    assert run("--rank", "8", "--overwrite")[0]["pairs"] == 5
+
+
+def test_nf4_trains_on_the_cpu(run, tmp_path):
+    summary, log, _ = run("--quantize", "nf4", "--epochs", "4")
+    assert summary["last_loss"] < summary["first_loss"]
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["quantize"] == "nf4"
+
+
+# ---- going on with an adapter ---------------------------------------------------------------------------
+
+
+def test_an_adapter_is_continued_where_it_was(run, tmp_path):
+    first = run("--epochs", "6")
+    again = run("--adapter", str(tmp_path / "out"), "--learning-rate", "0", "--epochs", "1", output="next")
+    fresh = run("--learning-rate", "0", "--epochs", "1", output="fresh")
+    losses = [sum(e["loss"] * e["target_tokens"] for e in log) for log in (again[1], fresh[1])]
+    assert losses[0] < 0.9 * losses[1] and first[0]["steps"] == 42
+    a, b = (lora.read_adapter(tmp_path / name)[1] for name in ("out", "next"))
+    assert all(torch.equal(x, y) for n in a for x, y in zip(a[n], b[n], strict=True))  # rate 0: the same adapter
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "8"], "has rank 4, not 8"),
+        (["--alpha", "4"], "has alpha 8, not 4"),
+        (["--rslora"], "has rslora False"),
+        (["--targets", "q_proj"], "adapts other layers"),
+    ],
+)
+def test_an_adapter_of_other_shape_is_not_continued(run, tmp_path, flags, message):
+    run("--epochs", "1")
+    with pytest.raises(UserError, match=message):
+        run("--adapter", str(tmp_path / "out"), *flags, output="next")
+
+
+def test_an_adapter_for_another_base_is_refused(run, tmp_path):
+    run("--epochs", "1")
+    other = save_tiny(tmp_path / "other", seed=9)
+    with pytest.raises(UserError, match="another model of the same shape"):
+        run("--adapter", str(tmp_path / "out"), "--model", str(other), output="next")
+
+
+# ---- interruptions --------------------------------------------------------------------------------------
+
+KILLER = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import train
+from lengthen import checkpoint, lora
+count = 0
+def kill(module, name, nth):
+    original = getattr(module, name)
+    def wrapped(*args, **kwargs):
+        global count
+        count += 1
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(module, name, wrapped)
+kill({module}, {name!r}, {nth})
+train.main({argv!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "nth"),
+    [
+        ("train", "train_step", 6),  # inside a step, one behind a checkpoint
+        ("checkpoint", "rename", 5),  # the newest was renamed to the previous, the new one not yet to the newest
+        ("lora", "replace_file", 2),  # weights of the adapter written, its config not
+    ],
+)
+def test_killed_and_run_again_is_the_unbroken_run(run, tmp_path, module, name, nth):
+    flags = ["--epochs", "2", "--dropout", "0.1"]
+    _, expected, _ = run(*flags, output="unbroken")
+    argv = ["--role", "generator", "--model", None, "--input", str(tmp_path / "extended.jsonl")]
+    meta = json.loads((tmp_path / "unbroken" / "meta.json").read_text())
+    argv[3] = meta["base"]
+    argv += ["--output", str(tmp_path / "out"), "--learning-rate", "5e-3", "--rank", "4", "--alpha", "8"]
+    argv += ["--save-every", "2", *flags]
+    code = KILLER.format(root=str(ROOT), tests=str(ROOT / "tests"), module=module, name=name, nth=nth, argv=argv)
+    killed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+
+    _, log, err = run(*flags)
+    assert "resuming behind step" in err
+    assert [e["step"] for e in log] == [e["step"] for e in expected]
+    for ours, theirs in zip(log, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6) and ours["lr"] == theirs["lr"]
+    a, b = (lora.read_adapter(tmp_path / folder)[1] for folder in ("out", "unbroken"))
+    assert_same([x for n in a for x in a[n]], [x for n in b for x in b[n]], 1e-6)
+
+
+def stop_at(monkeypatch, step: int):
+    """The run ends as by Ctrl-C in that step (from 1)."""
+    original, calls = train.train_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    return lambda: monkeypatch.setattr(train, "train_step", original)
+
+
+@pytest.mark.parametrize("damaged", [["checkpoint"], ["checkpoint", "checkpoint.previous"]])
+def test_a_damaged_checkpoint_falls_back_and_says_so(run, tmp_path, monkeypatch, damaged):
+    _, expected, _ = run(output="unbroken")
+    restore = stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    restore()
+    for name in damaged:  # one flipped bit, a length that is right
+        path = tmp_path / "out" / name / "state.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 1
+        path.write_bytes(data)
+    _, log, err = run()
+    assert err.count("is damaged (its checksum is another)") == len(damaged)
+    assert ("resuming behind step 4" in err) == (len(damaged) == 1)
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("function", ["rename", "replace_file", "save"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
+def test_a_failing_write_or_rename_costs_nothing(run, tmp_path, monkeypatch, function, nth):
+    """Disk full at the nth write: an error with a hint, then the same command gives the unbroken run."""
+    original, calls = getattr(checkpoint, function), []
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, function, fails)
+    with pytest.raises((UserError, OSError), match="No space left"):
+        run("--save-every", "1")
+    monkeypatch.setattr(checkpoint, function, original)
+    summary, log, _ = run("--save-every", "1")
+    assert [e["step"] for e in log] == list(range(1, 15)) and summary["steps"] == 14
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(("checkpoint", "."))]
+
+
+# ---- steps that are not finite --------------------------------------------------------------------------
+
+
+def not_finite_at(monkeypatch, steps: set[int]) -> None:
+    original, calls = train.row_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        loss = original(*args)
+        return loss * float("nan") if len(calls) in steps else loss
+
+    monkeypatch.setattr(train, "row_loss", poisoned)
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(run, tmp_path, monkeypatch):
+    not_finite_at(monkeypatch, {3, 5, 6})
+    summary, log, err = run()
+    assert summary["skipped_steps"] == 3 and [e["step"] for e in log if e["skipped"]] == [3, 5, 6]
+    assert log[2]["loss"] == -1.0 and err.count("skipped: not finite") == 3
+    assert all(bool(torch.isfinite(x).all()) for pair in lora.read_adapter(tmp_path / "out")[1].values() for x in pair)
+
+
+def test_three_in_a_row_stop_the_run(run, tmp_path, monkeypatch):
+    not_finite_at(monkeypatch, {7, 8, 9})
+    with pytest.raises(UserError, match="3 steps in a row .last: step 9") as raised:
+        run()
+    assert "--learning-rate" in raised.value.hint and (tmp_path / "out" / "checkpoint" / "state.json").exists()
+    assert not (tmp_path / "out" / lora.WEIGHTS).exists()
+
+
+# ---- folders that are wrong -----------------------------------------------------------------------------
+
+
+def test_two_writers_of_one_folder(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    from lengthen.records import Lock
+
+    lock = Lock(tmp_path / "out")
+    with pytest.raises(UserError, match="being written by another process"):
+        run()
+    lock.release()
+    assert run()[0]["pairs"] == 7
+
+
+def test_an_output_that_is_not_ours(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        run(output="file")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / lora.WEIGHTS).write_text("x")
+    with pytest.raises(UserError, match="not the meta.json"):
+        run(output="theirs")
+    assert (tmp_path / "theirs" / lora.WEIGHTS).read_text() == "x"
+
+
+def test_an_input_that_is_not_finished(run, tmp_path):
+    (tmp_path / "extended.meta.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="not finished"):
+        run()
+    assert run("--allow-partial")[0]["pairs"] == 7
+
+
+@pytest.mark.real_model
+def test_smollm2_packs_and_fuses():
+    from lengthen.model import load_model
+
+    loaded = load_model("smollm2", train=True)
+    parameters = lora.attach(loaded.model, 8, 16)
+    abilities = examine(loaded.model)
+    assert abilities.packs and abilities.head is not None
+    assert sum(p.numel() for p in parameters) == 2_442_240  # PEFT's count for rank 8 on all 210 linear layers
+    assert 0.8e6 < abilities.token_bytes < 2e6
