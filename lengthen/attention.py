@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -285,6 +286,7 @@ class Hook:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.turned: list[nn.Linear] = []
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
         self.shapes = self._probe()
@@ -297,10 +299,16 @@ class Hook:
         for config in self.configs:
             config._attn_implementation = NAME
         _batch = batch
+        head = self.model.get_output_embeddings()
+        swap = type(head) is nn.Linear and head.bias is None and thin(head.weight) and "forward" not in vars(head)
+        if swap:
+            head.forward = partial(tall_linear, head)
         try:
             yield
         finally:
             _batch = None
+            if swap:
+                del head.forward
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
@@ -310,6 +318,25 @@ class Hook:
             return self.model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]
+
+    def turn_weights(self) -> None:
+        """Lays the weights of the linear layers out for few tokens on a CPU: column by column, same shape, same values.
+
+        A matrix product of 8 to 48 rows with a transposed right operand (what nn.Linear asks for) runs at a third to
+        half of the speed of the plain product; with the weight turned over in memory, F.linear *is* the plain product.
+        Costs no memory. Tied weights stay as they are: the embedding reads them row by row.
+        """
+        tied = self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings()
+        for module in self.model.modules():
+            if type(module) is nn.Linear and module is not head and module.weight is not tied and thin(module.weight):
+                module.weight.data = module.weight.data.t().contiguous().t()
+                self.turned.append(module)
+
+    def turn_back(self) -> None:
+        for module in self.turned:
+            module.weight.data = module.weight.data.contiguous()
+        self.turned.clear()
 
     def _refuse(self, why: str) -> None:
         name = f"{type(self.model).__name__} (model_type {self.model.config.model_type!r})"
@@ -353,6 +380,17 @@ class Hook:
             if not error <= bound:
                 self._refuse(f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})")
         return batch.shapes
+
+
+def thin(weight: Tensor) -> bool:
+    """Whether a weight is one that `turn_weights` and `tall_linear` help: measured for fp32 on CPUs only."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+def tall_linear(head: nn.Linear, x: Tensor) -> Tensor:
+    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned. 2x faster than x W^T on a CPU."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (head.weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 def token_batch(cache: PagedCache, tables: Sequence[list[int]], positions: Sequence[int]) -> Batch:

@@ -129,7 +129,7 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, [n] int64. logits [n, V] fp32, penalised; temperature and top_p fp32, the others int64, all [n]."""
+    """One token per row, [n] int64. logits [n, V] fp32, penalised; the others [n], temperature, top_p fp32."""
     greedy = (temperature < 1e-5) | (top_k == 1)
     if greedy.all():
         return logits.argmax(-1)
@@ -138,11 +138,10 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed
     scores, kept, whole = keep(values, temperature, top_k, top_p)
     short = ~whole & ~greedy & (values.shape[1] < V)
     tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
-    for row in short.nonzero()[:, 0].tolist():  # rare: top-k off or very large, or more than 64 ties
-        one = slice(row, row + 1)
-        values, ids = logits[one].sort(descending=True)
-        scores, kept, _ = keep(values, temperature[one], top_k[one], top_p[one])
-        tokens[row] = ids.gather(1, race(scores, kept, ids, seeds[one], positions[one]))[0, 0]
+    for few in short.nonzero()[:, 0].split(32):  # rare: top-k off or very large, or more than 64 ties
+        values, ids = logits[few].sort(descending=True)
+        scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
+        tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
     return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
 
 
@@ -208,7 +207,7 @@ class Row:
 
 
 class Sampler:
-    """Writes texts for the requests given to `add`. The model is as it was whenever the caller has control.
+    """Writes texts for the requests given to `add`. The model's attention is its own whenever the caller has control.
 
     `eos_ids` end a text. `context` is the model's, in tokens. `max_rows`: texts at once, 0 = auto. `kv_tokens`: room
     for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU, three quarters of what is free on CUDA).
@@ -235,6 +234,8 @@ class Sampler:
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
         self.notes: list[str] = []
         self.hook = Hook(model)
+        if not cuda:
+            self.hook.turn_weights()
         self.vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self.context = self._fixed_rope(context)
 
@@ -261,8 +262,20 @@ class Sampler:
         )
         self.stats["seconds"] = 0.0
 
+    def close(self) -> None:
+        """Gives the memory of keys and values back and the weights their usual layout."""
+        self.hook.turn_back()
+        self.cache.keys.clear()
+        self.cache.values.clear()
+
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _fixed_rope(self, context: int) -> int:
-        """Some rotary scalings follow the longest text of the batch: texts are kept below the length where that starts."""
+        """Some rotary scalings follow the longest text of the batch: texts are kept below where they start."""
         rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
         for one in [rope, *(r for r in rope.values() if isinstance(r, dict))]:
             if one.get("rope_type") in ("dynamic", "longrope"):
@@ -358,7 +371,7 @@ class Sampler:
         self.queue.extendleft(reversed(waiting))
 
     def _donor(self, row: Row) -> tuple[Row | None, int]:
-        """The running text whose tokens begin like this one's, and how many are the same (the last is left to compute)."""
+        """The running text that begins like this one, and how many tokens they share (never all of them)."""
         best, most = None, 0
         for other in self.rows:
             if other.ids[:SHARED] != row.ids[:SHARED]:
@@ -375,7 +388,7 @@ class Sampler:
         return max(0, self.cache.pages_for(min(row.limit, len(row.ids) + int(more))) - len(row.pages))
 
     def _grow(self, row: Row, tokens: int) -> bool:
-        """Gives the row pages for its first `tokens` tokens, taken from the youngest if need be; False = it was the youngest."""
+        """Gives the row pages for `tokens` tokens, the youngest row's if need be. False = it was the youngest."""
         while len(row.pages) < self.cache.pages_for(tokens):
             if self.cache.free:
                 row.pages.append(self.cache.take())
@@ -398,7 +411,7 @@ class Sampler:
         row.computed = 0
 
     def _plan(self) -> list[tuple[Row, int]]:
-        """How many tokens of which rows the step computes: one of each running text, prompts in pieces up to the budget."""
+        """How many tokens of which rows a step computes: one of each running text, prompts up to the budget."""
         budget, decode, prefill = self.prefill_tokens, [], []
         for row in list(self.rows):  # the oldest first: only rows not planned yet are preempted
             todo = len(row.ids) - row.computed
@@ -412,7 +425,7 @@ class Sampler:
         return decode + prefill
 
     def _forward(self, plan: list[tuple[Row, int]], keep: list[int]) -> Tensor:
-        """Runs the planned tokens, packed in this order, and returns the logits [len(keep), V] fp32 of those indices."""
+        """Runs the planned tokens, packed in this order; returns the logits [len(keep), V] fp32 of those indices."""
         rows = {id(row): row for row in [*self.rows, *(row for row, _ in plan)]}
         self.cache.compact([row.pages for row in rows.values()])
         decode = [(row.pages, row.computed) for row, count in plan if count == 1]

