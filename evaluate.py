@@ -56,6 +56,7 @@ from lengthen.records import (
     replace_file,
     run_id_of,
 )
+from lengthen.stage import open_model, sampling_of
 from lengthen.text import count_words, detect_language, is_loop, longen_words, tokens
 
 BENCHMARKS = {"mini": Path(__file__).parent / "prompts" / "bench_mini.jsonl"}
@@ -176,25 +177,10 @@ def answered(row: dict, response: str, finish: str, response_tokens: int) -> dic
 
 def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> None:
     """Answer what is not answered yet; each answer is on disk as soon as it is finished."""
-    from lengthen.model import load_model  # torch comes with these two: ready-made answers do without
-    from lengthen.sampler import Request, Sampler, Sampling
+    from lengthen.sampler import Request  # torch comes with it: ready-made answers do without
 
-    loaded = load_model(
-        args.model,
-        adapter=args.adapter,
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
-    sampler = Sampler(
-        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
-    )
-    for line in [*loaded.notes, *sampler.notes]:
-        cli.say(line)
-    limit = {} if args.max_new_tokens == 0 else {"max_new_tokens": args.max_new_tokens}
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, **limit)
+    loaded, sampler = open_model(args, job)
+    sampling = sampling_of(args)
     waiting = {}
     for row in rows:
         prompt_ids = loaded.chat.encode([{"role": "user", "content": row["query"]}])
@@ -444,7 +430,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--limit", type=cli.at_least(0), default=0, help="only the first N queries; 0 = all")
     group.add_argument("--samples", type=cli.at_least(1), default=1, help="answers per query")
     group.add_argument("--output", default="", help="folder that is written; the same command again goes on with it")
-    group.add_argument("--language", choices=("en", "zh", "both"), default="both", help="queries of which language")
+    group.add_argument("--language", choices=("en", "zh", "both"), default="both", help="records of which language")
     group.add_argument("--seed", type=int, default=0, help="of every random draw in this stage")
     group.add_argument("--overwrite", action="store_true", help="start afresh instead of going on")
     group.add_argument("--allow-partial", action="store_true", help="accept --outputs whose stage has not finished")
