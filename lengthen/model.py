@@ -231,6 +231,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
         digits, byte_level = pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([digits, byte_level])
+    for role in ("bos", "eos"):  # transformers 5.17 takes the BOS for the EOS
+        token = _gguf_value(head, f"tokenizer.ggml.{role}_token_id")
+        if isinstance(token, int):
+            tokenizer.init_kwargs.pop(f"{role}_token_id", None)
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     origin = {"file": gguf.name, "weights": _file_type(head), "dtype": str(dtype).removeprefix("torch.")}

@@ -348,6 +348,7 @@ def write_gguf(path: Path, pre: str = "smollm") -> dict[str, np.ndarray]:
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocabulary))])  # 3 = control
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
@@ -395,7 +396,7 @@ def test_gguf_is_dequantised_to_the_bit_once(tmp_path, cache, monkeypatch):
             value = unpermute(value, heads)
         assert np.array_equal(state[name].numpy(), value), name
     assert any(note == "weights: Q4_1 weights dequantised to float32, from tiny.Q4_1.gguf" for note in first.notes)
-    assert first.context == CONTEXT and first.chat.end_id == 2
+    assert first.context == CONTEXT and first.chat.eos_ids == {first.tokenizer.eos_token_id} == {2}
 
     monkeypatch.setattr(model_module, "_convert", lambda *a: pytest.fail("converted twice"))
     again = load_model(str(path), device="cpu")
