@@ -28,7 +28,7 @@ Departures from the paper and its release:
  7. Jobs run side by side, each at its own stage: a finished text's place is taken at once. The longest drafts start
     first, and the slowest are waited for: they are the longest.
 
-    python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \
+    python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \\
         --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6     # 2-core CPU: about 10 s a try
 """
 
@@ -37,6 +37,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.chat import fill, template_hashes
@@ -61,6 +62,9 @@ from lengthen.text import (
     split_paragraphs,
     strip_chatter,
 )
+
+if TYPE_CHECKING:
+    from lengthen.sampler import Sample
 
 FIRST_HALF = (1, 2)  # of the text's paragraphs: what stage 1 is asked to enrich
 KEPT_PREFIX = (2, 3)  # of stage 1's paragraphs: what stage 2 goes on from
@@ -160,7 +164,7 @@ class Extension:
         """(attempt, round, stage): what a call's sampling seed is hashed from."""
         return self.attempt, len(self.round_words), self.stage
 
-    def examine(self, sample) -> dict:
+    def examine(self, sample: "Sample") -> dict:
         """The journal entry of a sample: with reason "", `text` is a prefix (stage 1) or a round (stage 2)."""
         language = self.record["language"]
         if self.stage == 1:

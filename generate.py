@@ -32,6 +32,7 @@ import random
 import re
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.chat import fill, template_hashes
@@ -50,6 +51,9 @@ from lengthen.records import (
 )
 from lengthen.stage import length_bias_drops, open_job, open_model, sampling_of
 from lengthen.text import NearDuplicates, clean_answer, count_words, detect_language, strip_chatter
+
+if TYPE_CHECKING:
+    from lengthen.sampler import Sample
 
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
@@ -252,7 +256,7 @@ def write_instructions(
 # 3, 4: responses
 
 
-def examine_response(record: dict, sample) -> tuple[dict, str]:
+def examine_response(record: dict, sample: "Sample") -> tuple[dict, str]:
     """Return (the fields that a draw fills, reason); reason "" = accepted."""
     text, reason = clean_answer(sample.text, sample.finish, record["language"])
     if sample.finish in ("error", "repetition"):
@@ -286,11 +290,8 @@ def responses(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # 5: constrain
 
-# A prompt that names a number of words already: a second demand behind it would contradict the first.
-_OWN_DEMAND = re.compile(r"\d\s*[- ]?words?\b|[\d〇零一二两三四五六七八九十百千万]\s*个?(?:字|词)(?!符)", re.IGNORECASE)
 
-
-def examine_query(record: dict, sample) -> tuple[dict, str]:
+def examine_query(record: dict, sample: "Sample") -> tuple[dict, str]:
     """Return ({"query": …}, reason): the rewritten instruction states the demand, in its language, at a sane length."""
     language, prompt = record["language"], record["prompt"]
     query = clean_instruction(strip_chatter(sample.text, language)[0])
@@ -307,13 +308,12 @@ def examine_query(record: dict, sample) -> tuple[dict, str]:
 
 
 def append_demand(record: dict, reason: str) -> tuple[dict, str]:
-    """The last resort: the demand in a sentence of its own, unless the prompt has a demand already."""
-    if _OWN_DEMAND.search(record["prompt"]):
-        return record, reason
+    """The last resort: the demand in a sentence of its own; not behind a prompt with another demand, which stays."""
     template = APPENDED[record["language"]]
     query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
-    stated = states_demand(query, *demand_of(record), record["language"])
-    return {**record, "query": query if stated else "", "attempt": -1}, "" if stated else reason
+    if not states_demand(query, *demand_of(record), record["language"]):
+        return record, reason
+    return {**record, "query": query, "attempt": -1}, ""
 
 
 def demand_of(record: dict) -> tuple[str, int, int]:
@@ -387,8 +387,8 @@ def draw_each(
     records: list[dict],
     what: str,
     ask: Callable[[dict], tuple[str, int]],
-    examine: Callable,
-    give_up: Callable = lambda record, reason: (record, reason),
+    examine: Callable[[dict, "Sample"], tuple[dict, str]],
+    give_up: Callable[[dict, str], tuple[dict, str]] = lambda record, reason: (record, reason),
 ) -> dict:
     """Sample every record that is not done until `examine` passes it; returns the stage's statistics.
 

@@ -358,8 +358,12 @@ def test_every_appended_demand_can_be_read_back(language):
         ("写一篇关于汉字的文章，分三章。", False),
     ],
 )
-def test_a_demand_of_the_prompt_itself_is_seen(prompt, has):
-    assert bool(generate._OWN_DEMAND.search(prompt)) == has
+def test_no_demand_is_appended_behind_another(prompt, has):
+    language = "zh" if "写" in prompt else "en"
+    constraint = {"en": "around 3000 words", "zh": "大约3000字"}[language]
+    demand = {"constraint": constraint, "type": "about", "min_words": 3000, "max_words": 3000}
+    record, reason = generate.append_demand({**demand, "prompt": prompt, "language": language}, "demand")
+    assert (reason == "demand") == has == ("query" not in record)
 
 
 def test_the_same_id_in_two_files_gives_two_records(monkeypatch, tmp_path):
