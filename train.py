@@ -18,7 +18,7 @@ Departures from the release:
   3. Line removal never merges paragraphs and never leaves runs of blank lines; it is drawn per record, not per epoch.
   4. The logits are never held (kernels/linear_cross_entropy.py).
 
-Example (SmolLM2-135M on 2 CPU cores: ~250 tokens/s in 3 GB):
+Example (SmolLM2-135M on a CPU: ~3 GB of memory for rows of 1,000 tokens):
   python train.py --role generator --model smollm2 --input runs/demo/iter_1/extended.jsonl --output adapter
 """
 
@@ -455,10 +455,13 @@ def check_continued(args: argparse.Namespace, model) -> None:
     """An adapter is continued at its own rank, scale and layers: other flags would be silently ignored."""
     layers = lora.lora_layers(model)
     one = next(iter(layers.values()))
-    for name in ("rank", "alpha", "rslora"):
+    for name in ("rank", "alpha"):
         theirs, ours = getattr(one, name), getattr(args, name)
         if theirs != ours:
-            raise UserError(f"the adapter {args.adapter} has {name} {theirs}, not {ours}", f"--{name} {theirs}")
+            raise UserError(f"the adapter {args.adapter} has {name} {theirs:g}, not {ours:g}", f"--{name} {theirs:g}")
+    if one.rslora != args.rslora:
+        hint = "leave --rslora out" if args.rslora else "--rslora"
+        raise UserError(f"the adapter {args.adapter} has rslora {one.rslora}, not {args.rslora}", hint)
     if set(layers) != set(lora.select_targets(model, args.targets)):
         raise UserError(
             f"the adapter {args.adapter} adapts other layers than --targets {args.targets}",

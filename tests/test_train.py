@@ -1,4 +1,4 @@
-"""train.py: packing, masks, accumulation, resume, against transformers and PEFT.  python -m pytest tests/test_train.py"""
+"""train.py: packing, masks, accumulation, resume; oracles transformers and PEFT.  python -m pytest tests/test_train.py"""
 
 import json
 import os
@@ -43,7 +43,8 @@ def write(path: Path, records: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"))
+    # widths that NF4's blocks of 64 divide: bitsandbytes needs that on a CPU
+    return save_tiny(tmp_path_factory.mktemp("model"), intermediate_size=128)
 
 
 @pytest.fixture
@@ -437,7 +438,7 @@ def test_an_adapter_of_other_shape_is_not_continued(run, tmp_path, flags, messag
 
 def test_an_adapter_for_another_base_is_refused(run, tmp_path):
     run("--epochs", "1")
-    other = save_tiny(tmp_path / "other", seed=9)
+    other = save_tiny(tmp_path / "other", seed=9, intermediate_size=128)
     with pytest.raises(UserError, match="another model of the same shape"):
         run("--adapter", str(tmp_path / "out"), "--model", str(other), output="next")
 
