@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from lengthen.attention import Hook, PagedCache, make_batch
+from lengthen.draw import draw, penalise
 from lengthen.records import UserError
 
-CANDIDATES = 64  # highest logits looked at for a draw; top-k above this (or off) sorts the whole vocabulary
 LOOP_BLOCK, LOOP_TIMES = 64, 8  # a suffix that repeats a block of <= 64 tokens >= 8 times is a loop (vLLM's rule)
 SHARED = 32  # tokens; a shorter common prefix is not worth copying
 
@@ -78,96 +78,6 @@ class Sample:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# From logits to a token. n rows, V vocabulary, C candidates.
-
-
-def penalise(logits: Tensor, seen: Tensor, counts: Tensor, penalty: Tensor) -> None:
-    """Repetition penalty, in place: logits [n, V] fp32, seen [n, W] distinct ids of which counts [n] are valid.
-
-    Entries past the count repeat the row's first id: they write the same value again, which is harmless.
-    """
-    values = logits.gather(1, seen)
-    factor = penalty[:, None]
-    changed = torch.where(values > 0, values / factor, values * factor)
-    logits.scatter_(1, seen, torch.where(counts[:, None] > 0, changed, values))
-
-
-def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64 [n, C], a pure function of seeds [n], positions [n] and token ids [n, C], all int64.
-
-    splitmix64's finaliser over the three numbers; torch's int64 products wrap as its unsigned ones do.
-    """
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9; the masks make >> logical
-        x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    state = mix(mix(seeds + golden) + positions * golden)[:, None]
-    bits = mix(mix(state + (tokens + 1) * golden)) >> 11 & 0x1FFFFFFFFFFFFF  # 53 bits
-    return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
-
-
-def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The CANDIDATES highest logits of each row and their ids, descending: [n, C] each. Which of equal ones is open.
-
-    A plain topk over V = 49,152 costs a CPU as much as a tenth of the model. The maxima of V/64 blocks come first:
-    the C highest logits lie in the C blocks with the highest maxima.
-    """
-    n, V = logits.shape
-    if V % CANDIDATES or V < CANDIDATES**2:
-        return logits.topk(min(CANDIDATES, V))
-    blocks = logits.view(n, CANDIDATES, V // CANDIDATES)  # block j = ids j, j + V/64, ...: a fast vertical maximum
-    columns = blocks.amax(1).topk(CANDIDATES).indices  # [n, C]
-    few = blocks.gather(2, columns[:, None].expand(n, CANDIDATES, CANDIDATES)).flatten(1)
-    values, at = few.topk(CANDIDATES)
-    return values, columns.gather(1, at % CANDIDATES) + at // CANDIDATES * (V // CANDIDATES)
-
-
-def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, [n] int64. logits [n, V] fp32, penalised; the others [n], temperature, top_p fp32."""
-    greedy = (temperature < 1e-5) | (top_k == 1)
-    if greedy.all():
-        return logits.argmax(-1)
-    V = logits.shape[1]
-    values, ids = top_candidates(logits)
-    scores, kept, whole = keep(values, temperature, top_k, top_p)
-    short = ~whole & ~greedy & (values.shape[1] < V)
-    tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
-    for few in short.nonzero()[:, 0].split(32):  # rare: top-k off or very large, or more than 64 ties
-        values, ids = logits[few].sort(descending=True)
-        scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
-        tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
-    return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
-
-
-def keep(values: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-k, then top-p, on values [n, C], descending.
-
-    Returns the scores behind the temperature, which of them stay, and [n] whether top-k left nothing but candidates:
-    not so if the lowest candidate ties with the k-th (or top-k is off), for then others like it were never looked at.
-    """
-    C = values.shape[1]
-    scores = values / temperature.clamp(min=1e-5)[:, None]
-    last = torch.where(top_k == 0, C, top_k).clamp(max=C)[:, None] - 1
-    kept = scores >= scores.gather(1, last)  # `>=`: ties at the edge stay
-    whole = ~kept[:, -1]
-    # Hugging Face sums from the least likely up and removes while the sum is <= 1 - p; the best always stays.
-    probabilities = scores.masked_fill(~kept, float("-inf")).softmax(-1)
-    tail = probabilities.flip(1).cumsum(1).flip(1)
-    nucleus = (tail > 1 - top_p[:, None]) | (top_p[:, None] >= 1)
-    nucleus[:, 0] = True
-    return scores, kept & nucleus, whole
-
-
-def race(scores: Tensor, kept: Tensor, ids: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """The Gumbel-max draw from softmax(scores) over the kept: column index [n, 1]."""
-    noisy = scores.double() + gumbel(seeds, positions, ids)
-    return noisy.masked_fill_(~kept, float("-inf")).argmax(1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -229,6 +139,7 @@ class Sampler:
     ):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, set(eos_ids)
         weight = model.get_input_embeddings().weight
+        self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.device, cuda = weight.device, weight.device.type == "cuda"
         self.max_rows = max_rows or (256 if cuda else 48)
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
@@ -299,14 +210,13 @@ class Sampler:
             )
             self.finished.append(Sample(request, "", [], "error", why))
             return
-        special = {str(t): i for i, t in getattr(self.tokenizer, "added_tokens_decoder", {}).items() if t.special}
         self.queue.append(
             Row(
                 request,
                 list(prompt),
                 limit=min(self.context, len(prompt) + sampling.max_new_tokens),
-                stop_ids={special[s] for s in sampling.stop if s in special},
-                stop_texts=[s for s in sampling.stop if s not in special],
+                stop_ids={self.special[s] for s in sampling.stop if s in self.special},
+                stop_texts=[s for s in sampling.stop if s not in self.special],
                 distinct=set(prompt[request.penalty_from :]),
             )
         )

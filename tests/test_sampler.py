@@ -18,8 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lengthen.draw import draw, penalise, top_candidates
 from lengthen.records import UserError
-from lengthen.sampler import Request, Sampler, Sampling, draw, loops, penalise, top_candidates
+from lengthen.sampler import Request, Sampler, Sampling, loops
 
 EOS = 2
 TOKENIZER = tiny_tokenizer()
