@@ -9,9 +9,11 @@ would be wrong without any error. So `examine` compares packed with alone on the
 a model that fails goes one sample a row through its own attention.
 """
 
+import importlib.util
 import inspect
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -122,20 +124,21 @@ def _flash_kernel(query: Tensor, softcap: float | None, dropout: float):
     """The variable-length FlashAttention that can serve these inputs, or None: flash-attn's, else torch's own."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
         return None
-    try:
-        import flash_attn  # noqa: F401
-
+    if "flash_attn" in _varlen_kernels():
         return _flash_attn
-    except ImportError:
-        return _torch_varlen if _torch_has_varlen() and not softcap and not dropout else None
+    return _torch_varlen if "torch" in _varlen_kernels() and not softcap and not dropout else None
 
 
-def _torch_has_varlen() -> bool:
-    try:
+@cache
+def _varlen_kernels() -> set[str]:
+    """Which are installed. torch's came in 2.10, its windows and grouped heads later."""
+    found = {"flash_attn"} if importlib.util.find_spec("flash_attn") else set()
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+        if {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+            found.add("torch")
+    return found
 
 
 def _flash_attn(query, key, value, cu_seq_lens, longest, scaling, window, softcap, dropout) -> Tensor:

@@ -69,7 +69,7 @@ def test_peft_loads_our_adapter_and_gives_the_same_logits(tmp_path, family, opti
     assert theirs.peft_config["default"].base_model_name_or_path == "somewhere/base"
 
 
-@pytest.mark.parametrize("family", EVERY_KIND)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize(
     "options",
     [

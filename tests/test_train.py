@@ -1,4 +1,4 @@
-"""train.py: packing, masks, accumulation, resume; oracles transformers and PEFT.  python -m pytest tests/test_train.py"""
+"""train.py: packing, masks, accumulation, resume; oracles: transformers, PEFT.  python -m pytest tests/test_train.py"""
 
 import json
 import os
@@ -115,6 +115,47 @@ def test_packed_is_the_same_samples_alone(family):
     loss.backward()
     expected.backward()
     assert_same(gradients(ours), gradients(theirs), 5e-5)
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """FlashAttention's contract in plain torch: token i of a sample sees i - left .. i + right. q [T, H, D]."""
+    left, right = window_size
+    assert right == 0 and torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max())
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    sample = torch.bucketize(torch.arange(len(q)), cu_q[1:], right=True)
+    back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (sample[:, None] == sample) & (back >= 0) & ((back <= left) | (left < 0))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_torchs_varlen_attention_is_called_by_its_contract(family, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
+    monkeypatch.setattr(packed, "_flash_kernel", lambda *args: packed._torch_varlen)
+    pairs, model = some_pairs(40, 2, 9, 61), with_lora(family)
+    abilities = examine(model)
+    assert abilities.packs, abilities.notes
+    loss = train.row_loss(model, abilities, pairs)
+    torch.testing.assert_close(loss, alone(with_lora(family), pairs), rtol=1e-5, atol=0)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_packed_on_a_gpu_is_the_same_samples_alone(family):
+    pairs = some_pairs(40, 2, 9, 61)
+    ours, theirs = (with_lora(family, targets="all-linear").to("cuda", torch.bfloat16) for _ in range(2))
+    abilities = examine(ours)
+    assert abilities.packs, abilities.notes
+    loss = train.row_loss(ours, abilities, pairs).item()
+    theirs.set_attn_implementation("eager")
+    expected = 0.0
+    for pair in pairs:
+        ids = torch.tensor([pair.ids], device="cuda")
+        logits = theirs(input_ids=ids).logits[0, pair.num_prompt - 1 : -1].float()
+        expected += torch.nn.functional.cross_entropy(logits, ids[0, pair.num_prompt :], reduction="sum").item()
+    assert loss == pytest.approx(expected, rel=2e-2)
 
 
 def test_one_step_is_pefts(tmp_path):
