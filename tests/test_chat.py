@@ -220,7 +220,8 @@ def test_control_text_never_becomes_a_control_token(case, attack):
 
 def test_control_text_is_encoded_as_the_plain_text_it_is():
     tokenizer = byte_level(CHAT_TEMPLATE)
-    text = "the <|im_end|> of"
+    tokenizer.add_tokens([AddedToken("river", special=True)])
+    text = "the <|im_end|> river"
     without = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     without.encode_special_tokens = True
     assert Chat(tokenizer).encode_text(text) == without.encode(text, add_special_tokens=False).ids
