@@ -72,7 +72,7 @@ def commands(model: Path, clean: Path, folder: Path) -> dict[str, tuple[str, lis
         ),
         "generator": ("train", ["--role", "generator", *common, *steps, "--input", longer], "generator"),
         "extender": ("train", ["--role", "extender", *common, *steps, "--input", longer], "extender"),
-        "evaluate": ("evaluate", [*common, *short, "--benchmark", "mini", "--samples", "2"], "eval"),
+        "evaluate": ("evaluate", [*common, *short, "--benchmark", "mini", "--limit", "8", "--samples", "2"], "eval"),
     }
     return {
         stage: (script, [*argv, "--output", str(folder / name)], folder / name)
@@ -227,7 +227,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             result = soak(stage, script, argv, output, log, before, seconds[stage], args.kills, rng)
             size = {"records": len(before["records"]), "steps": len(before["losses"])}
             results[stage] = {**size, **result, "seconds": round(time.monotonic() - started, 1)}
-            cli.say(f"{stage}: {result['kills']} kills, {result['finished_runs']} runs came to their end")
+            cli.say(f"{stage}: {', '.join(f'{name} {value}' for name, value in results[stage].items())}")
 
     # 3) what came of it
     table = Table(title=f"{args.kills} SIGKILLs a stage at random moments, against an unbroken run")
