@@ -20,7 +20,8 @@ Departures from the paper and its release:
  2. Prefix and continuation are joined by the paragraph break that followed the prefix; the model sees it too.
  3. Both stages must end by EOS. Two thirds of a cut stage 1 could be used in principle; but what did not end for half
     the text does not end for the whole, and it would leave stage 2 the smallest room.
- 4. Chatter around either stage's text is stripped, else the text is rejected. Loops are rejected in both stages.
+ 4. Chatter around either stage's text is stripped, else the text is rejected; so are loops, and openings that speak of
+    the "outline" the template calls the draft.
  5. A try is one pass of two stages, and --max-attempts counts the tries of all rounds of a job together. A round that
     used them up does not sink the job: what earlier rounds reached counts. The last round must reach --min-gain.
  6. The repetition penalty counts the output and its prefix only: over the draft, it drives the Extender away from the
@@ -29,7 +30,7 @@ Departures from the paper and its release:
     first, and the slowest are waited for: they are the longest.
 
     python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \\
-        --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6     # 2-core CPU: about 10 s a try
+        --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6
 """
 
 import argparse
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 FIRST_HALF = (1, 2)  # of the text's paragraphs: what stage 1 is asked to enrich
 KEPT_PREFIX = (2, 3)  # of stage 1's paragraphs: what stage 2 goes on from
+_TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
 
 # ---------------------------------------------------------------------------------------------------------
 # Cutting texts
@@ -95,6 +97,15 @@ def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
 def first_half(text: str) -> str:
     """What stage 1 enriches; the whole text where it cannot be divided."""
     return first_share(text, FIRST_HALF)[0] or text
+
+
+def speaks_of_task(text: str, given: str) -> bool:
+    """Whether a text opens with words about the "outline" of the template, which neither instruction nor draft uses.
+
+    "Awesome! Please share the outline with me": SmolLM2's way to a longer text. Only the opening counts, for a long
+    story may well have the outline of a hill in it.
+    """
+    return bool(_TASK.search(text[:300]) and not _TASK.search(given))
 
 
 def examine_stage_1(text: str, finish: str, language: str) -> tuple[str, str]:
@@ -172,6 +183,8 @@ class Extension:
         else:
             text, reason = examine_stage_2(self.prefix, sample.text, sample.finish, language)
             reason = reason or self._too_short(count_words(text))
+        if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"]):
+            reason = "chatter"
         attempt, round_, stage = self.draw()
         entry = {"id": self.record["id"], "attempt": attempt, "round": round_, "stage": stage}
         return {**entry, "reason": reason, "text": "" if reason else text, "tokens": sample.num_tokens}

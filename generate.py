@@ -24,7 +24,7 @@ Departures from the paper and its release:
  7. Every draw has its own seed, hashed from --seed, the record's id and the attempt.
 
     python generate.py responses --model smollm2 --input runs/demo/iter_1/instructions.jsonl \\
-        --output runs/demo/iter_1/responses.jsonl          # 2-core CPU: about 5 s an answer
+        --output runs/demo/iter_1/responses.jsonl
 """
 
 import argparse

@@ -160,6 +160,18 @@ def test_a_round_must_be_longer_and_the_last_one_long_enough():
     assert job.over and job.outcome()[1] == ""
 
 
+def test_a_text_that_opens_with_talk_about_the_outline_is_chatter():
+    talk = "Awesome! Please go ahead and share the outline with me. " + prose(2, 60)
+    job = extend.Extension(draft_record(), RULES)
+    assert play(job, sample(talk))[0]["reason"] == "chatter" and job.stage == 1
+    later = prose(2, 60) + " The outline of a hill was seen."  # beyond the opening it is a word like any other
+    assert play(job, sample(later), sample(prose(3, 60)))[-1]["reason"] == ""
+    job = extend.Extension(draft_record(prompt="Write an outline of a novel."), RULES)
+    assert play(job, sample("This outline has four parts. " + prose(2, 60)))[0]["reason"] == ""
+    one_stage = Namespace(**{**vars(RULES), "one_stage": True})
+    assert play(extend.Extension(draft_record(), one_stage), sample(talk))[0]["reason"] == "chatter"
+
+
 def test_tries_used_up_in_a_later_round_keep_what_the_earlier_reached():
     job = extend.Extension(draft_record(), RULES)
     play(job, sample(prose(2, 60)), sample(prose(3, 60)), *[sample("x", "length")] * 3)
