@@ -107,7 +107,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """--temperature --top-p --top-k --repetition-penalty --max-new-tokens --max-rows (the release's constants)."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=at_least(0, float), default=0.7, help="0 = greedy")
-    group.add_argument("--top-p", type=between(0, 1), default=0.8, help="share of the probability kept")
+    group.add_argument("--top-p", type=between(0.001, 1), default=0.8, help="share of the probability kept")
     group.add_argument("--top-k", type=at_least(0), default=20, help="tokens kept; 0 = all")
     group.add_argument("--repetition-penalty", type=at_least(0.01, float), default=1.1, help="1 = none")
     group.add_argument(

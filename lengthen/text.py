@@ -162,7 +162,7 @@ _WORK = (
 )
 _REWORKED = "rewritten|revised|expanded|extended|enriched|enhanced|improved|updated|polished|refined|edited|rephrased"
 _OPENINGS = r"""
-(sure|sure thing|certainly|of course|absolutely|okay|ok|alright|great|got it|understood)!
+(sure|sure thing|certainly|of course|absolutely|okay|ok|alright|great|awesome|got it|understood)!
 (sure|sure thing|certainly|of course|absolutely|okay|ok|alright|great)[,.:]? (here is|here are|i can|i would|let me)
 (here is|here are|below is|the following is) ~(REWORKED) ~(WORK)
 (here is|here are|below is|the following is) …(WORK)…:
@@ -170,6 +170,9 @@ here is (how|what) (i|you) …:
 i am ~(excited|happy|glad|pleased|thrilled|delighted) to (share|help|assist|present|provide|offer|write)
 i am here to (help|assist)
 i would (be (happy|glad|delighted)|love) to (help|assist|share|provide|write|rewrite|expand)
+i am ~(glad|happy) (that )?you (enjoyed|liked|found)
+i will be (happy|glad|ready) (to|with) (help|assist|share|a|the|your)
+(please )?share (the|your) (outline|draft|instructions?) with me
 i have (now |also |carefully )?(REWORKED) (the|your|this) ~(WORK)
 i have made (some|a few) ~(changes|edits|revisions|improvements)
 i will (rewrite|expand|enrich|extend|revise)
@@ -201,6 +204,11 @@ i hope (that )?you (find|found|like|liked|enjoy|enjoyed) (this|these|the|it)
 (please )?feel free to (ask|let me|reach|adjust|modify|customi[sz]e|edit|expand|adapt|contact me)
 if you (would|have|need|want|are) …(let me know|feel free|just ask|please ask|i would be|i am here|i can (help|also))
 (would|do) you (like|want|need) me to
+how does (this|that|it) (sound|look)
+i would love to (hear|know) (your|what you)
+what do you (think|want)\?
+do you think (this|the) (topic|story|WORK) could be
+you can (continue|expand|extend) (the|this) (story|WORK) or (add|change|include)
 is there anything else (you|i)
 (please )?note that (this is a|(this|the) (response|above|REWORKED|WORK))
 [(（[【]?\s*(total )?words?( count)?( is| =|\s*[:：])\W*(about |approximately )?[\d,]+
