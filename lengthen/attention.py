@@ -90,6 +90,16 @@ class PagedCache:
             self.keys[layer][target] = self.keys[layer][source]
             self.values[layer][target] = self.values[layer][source]
 
+    def save(self, pages: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Page contents, all layers, copied out of the pool."""
+        return {layer: (self.keys[layer][pages], self.values[layer][pages]) for layer in self.keys}
+
+    def load(self, saved: dict[int, tuple[Tensor, Tensor]], target: list[int]) -> None:
+        """The first of the saved pages back into the pool."""
+        for layer, (keys, values) in saved.items():
+            self.keys[layer][target] = keys[: len(target)]
+            self.values[layer][target] = values[: len(target)]
+
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""
         used = sorted(page for table in tables for page in table)

@@ -13,12 +13,14 @@
 3. The draw is an argmax over logits plus Gumbel noise, and the noise is a hash of (seed, position in the output,
    token id): a text does not depend on its neighbours, on the order or on the number of rows. (Logits may differ in
    the last bits with the shape of a batch, as everywhere; draws do not.)
-4. When the pages run out the youngest text gives its pages back, keeps its tokens, and is computed again later.
+4. A prompt that begins like one that runs, or like one of the last that ran, is copied up to there, not computed: the
+   samples of a prompt, the tries of an extension and its two stages share most of theirs.
+5. When the pages run out the youngest text gives its pages back, keeps its tokens, and is computed again later.
 """
 
 import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -93,6 +95,14 @@ def loops(ids: Sequence[int], start: int) -> bool:
     return False
 
 
+def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids two texts begin with in common, 0 below SHARED; never all of `ids`: one is left to compute."""
+    limit = min(len(ids) - 1, len(others))
+    if limit < SHARED or list(ids[:SHARED]) != list(others[:SHARED]):
+        return 0
+    return next((i for i in range(SHARED, limit) if ids[i] != others[i]), limit)
+
+
 @dataclass(eq=False)
 class Row:
     """A text in progress: what the pages hold of it, and what the next draw needs."""
@@ -161,6 +171,10 @@ class Sampler:
         if not pages:
             raise UserError("no memory is left for keys and values", "a smaller model, or --quantize nf4")
         self.cache = PagedCache(self.hook.shapes, pages, page_tokens, self.device, weight.dtype)
+        # Prompts that ran, least recently used first: outside the pool, whose pages are all streamed when decoding.
+        # On CUDA what lies outside the pool is kept for activations.
+        self.past: OrderedDict[tuple[int, ...], dict] = OrderedDict()
+        self.past_pages = 0 if cuda else pages // 8
 
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []  # oldest first
@@ -176,6 +190,7 @@ class Sampler:
     def close(self) -> None:
         """Gives the memory of keys and values back and the weights their usual layout."""
         self.hook.turn_back()
+        self.past.clear()
         self.cache.keys.clear()
         self.cache.values.clear()
 
@@ -262,7 +277,8 @@ class Sampler:
         while self.queue and self.slots:
             row = self.queue.popleft()
             donor, shared = self._donor(row)
-            if donor and shared > donor.computed + 2 * SHARED:
+            past, known = self._past(row)
+            if donor and shared > max(donor.computed, known) + 2 * SHARED:
                 waiting.append(row)  # the same prompt is being computed: next step it can be copied
                 continue
             if self.rows and self._expected_pages(row) + sum(map(self._expected_pages, self.rows)) > len(
@@ -274,23 +290,41 @@ class Sampler:
             row.slot = self.slots.pop()
             self._write_seen(row)
             shared = min(shared, donor.computed) if donor else 0
-            if shared >= SHARED and self._grow(row, shared):
-                self.cache.copy(donor.pages[: len(row.pages)], row.pages)
-                row.computed = shared
-                self.stats["shared_tokens"] += shared
+            if max(shared, known) >= SHARED and self._grow(row, max(shared, known)):
+                if known > shared:
+                    self.cache.load(self.past[past], row.pages)
+                else:
+                    self.cache.copy(donor.pages[: len(row.pages)], row.pages)
+                row.computed = max(shared, known)
+                self.stats["shared_tokens"] += row.computed
         self.queue.extendleft(reversed(waiting))
 
     def _donor(self, row: Row) -> tuple[Row | None, int]:
         """The running text that begins like this one, and how many tokens they share (never all of them)."""
         best, most = None, 0
         for other in self.rows:
-            if other.ids[:SHARED] != row.ids[:SHARED]:
-                continue
-            limit = min(len(row.ids) - 1, len(other.ids))
-            same = next((i for i in range(limit) if row.ids[i] != other.ids[i]), limit)
+            same = common_prefix(row.ids, other.ids)
             if (same, other.computed) > (most, best.computed if best else 0):
                 best, most = other, same
         return best, most
+
+    def _past(self, row: Row) -> tuple[tuple[int, ...], int]:
+        """The remembered prompt that begins like this text, and how many tokens they share."""
+        best = max(self.past, key=lambda prompt: common_prefix(row.ids, prompt), default=())
+        shared = common_prefix(row.ids, best)
+        if shared:
+            self.past.move_to_end(best)
+        return best, shared
+
+    def _remember(self, row: Row) -> None:
+        """Keeps the keys and values of a finished text's prompt; the least recently used make room."""
+        prompt = tuple(row.request.prompt_ids)
+        pages = row.pages[: self.cache.pages_for(len(prompt))]
+        if len(prompt) < 2 * SHARED or len(pages) > self.past_pages or prompt in self.past:
+            return
+        self.past[prompt] = self.cache.save(pages)
+        while sum(self.cache.pages_for(len(p)) for p in self.past) > self.past_pages:
+            self.past.popitem(last=False)
 
     def _expected_pages(self, row: Row) -> int:
         """Pages a text is still likely to take: it is expected to be as long as those that have finished."""
@@ -410,6 +444,7 @@ class Sampler:
             self._finish(row, "repetition", self._text(row, row.output).rstrip("\ufffd"))
 
     def _finish(self, row: Row, finish: str, text: str) -> None:
+        self._remember(row)
         self._release(row)
         self.finished.append(Sample(row.request, text, row.output, finish))
         self.stats["samples"] += 1

@@ -278,6 +278,31 @@ def test_samples_of_one_prompt_share_its_prefill():
         assert samples[i].token_ids == write(model, [requests[i]])[i].token_ids
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_prompt_that_ran_before_is_remembered(family):
+    """A retry shares its whole prompt with the try before it, a second stage its first half with the first one."""
+    model, head = tiny_model(family), make_prompts(1, 60)[0] + list(range(10, 90))
+    prompts = [head, head, head + list(range(200, 260)), head[:50] + list(range(300, 400)), list(range(30))]
+    requests = [Request(i, p, i, Sampling(max_new_tokens=20)) for i, p in enumerate(prompts)]
+    sampler = make_sampler(model)
+    for request in requests:  # one behind the other: none is running when the next comes
+        sampler.add(request)
+        (sample,) = sampler.run()
+        assert sample.token_ids == write(model, [request])[request.key].token_ids
+    assert sampler.stats["shared_tokens"] == (len(head) - 1) + len(head) + 50
+    assert len(sampler.past) == 3  # the same prompt is kept once, a short one not at all
+
+
+def test_remembered_prompts_make_room_for_newer_ones():
+    model, prompts = tiny_model(), [[i] * 5 + list(range(100, 200)) for i in range(10, 16)]
+    sampler = make_sampler(model)
+    sampler.past_pages = 3 * sampler.cache.pages_for(len(prompts[0]))
+    for i in (0, 1, 2, 0, 3, 4):  # 0 is used again, so 1 and 2 are the oldest when 3 and 4 come
+        sampler.add(Request(i, prompts[i], i, Sampling(max_new_tokens=3)))
+        list(sampler.run())
+    assert [p[0] for p in sampler.past] == [10, 13, 14]
+
+
 def test_requests_join_while_samples_are_read():
     model, prompts = tiny_model(), make_prompts(6)
     sampler = make_sampler(model, max_rows=2)
