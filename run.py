@@ -45,12 +45,12 @@ DEMO = {
     "run": "runs/demo",
     "language": "en",
     "iterations": 1,
-    "instructions": 16,
+    "instructions": 14,
     "final_instructions": 6,
     "samples": 1,
-    "max_attempts": 2,
-    "extend_samples": 3,
-    "extend_attempts": 2,
+    "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
+    "extend_samples": 6,  # likewise
+    "extend_attempts": 1,
     "rounds": 1,
     "max_new_tokens": 640,
     "long_words": 300,

@@ -62,7 +62,15 @@ def test_the_extender_is_told_what_the_method_asks(language):
     """Method section 3: an outline, enriched and detailed, new sub-sections, no going past its end, no repetition."""
     text = raw("extend", language).lower()
     needed = {
-        "en": ["outline", "enrich", "detail", "sub-section", "do not go on past", "never repeat", "without any comment"],
+        "en": [
+            "outline",
+            "enrich",
+            "detail",
+            "sub-section",
+            "do not go on past",
+            "never repeat",
+            "without any comment",
+        ],
         "zh": ["提纲", "充实", "详细", "小节", "不要续写", "不要重复", "不要任何评论"],
     }[language]
     assert [phrase for phrase in needed if phrase not in text] == []
