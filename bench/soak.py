@@ -44,15 +44,15 @@ LOSS_TOLERANCE = 1e-6
 def commands(model: Path, clean: Path, folder: Path) -> dict[str, tuple[str, list[str], Path]]:
     """Stage -> (script, arguments, what it writes into `folder`); inputs come from the unbroken run in `clean`."""
     common = ["--model", str(model), "--language", "en", "--device", "cpu"]
-    short = ["--max-new-tokens", "200", "--max-rows", "4"]  # few at a time: lines then come throughout, not at the end
+    short = ["--max-new-tokens", "200", "--max-rows", "2"]  # few at a time: lines then come throughout, not at the end
     asked, drafts, longer = (str(clean / f"{n}.jsonl") for n in ("instructions", "responses", "extended"))
     seeds = str(ROOT / "prompts" / "seeds.en.jsonl")
     scale = ["--demand-min", "5", "--demand-max", "2000", "--demand-steps", "5,10"]
-    steps = ["--epochs", "3", "--save-every", "2", "--dropout", "0.1", "--learning-rate", "1e-3"]
+    steps = ["--epochs", "10", "--save-every", "2", "--dropout", "0.1", "--learning-rate", "1e-3"]
     lines = {
         "instructions": (
             "generate",
-            ["instructions", *common, "--seeds", seeds, "--count", "12"],
+            ["instructions", *common, "--seeds", seeds, "--count", "12", "--max-rows", "2"],
             "instructions.jsonl",
         ),
         "responses": (
@@ -67,7 +67,7 @@ def commands(model: Path, clean: Path, folder: Path) -> dict[str, tuple[str, lis
         ),
         "constrain": (
             "generate",
-            ["constrain", *common, *short, *scale, "--input", longer, "--max-attempts", "2"],
+            ["constrain", *common, *short, *scale, "--input", longer, drafts, "--max-attempts", "2"],
             "constrained.jsonl",
         ),
         "generator": ("train", ["--role", "generator", *common, *steps, "--input", longer], "generator"),

@@ -79,7 +79,12 @@ class TrainingFolder:
             )
         self.complete = self.meta.get("status") == "done"
         self.seconds_before = self.meta.get("seconds", 0.0)
-        if not self.complete:
+        # What a process left behind that was killed before a rename, or between "done" and the end; we hold the lock.
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if self.complete:
+            self.drop_checkpoints()
+        else:
             self.save_meta("running")
 
     def __exit__(self, kind, error, trace) -> None:

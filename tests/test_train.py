@@ -537,6 +537,18 @@ def test_killed_and_run_again_is_the_unbroken_run(run, tmp_path, module, name, n
     assert_same([x for n in a for x in a[n]], [x for n in b for x in b[n]], 1e-6)
 
 
+def test_what_a_kill_leaves_behind_goes_with_the_next_start(run, tmp_path, monkeypatch):
+    """Seen in bench/soak.py: killed between "done" and the removal of the checkpoints, these stayed for good."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.TrainingFolder, "drop_checkpoints", lambda self: None)
+        run()
+    (tmp_path / "out" / ".meta.json.1234.tmp").write_text("half a side")
+    assert (tmp_path / "out" / "checkpoint").is_dir()
+    run()
+    left = [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".") or "checkpoint" in p.name]
+    assert left == [] and (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def stop_at(monkeypatch, step: int):
     """The run ends as by Ctrl-C in that step (from 1)."""
     original, calls = train.train_step, []
