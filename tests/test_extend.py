@@ -397,7 +397,12 @@ def test_the_real_script_on_the_tiny_writer(writer, tmp_path, capsys):
     """Drafts that fit are extended; one longer than the model's context is rejected and the rest go on."""
     path = drafts_file(tmp_path / "run", num=2)
     with open(path, "a") as handle:
-        row = {"id": "long", "language": "en", "prompt": "Write.", "response": prose(9, 2500)}
+        row = {
+            "id": "long",
+            "language": "en",
+            "prompt": "Write.",
+            "response": prose(9, 5000),
+        }  # its first half alone is too long
         handle.write(json.dumps(row) + "\n")
     flags = ["--rounds", "1", "--max-attempts", "6", "--max-new-tokens", "300", "--no-length-bias"]
     command = ["--model", str(writer), "--input", str(path), "--output", str(path.parent / "extended.jsonl"), *flags]
