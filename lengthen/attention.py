@@ -5,7 +5,7 @@ of every running text and pieces of new prompts, with explicit positions, no mas
 that must know which token belongs to which text is attention, so this module registers its own attention function
 (`AttentionInterface.register`) and leaves everything else to the model's unmodified code.
 
-    keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, 2x faster on a CPU
+    keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, which a CPU likes
     values[layer]  [pages, Hkv, S, D]    S = tokens in a page
 
 Decoding does not gather the pages of a text; the queries go to the pages instead. Every page is multiplied, where it
@@ -332,8 +332,8 @@ class Hook:
     def turn_weights(self) -> None:
         """Lays the weights of the linear layers out for few tokens on a CPU: column by column, same shape, same values.
 
-        A matrix product of 8 to 48 rows with a transposed right operand (what nn.Linear asks for) runs at a third to
-        half of the speed of the plain product; with the weight turned over in memory, F.linear *is* the plain product.
+        A matrix product of 8 to 48 rows with a transposed right operand (what nn.Linear asks for) is slower than the
+        plain product, by how much depends on the machine; with the weight turned over, F.linear *is* the plain product.
         Costs no memory. Tied weights stay as they are: the embedding reads them row by row.
         """
         tied = self.model.get_input_embeddings().weight
@@ -398,7 +398,7 @@ def thin(weight: Tensor) -> bool:
 
 
 def tall_linear(head: nn.Linear, x: Tensor) -> Tensor:
-    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned. 2x faster than x W^T on a CPU."""
+    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned: large first operands suit a CPU's product."""
     rows = x.reshape(-1, x.shape[-1])
     return (head.weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
