@@ -398,7 +398,7 @@ def thin(weight: Tensor) -> bool:
 
 
 def tall_linear(head: nn.Linear, x: Tensor) -> Tensor:
-    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned: large first operands suit a CPU's product."""
+    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned: a CPU prefers the large operand first."""
     rows = x.reshape(-1, x.shape[-1])
     return (head.weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
