@@ -58,5 +58,4 @@ def test_answers_end_by_themselves_and_are_english(loaded):
     assert sum(sample.finish == "eos" for sample in samples) >= 5
     assert all("light" in sample.text and "\ufffd" not in sample.text for sample in samples)
     assert len({sample.text for sample in samples}) == 8  # eight seeds, eight texts
-    assert sampler.stats["shared_tokens"] == 7 * (len(prompt) - 1)
     sampler.close()
