@@ -119,7 +119,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_records(finishe
 def test_the_real_smollm2_at_the_smallest_setting(tmp_path):
     """A real instruct model through every stage; --min-yield is left at its default, so a pair must come out."""
     small = """--instructions 3 --final-instructions 1 --samples 1 --max-attempts 2 --extend-samples 2
-    --extend-attempts 6 --rounds 1 --max-new-tokens 400 --epochs 1 --limit 1 --max-length 1024
+    --extend-attempts 3 --rounds 1 --max-new-tokens 400 --epochs 1 --limit 1 --max-length 1024
     --no-length-bias --min-gain 1""".split()
     command = [sys.executable, "run.py", "--run", str(tmp_path / "smol"), *small]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
