@@ -16,10 +16,9 @@ of `_decode`: it needs `Batch` and the pool, nothing from the sampler.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lengthen import decoder
 from lengthen.records import UserError
 
 NAME = "lengthen_paged"  # key in transformers' registry
@@ -140,14 +140,14 @@ class Batch:
     _owns: Tensor | None = None
 
     def bias(self, window: int) -> Tensor:
-        """[P, 1, 1, S] fp32: 0 where the owner's token may look, -inf elsewhere. One for all layers of a window."""
+        """[P, 1, 1, S] fp32: 0 where the owner's token may look, STABLE elsewhere. One for all layers of a window."""
         if window not in self._bias:
             length = F.pad(self.lengths, (0, 1))[self.owner][:, None]  # [P, 1]; 0 = owned by none, sees nothing
             key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
             seen = key < length
             if window:
                 seen &= key >= length - window  # W keys, the token itself included
-            bias = torch.zeros(key.shape, device=key.device).masked_fill_(~seen, float("-inf"))
+            bias = torch.zeros(key.shape, device=key.device).masked_fill_(~seen, STABLE)
             self._bias[window] = bias[:, None, None]
         return self._bias[window]
 
@@ -296,7 +296,7 @@ class Hook:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.turned: list[nn.Linear] = []
+        self.lent: list[tuple[nn.Module, Callable]] = []  # forwards that replace modules' own while a batch runs
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
         self.shapes = self._probe()
@@ -309,16 +309,14 @@ class Hook:
         for config in self.configs:
             config._attn_implementation = NAME
         _batch = batch
-        head = self.model.get_output_embeddings()
-        swap = type(head) is nn.Linear and head.bias is None and thin(head.weight) and "forward" not in vars(head)
-        if swap:
-            head.forward = partial(tall_linear, head)
+        for module, forward in self.lent:
+            module.forward = forward
         try:
             yield
         finally:
             _batch = None
-            if swap:
-                del head.forward
+            for module, _ in self.lent:
+                del module.forward
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
@@ -328,25 +326,6 @@ class Hook:
             return self.model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]
-
-    def turn_weights(self) -> None:
-        """Lays the weights of the linear layers out for few tokens on a CPU: column by column, same shape, same values.
-
-        A matrix product of 8 to 48 rows with a transposed right operand (what nn.Linear asks for) is slower than the
-        plain product, by how much depends on the machine; with the weight turned over, F.linear *is* the plain product.
-        Costs no memory. Tied weights stay as they are: the embedding reads them row by row.
-        """
-        tied = self.model.get_input_embeddings().weight
-        head = self.model.get_output_embeddings()
-        for module in self.model.modules():
-            if type(module) is nn.Linear and module is not head and module.weight is not tied and thin(module.weight):
-                module.weight.data = module.weight.data.t().contiguous().t()
-                self.turned.append(module)
-
-    def turn_back(self) -> None:
-        for module in self.turned:
-            module.weight.data = module.weight.data.contiguous()
-        self.turned.clear()
 
     def _refuse(self, why: str) -> None:
         name = f"{type(self.model).__name__} (model_type {self.model.config.model_type!r})"
@@ -364,43 +343,41 @@ class Hook:
             self._refuse(f"it has {', '.join(strange)} layers")
         if not getattr(self.model, "_supports_attention_backend", False):
             self._refuse("its attention does not go through transformers' attention interface")
-        device = self.model.get_input_embeddings().weight.device
+        device, dtype = (getattr(self.model.get_input_embeddings().weight, x) for x in ("device", "dtype"))
         ids = (torch.arange(8, device=device) * 7919 + 11) % config.vocab_size
         at, every = torch.arange(8, device=device), torch.arange(8, device=device)
-        own = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        own = self.model(input_ids=ids[None], use_cache=False).logits[0]
         batch = Batch(None)
-        ours = self.forward(batch, ids, at, every).float()
+        ours = self.forward(batch, ids, at, every)
         if len(batch.shapes) != config.num_hidden_layers:
             self._refuse(f"{config.num_hidden_layers - len(batch.shapes)} of its layers are no attention layers")
         kinds = getattr(config, "layer_types", None) or []
         for layer, kind in enumerate(kinds):
             if kind == "sliding_attention" and not batch.shapes[layer].window:
                 self._refuse(f"layer {layer} slides, but its window is not passed to the attention function")
-        dtype = self.model.get_input_embeddings().weight.dtype
-        cache = PagedCache(batch.shapes, 3, 4, device, dtype)
-        pages = [cache.take(), cache.take(), cache.take()]
-        split = [self.forward(piece_batch(cache, pages, 0, 5), ids[:5], at[:5], every[:5])]
-        for i in range(5, 8):
-            split.append(self.forward(token_batch(cache, [pages], [i]), ids[i : i + 1], at[i : i + 1], every[:1]))
-        split = torch.cat(split).float()
-        scale = own.abs().max().clamp(min=1.0)
-        bound = {torch.float32: 1e-3, torch.float64: 1e-6}.get(dtype, 8e-2) * scale
-        for what, got in (("a packed pass", ours), ("a pass split over pages", split)):
-            error = (got - own).abs().max()
-            if not error <= bound:
-                self._refuse(f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})")
+        bound = {torch.float32: 1e-3, torch.float64: 1e-6}.get(dtype, 8e-2) * own.float().abs().max().clamp(min=1)
+
+        def check(what: str, got: Tensor) -> str:
+            error = (got.float() - own.float()).abs().max()
+            why = f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})"
+            return "" if error <= bound else why
+
+        def split() -> Tensor:
+            cache = PagedCache(batch.shapes, 3, 4, device, dtype)
+            pages = [cache.take(), cache.take(), cache.take()]
+            parts = [self.forward(piece_batch(cache, pages, 0, 5), ids[:5], at[:5], every[:5])]
+            for i in range(5, 8):
+                parts.append(self.forward(token_batch(cache, [pages], [i]), ids[i : i + 1], at[i : i + 1], every[:1]))
+            return torch.cat(parts)
+
+        if why := check("a packed pass", ours):
+            self._refuse(why)
+        self.lent = decoder.forwards(self.model, attend, {i: shape.window for i, shape in batch.shapes.items()})
+        if self.lent and check("a pass in few operations", split()):
+            self.lent = []  # a model of a known kind that is not quite that: its own code serves it
+        if why := check("a pass split over pages", split()):
+            self._refuse(why)
         return batch.shapes
-
-
-def thin(weight: Tensor) -> bool:
-    """Whether a weight is one that `turn_weights` and `tall_linear` help: measured for fp32 on CPUs only."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
-def tall_linear(head: nn.Linear, x: Tensor) -> Tensor:
-    """head(x) for a weight [V, H] with far more rows than x: W x^T, turned: a CPU prefers the large operand first."""
-    rows = x.reshape(-1, x.shape[-1])
-    return (head.weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 def token_batch(cache: PagedCache, tables: Sequence[list[int]], positions: Sequence[int]) -> Batch:

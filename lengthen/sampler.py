@@ -18,7 +18,6 @@
 5. When the pages run out the youngest text gives its pages back, keeps its tokens, and is computed again later.
 """
 
-import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lengthen.attention import Hook, PagedCache, make_batch
+from lengthen.decoder import physical_memory
 from lengthen.draw import draw, penalise
 from lengthen.records import UserError
 
@@ -155,8 +155,6 @@ class Sampler:
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
         self.notes: list[str] = []
         self.hook = Hook(model)
-        if not cuda:
-            self.hook.turn_weights()
         self.vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self.context = self._fixed_rope(context)
 
@@ -188,8 +186,8 @@ class Sampler:
         self.stats["seconds"] = 0.0
 
     def close(self) -> None:
-        """Gives the memory of keys and values back and the weights their usual layout."""
-        self.hook.turn_back()
+        """Gives the memory of keys and values and of the weights' copies back."""
+        self.hook.lent.clear()
         self.past.clear()
         self.cache.keys.clear()
         self.cache.values.clear()
@@ -538,7 +536,3 @@ class Sampler:
 def signed(seed: int) -> int:
     """The low 64 bits of an integer, as int64 has them."""
     return ((seed & 0xFFFFFFFFFFFFFFFF) ^ 1 << 63) - (1 << 63)
-
-
-def physical_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,118 @@
+"""A decoder layer in few operations, for decoding on a CPU.
+
+Decoding a handful of texts, a step multiplies each weight by a few columns: it takes what reading the weights from
+memory takes, if nothing else is in the way. Two things are, in the model's own code. nn.Linear's layout is the slow
+one for so few rows, and a layer is about a hundred small operations, each of which costs a CPU 5 to 50 us however
+small it is. So, for fp32 on a CPU:
+
+1. Weights are laid out once for few rows: large ones in oneDNN's blocked format, small ones column by column.
+2. A layer of the Llama, Mistral, Qwen2 and Qwen3 kind runs as `Layer` below: query, key and value as one product,
+   gate and up as one, RMSNorm and RoPE in as few passes as torch has. Other layers keep their code, with 1.
+
+Nothing is installed in the model: `forwards` are lent to it for one pass (attention.Hook does that, and compares the
+logits with the model's own before the first). The copies take as much memory as the weights they stand for, so they
+are only made of models that take a quarter of the machine's memory or less.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
+ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
+
+# T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP.
+
+
+def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of linear layers with the same input, side by side: [..., in] -> [..., sum of outs].
+
+    `norm`: the RMSNorm in front of them, whose weight is multiplied into theirs; `unit` does the rest of it.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    weight = weight if norm is None else weight * norm.weight
+    biases = [torch.zeros(len(one.weight)) if one.bias is None else one.bias for one in layers]
+    bias = torch.cat(biases) if any(one.bias is not None for one in layers) else None
+    if weight.numel() >= BLOCKED and torch.backends.mkldnn.is_available():
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        multiply = torch.ops.mkldnn._linear_pointwise
+        return lambda x: multiply(x, blocked, bias, "none", [], "")
+    turned = weight.detach().t().contiguous().t()  # same shape and values; F.linear is then a plain product
+    return lambda x: F.linear(x, turned, bias)
+
+
+class Layer:
+    """Stands in for a decoder layer's forward: h = x + attention(norm(x)); h + MLP(norm(h))."""
+
+    def __init__(self, layer: nn.Module, attend: Callable, window: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attend, self.module, self.window = attend, attention, window
+        self.head, self.heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
+        self.values = attention.v_proj.out_features // self.head
+        self.out = product([attention.o_proj])
+        self.gate_up = product([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
+        self.down, self.activation = product([mlp.down_proj]), mlp.act_fn
+        self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
+        self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+
+    def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object) -> Tensor:
+        """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]."""
+        T, keys = x.shape[1], self.heads + self.values  # where the keys end, counted in heads
+        qkv = self.qkv(unit(x[0], self.eps[0])).view(T, -1, self.head)
+        qk = qkv[:, :keys]
+        if self.head_norms:  # Qwen3
+            parts = zip(self.head_norms, qk.split([self.heads, keys - self.heads], 1), strict=True)
+            qk = torch.cat([unit(part, norm.variance_epsilon) * norm.weight for norm, part in parts], 1)
+        cos, sin = (one[0, :, None] for one in position_embeddings)
+        half = self.head // 2
+        turned = torch.cat([qk[..., half:].neg(), qk[..., :half]], -1)
+        qk = torch.addcmul(qk * cos, turned, sin).transpose(0, 1)[None]
+        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:].transpose(0, 1)[None]
+        out, _ = self.attend(self.module, q, k, v, None, scaling=self.module.scaling, sliding_window=self.window)
+        h = x + self.out(out.view(1, T, -1))
+        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)
+        return h + self.down(self.activation(gate) * up)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, without its weight. (torch's F.rms_norm takes 8 times as long for a prompt.)"""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * size.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether `Layer` can stand in for it: of a known kind, and nobody has put other modules inside (LoRA, 4 bits)."""
+    if type(layer).__name__ not in KINDS:
+        return False
+    inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
+    return len(inside) == 7 and all(type(module) is nn.Linear for module in inside.values())
+
+
+def forwards(model: nn.Module, attend: Callable, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
+    """Modules with the forward to lend them. windows: the sliding window of each layer, 0 = none."""
+    found, covered = [], set()
+    if sum(p.numel() * p.itemsize for p in model.parameters()) > physical_memory() // 4:
+        return []
+    for module in model.modules():  # parents come before their children
+        if module in covered or not fp32_on_cpu(module):
+            continue
+        if plain(module):
+            covered.update(module.modules())
+            found.append((module, Layer(module, attend, windows[module.self_attn.layer_idx])))
+        elif type(module) is nn.Linear:
+            found.append((module, product([module])))
+    return found
+
+
+def fp32_on_cpu(module: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
+
+
+def physical_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,101 @@
+"""The decoder layer in few operations against the model's own code.
+
+python -m pytest -q tests/test_decoder.py
+"""
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+from lengthen import decoder, lora
+from lengthen.attention import Batch, Hook
+from lengthen.sampler import Request, Sampler, Sampling
+
+LEAN = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def random_model(family: str, **changes: object):
+    """Every parameter random: a new model's norm weights are ones and its biases zeros, which would hide mistakes."""
+    model = tiny_model(family, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+    return model
+
+
+def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(len(ids))
+    with torch.no_grad():
+        return hook.forward(Batch(None), ids, at, at)
+
+
+@pytest.mark.parametrize("blocked", [1, 10**9], ids=["oneDNN's layout", "column by column"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models_own(family, blocked, monkeypatch):
+    monkeypatch.setattr(decoder, "BLOCKED", blocked)
+    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model = random_model(family, **biases)
+    ids = torch.randint(3, 400, (20,))
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0]
+    hook = Hook(model)
+    layers = [forward for _, forward in hook.lent if isinstance(forward, decoder.Layer)]
+    assert len(layers) == (model.config.num_hidden_layers if family in LEAN else 0)
+    assert any(module is model.lm_head for module, _ in hook.lent)
+    for count in (1, 2, 20):
+        torch.testing.assert_close(logits(hook, ids[:count]), own[:count], rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_itself_again_behind_a_pass():
+    model = random_model("qwen3")
+    ids = torch.randint(3, 400, (1, 9))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        logits(Hook(model), ids[0])
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
+    """Where the logits are not the model's own, the sampler takes the model's own code, and the texts stay right."""
+    model = random_model("llama")
+    prompt, sampling = list(range(3, 20)), Sampling(temperature=0, max_new_tokens=12)
+
+    def write() -> tuple[list[int], Sampler]:
+        sampler = Sampler(model, tiny_tokenizer(), eos_ids={2}, context=256)
+        sampler.add(Request(0, prompt, 0, sampling))
+        return next(sampler.run()).token_ids, sampler
+
+    right, sampler = write()
+    assert sampler.hook.lent
+    own = decoder.Layer.__call__
+    monkeypatch.setattr(decoder.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
+    ids, sampler = write()
+    assert not sampler.hook.lent
+    assert ids == right
+
+
+def test_lora_inside_a_layer_is_not_passed_over():
+    """Layers over 4-bit weights hold LoRA modules: products of the bare weights would forget the adapter."""
+    model = random_model("llama")
+    lora.attach(model, rank=4, alpha=8)
+    assert not any(decoder.plain(module) for module in model.modules())
+    for layer in lora.lora_layers(model).values():
+        torch.nn.init.normal_(layer.B, std=0.2)
+    ids = torch.randint(3, 400, (12,))
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(logits(Hook(model), ids), own, rtol=1e-4, atol=1e-4)
+
+
+def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
+    model = random_model("llama")
+    monkeypatch.setattr(decoder, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)
+    assert Hook(model).lent == []
+
+
+def test_bf16_keeps_its_code():
+    assert Hook(random_model("llama").to(torch.bfloat16)).lent == []
