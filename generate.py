@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
-JUDGE_BATCH = 16  # instructions judged at a time, between two steps of the sampler
+JUDGE_BATCH = 8  # instructions judged at a time, between two steps of the sampler
+RETRIES = 2  # draws at a time for an instruction whose first one failed: one by one, the last few take the longest
 NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
 YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
 APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
@@ -159,8 +160,9 @@ def write_instructions(
     chat = loaded.chat
     wanted = {r["id"]: (r, pair) for r, pair in zip(records, shots, strict=True)}
     turns = deque((r["id"], 0) for r in records)
-    unjudged, failures = [], Counter()
+    asked, failures = set(drawn), Counter()
     no_judge = args.judge_margin == float("-inf")
+    unjudged = [draw for draw, (_, reason) in drawn.items() if not reason and draw not in margins and not no_judge]
 
     def verdict(draw: tuple[str, int]) -> str | None:
         """A reason, "" = passed (but for near-duplicates), None = not known yet."""
@@ -170,14 +172,19 @@ def write_instructions(
             return ""
         return None if draw not in margins else "" if margins[draw] > args.judge_margin else "judge"
 
-    def advance(id_: str, attempt: int) -> None:
-        """Ask for the next draw as soon as this one is known to have failed: its turn may be far away."""
+    def advance(id_: str) -> None:
+        """Ask for the next draws as soon as one is known to have failed: its turn may be far away."""
+        attempt = 0
         while verdict((id_, attempt)) and attempt + 1 < args.max_attempts:
             attempt += 1
-        if (id_, attempt) in drawn:
-            if verdict((id_, attempt)) is None:
-                unjudged.append((id_, attempt))
+        if verdict((id_, attempt)) == "":
             return
+        for ahead in range(attempt, min(attempt + (RETRIES if attempt else 1), args.max_attempts)):
+            if (id_, ahead) not in asked:
+                ask(id_, ahead)
+
+    def ask(id_: str, attempt: int) -> None:
+        asked.add((id_, attempt))
         record, pair = wanted[id_]
         language = record["language"]
         examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
@@ -188,7 +195,8 @@ def write_instructions(
 
     def judge() -> None:
         """Log-probability of yes minus that of no, for all that wait; a question that does not fit gets a no."""
-        pairs, asked, waiting = [], [], unjudged.copy()
+        pairs, questions = [], []
+        waiting = [draw for draw in unjudged if draw[0] not in job.done_ids]
         unjudged.clear()
         for id_, attempt in waiting:
             language = wanted[id_][0]["language"]
@@ -198,13 +206,13 @@ def write_instructions(
             if len(prompt_ids) + max(map(len, answers)) > loaded.context:
                 note_margin(id_, attempt, -1e9)
                 continue
-            asked.append((id_, attempt))
+            questions.append((id_, attempt))
             pairs += [(prompt_ids, answer) for answer in answers]
         logprobs = [float(values.sum()) for values in sampler.logprobs(pairs)] if pairs else []
-        for draw, yes, no in zip(asked, logprobs[::2], logprobs[1::2], strict=True):
+        for draw, yes, no in zip(questions, logprobs[::2], logprobs[1::2], strict=True):
             note_margin(*draw, yes - no)
-        for draw in waiting:
-            advance(*draw)
+        for id_, _ in waiting:
+            advance(id_)
 
     def note_margin(id_: str, attempt: int, margin: float) -> None:
         job.note({"id": id_, "attempt": attempt, "margin": margin})
@@ -218,21 +226,21 @@ def write_instructions(
             if not reason and not distinct.add(prompt, language):
                 # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
                 reason = "duplicate"
+                drawn[id_, attempt] = prompt, reason
             record = {**wanted[id_][0], "attempt": attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
             if reason:
                 failures[reason] += 1
             if reason and attempt + 1 < args.max_attempts:
                 turns.append((id_, attempt + 1))
-                if reason == "duplicate":  # for any other reason it was drawn when the reason was found
-                    advance(id_, attempt + 1)
+                advance(id_)
             elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
                 job.reject(record, reason) if reason else job.accept(record)
 
     for record in records:
-        advance(record["id"], 0)
+        advance(record["id"])
     with cli.progress("instructions", len(records)) as bar:
+        take_turns()
         while turns:
-            take_turns()
             for sample in sampler.run():
                 id_, attempt = sample.request.key
                 prompt, reason = examine_instruction(sample.text, sample.finish, wanted[id_][0]["language"])
@@ -240,11 +248,15 @@ def write_instructions(
                 entries.append(entry)
                 job.note(entry)
                 drawn[id_, attempt] = prompt, reason
-                advance(id_, attempt)
+                if not reason and not no_judge:
+                    unjudged.append((id_, attempt))
+                advance(id_)
                 if len(unjudged) >= JUDGE_BATCH:
                     judge()
                 take_turns()
-                bar.update(len(job.done_ids), f"{len(job.records)} accepted")
+                bar.update(len(job.done_ids), f"{len(job.records)} accepted, {len(entries)} draws")
+                if not turns:
+                    break  # what still runs was drawn ahead, and is not needed
             judge()
             take_turns()
     for reason, times in failures.items():
@@ -368,7 +380,7 @@ def constrain(args: argparse.Namespace) -> None:
             # 2) woven in by the model, else appended
             def ask(record: dict) -> tuple[str, int]:
                 fields = {"instruction": record["prompt"], "constraint": record["constraint"]}
-                limit = 4 * count_words(record["prompt"]) + 128  # tokens: a rewritten instruction, not an answer
+                limit = 3 * count_words(record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
                 return fill("constrain", record["language"], **fields), limit
 
             stats = draw_each(args, job, records, "demands", ask, examine_query, append_demand)

@@ -49,7 +49,7 @@ DEMO = {
     "final_instructions": 6,
     "samples": 1,
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
-    "extend_samples": 6,  # likewise
+    "extend_samples": 8,  # likewise
     "extend_attempts": 1,
     "rounds": 1,
     "max_new_tokens": 640,
@@ -57,6 +57,7 @@ DEMO = {
     "demand_min": 150,
     "demand_max": 1500,
     "demand_steps": "50,100",
+    "demand_attempts": 1,  # 45 draws of this model wove in none: nearly all demands are appended
     "epochs": 2,
     "learning_rate": 2e-4,
     "benchmark": "mini",
@@ -139,7 +140,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     constrained = f"{run}/final/constrained.jsonl"
     command = ["generate.py", "constrain", *common, "--input", *extended, answers]
     command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
-    add("final", "constrain", [*command, *flags(output=constrained)])
+    add("final", "constrain", [*command, *flags(max_attempts=args.demand_attempts, output=constrained)])
     final = train("final", "generator", [constrained], "", [])
 
     evaluate("base", "")
@@ -296,6 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demand-min", type=cli.at_least(1), default=2000, help="shortest answer that gets a demand, words")
     add("--demand-max", type=cli.at_least(1), default=8000, help="longest, words")
     add("--demand-steps", default="1000,2000", help="demands are rounded to these, words (80 %% and 20 %%)")
+    add("--demand-attempts", type=cli.at_least(1), default=5, help="draws before a demand is appended")
     # evaluation
     add("--benchmark", default="mini", help="mini, a JSONL file in LonGen's format, or a hub id")
     add("--limit", type=cli.at_least(0), default=0, help="queries of the benchmark; 0 = all")

@@ -29,6 +29,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -20,11 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lengthen  # noqa: E402, F401  before torch: it sets how OpenMP's threads wait, for both sides
+
+# isort: split
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
 from lengthen.model import LoadedModel, load_model  # noqa: E402
 from lengthen.sampler import Request, Sampler, Sampling  # noqa: E402

@@ -261,7 +261,10 @@ class Recompute:
     def __init__(self, model, token_bytes: int, budget: float):
         config = model.config.get_text_config()
         if model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
+            prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(model, f"{prefix}_checkpointing_enable")
+            enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
         self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.layer_bytes = token_bytes / config.num_hidden_layers
         self.input_bytes = config.hidden_size * model.dtype.itemsize
