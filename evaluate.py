@@ -43,8 +43,8 @@ from rich.table import Table
 from lengthen import cli
 from lengthen.demands import full_marks, length_score, parse_demand, stated_demands
 from lengthen.figures import length_following
+from lengthen.jobs import Job
 from lengthen.records import (
-    Job,
     UserError,
     draw_seed,
     filter_language,

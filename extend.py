@@ -42,8 +42,8 @@ from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.chat import fill, template_hashes
+from lengthen.jobs import Job
 from lengthen.records import (
-    Job,
     UserError,
     draw_seed,
     filter_language,

@@ -32,7 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from rich.table import Table  # noqa: E402
 
 from lengthen import cli  # noqa: E402
-from lengthen.records import UserError, read_jsonl, read_sidecar  # noqa: E402
+from lengthen.jobs import read_sidecar  # noqa: E402
+from lengthen.records import UserError, read_jsonl  # noqa: E402
 
 STAGES = ("instructions", "responses", "extend", "constrain", "generator", "extender", "evaluate")
 LOSS_TOLERANCE = 1e-6

@@ -20,18 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lengthen.records import (
-    Appender,
-    Lock,
-    UserError,
-    check_inputs,
-    check_settings,
-    input_hashes,
-    read_jsonl,
-    read_sidecar,
-    replace_file,
-    versions,
-)
+from lengthen.jobs import Lock, check_inputs, check_settings, input_hashes, read_sidecar, versions
+from lengthen.records import Appender, UserError, read_jsonl, replace_file
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png")
 NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"

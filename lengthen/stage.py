@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lengthen import cli
-from lengthen.records import LANGUAGES, Job, fingerprint
+from lengthen.jobs import Job
+from lengthen.records import LANGUAGES, fingerprint
 from lengthen.text import length_bias
 
 if TYPE_CHECKING:

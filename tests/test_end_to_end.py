@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lengthen.records import read_jsonl, read_sidecar
+from lengthen.jobs import read_sidecar
+from lengthen.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--instructions 6 --final-instructions 3 --samples 2 --max-attempts 3 --extend-samples 1 --extend-attempts 4

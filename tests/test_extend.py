@@ -11,7 +11,8 @@ import pytest
 from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import extend
-from lengthen.records import LowYield, UserError, read_jsonl, read_sidecar
+from lengthen.jobs import read_sidecar
+from lengthen.records import LowYield, UserError, read_jsonl
 from lengthen.text import count_words
 
 RULES = Namespace(rounds=2, max_attempts=4, min_gain=1.2, one_stage=False)

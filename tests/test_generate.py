@@ -13,7 +13,8 @@ from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import generate
 from lengthen.demands import length_score, parse_demand
-from lengthen.records import UserError, new_record, read_jsonl, read_sidecar
+from lengthen.jobs import read_sidecar
+from lengthen.records import UserError, new_record, read_jsonl
 from lengthen.text import count_words, length_bias
 
 SEEDS = [{"id": f"s{i}", "language": "en", "prompt": f"Write {prose(100 + i, 12, 1)}"} for i in range(5)]

@@ -1,6 +1,7 @@
 """pytest tests/test_imports.py: who may import whom, read from the source; and that the leaves load without torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -10,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = {path.stem for path in ROOT.glob("*.py")}
-LEAVES = {"lengthen.records", "lengthen.text", "lengthen.demands", "lengthen.cli"}  # these never need torch
+LEAVES = {
+    "lengthen.records",
+    "lengthen.jobs",
+    "lengthen.text",
+    "lengthen.demands",
+    "lengthen.cli",
+}  # these never need torch
 TORCH = {
     "torch",
     "transformers",
@@ -82,9 +89,25 @@ def test_no_imports_in_a_circle():
         assert not graph[below] & {"lengthen.model"}, f"{below} works on any model: it must not load one"
 
 
-def test_the_package_is_a_docstring():
-    path = ROOT / "lengthen" / "__init__.py"
-    assert [type(node) for node in ast.parse(path.read_text("utf-8")).body] == [ast.Expr]
+def test_the_package_imports_nothing_of_ours():
+    assert imports(ROOT / "lengthen" / "__init__.py") == {"os"}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_threads_wait_asleep_in_every_stage(stage):
+    """OpenMP reads its policy when torch loads it: a spinning thread made steps ten times as long beside other work."""
+    code = f"import sys, {stage}; names = list(sys.modules); print(names.index('lengthen'), names.index('torch'))"
+    code = code.replace("names.index('torch')", "names.index('torch') if 'torch' in names else len(names)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours, torchs = map(int, done.stdout.split())
+    assert ours < torchs
+    code = "import lengthen, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):  # the user's own choice stands
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=env
+        )
+        assert done.stdout.strip() == want
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

@@ -1,4 +1,4 @@
-"""records.py: nothing lost, nothing twice.   python -m pytest tests/test_records.py"""
+"""records.py and jobs.py: nothing lost, nothing twice.   python -m pytest tests/test_records.py"""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lengthen import records
-from lengthen.records import Appender, Job, LowYield, UserError, new_record, read_jsonl
+from lengthen.jobs import Job, read_sidecar
+from lengthen.records import Appender, LowYield, UserError, new_record, read_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,7 +200,7 @@ def test_job_resumes_and_a_finished_one_is_complete(tmp_path):
         j.reject(row("2"), "ending")
         j.count("ending", 3)
         raise RuntimeError
-    assert records.read_sidecar(j.output)["status"] == "running"
+    assert read_sidecar(j.output)["status"] == "running"
     with job(tmp_path) as j:
         assert j.done_ids == {"1", "2"} and not j.complete and j.counts["ending"] == 3
         j.accept(row("3", words=30))
@@ -207,7 +208,7 @@ def test_job_resumes_and_a_finished_one_is_complete(tmp_path):
     assert summary["accepted"] == 2 and summary["rejected"] == {"ending": 1} and summary["tokens"] == 7
     with job(tmp_path) as j:
         assert j.complete and j.finish() == summary
-    meta = records.read_sidecar(j.output)
+    meta = read_sidecar(j.output)
     assert meta["status"] == "done" and meta["words"]["max"] == 30 and meta["versions"]["torch"]
 
 
@@ -250,7 +251,7 @@ def test_a_second_writer_is_refused_and_the_lock_goes_with_the_process(tmp_path)
         pass
     code = f"""
 import os, signal
-from lengthen.records import Job
+from lengthen.jobs import Job, read_sidecar
 with Job("responses", {str(j.output)!r}, settings={{"a": 1}}):
     os.kill(os.getpid(), signal.SIGKILL)
 """

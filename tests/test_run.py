@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import run
-from lengthen.records import Lock, UserError
+from lengthen.jobs import Lock
+from lengthen.records import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -637,7 +637,7 @@ def test_three_in_a_row_stop_the_run(run, tmp_path, monkeypatch):
 
 def test_two_writers_of_one_folder(run, tmp_path):
     (tmp_path / "out").mkdir()
-    from lengthen.records import Lock
+    from lengthen.jobs import Lock
 
     lock = Lock(tmp_path / "out")
     with pytest.raises(UserError, match="being written by another process"):

@@ -1,0 +1,337 @@
+"""The promise that nothing is lost and nothing is done twice: one stage, one output file, one writer.
+
+A stage reads JSONL, appends one line per finished sample, and leaves a sidecar `X.meta.json` beside `X.jsonl`.
+
+    X.jsonl            accepted records, one per line
+    X.rejected.jsonl   records given up, with a `reason`
+    X.meta.json        the sidecar: stage, status ("running" or "done"), settings, input hashes, counts, times
+    X.work.jsonl       a journal of work inside a job; exists only while the stage runs
+
+`Job` holds the rules: one writer at a time, torn last lines cut before anything is appended, other settings
+refused, whole-file decisions made last and by rename. No torch here, so a no-op resume takes a fraction of a second.
+"""
+
+import datetime
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
+
+WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a result; "" where not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "triton", "bitsandbytes", "flash-attn"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def sidecar_path(output: str | Path) -> Path:
+    """X.meta.json beside X.jsonl; meta.json inside a folder (an adapter)."""
+    output = Path(output)
+    return output / "meta.json" if output.is_dir() else output.with_name(output.stem + ".meta.json")
+
+
+def read_sidecar(output: str | Path) -> dict:
+    """The sidecar of an output, {} where there is none. UserError when it is damaged."""
+    path = sidecar_path(output)
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}", "run the stage that wrote it again with --overwrite") from None
+
+
+def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
+    """File name (with its folder, two files may share one) -> sha256 of its bytes, 16 hex digits."""
+    return {f"{Path(p).parent.name}/{Path(p).name}": _file_hash(Path(p)) for p in inputs}
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as handle:
+            return (
+                hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+                if hasattr(hashlib, "file_digest")
+                else (hashlib.sha256(handle.read()).hexdigest()[:16])
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
+
+
+def check_inputs(inputs: Sequence[str | Path], allow_partial: bool) -> None:
+    """A stage's input must be whole: its sidecar, where it has one, says "done"."""
+    for path in inputs:
+        meta = read_sidecar(path)
+        if meta and meta.get("status") != "done" and not allow_partial:
+            raise UserError(
+                f"{path} is not finished: its sidecar says {meta.get('status')!r}",
+                "run the stage that writes it again until it is done, or pass --allow-partial",
+            )
+
+
+def check_settings(meta: dict, settings: dict, output: Path) -> None:
+    """Refuse to mix two runs in one file: the sidecar's settings must be ours."""
+    before = meta.get("settings", {})
+    now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            old, new = before.get(name, "(not set)"), now.get(name, "(not set)")
+            raise UserError(
+                f"{output} was made with {name} = {old!r}, this command says {new!r}",
+                "--overwrite starts it afresh, another --output keeps both",
+            )
+
+
+class Lock:
+    """One writer a file. The kernel frees it when the process dies, however it dies."""
+
+    def __init__(self, output: Path):
+        self.path = output.with_name(f".{output.name}.lock")
+        while True:
+            try:
+                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise no_room(self.path, error) from error
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self.descriptor)
+                raise UserError(
+                    f"{output} is being written by another process", "wait for it, or choose another --output"
+                ) from None
+            try:
+                if os.stat(self.path).st_ino == os.fstat(self.descriptor).st_ino:
+                    return
+            except FileNotFoundError:
+                pass  # the previous holder removed the file between our open and our lock: take a new one
+            os.close(self.descriptor)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+class Job:
+    """One stage writing one JSONL file: see the module's docstring. Use as a context manager.
+
+    settings: everything that changes the result (it must match to resume); info: what does not (device, rows).
+    With `journal`, work inside a record is noted too and found again in `.journal` after a kill.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        output: str | Path,
+        *,
+        inputs: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
+        info: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        allow_partial: bool = False,
+        journal: bool = False,
+    ):
+        self.stage, self.output = stage, Path(output)
+        self.rejected_path = self.output.with_name(self.output.stem + ".rejected.jsonl")
+        self.work_path = self.output.with_name(self.output.stem + ".work.jsonl")
+        self.inputs, self.info, self.overwrite = list(inputs), dict(info or {}), overwrite
+        self.settings = dict(settings or {})
+        self.allow_partial, self.use_journal = allow_partial, journal
+        self.counts: Counter[str] = Counter()
+        self.started = self.saved = time.monotonic()
+
+    # -- opening and closing -------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Job":
+        if self.output.is_dir():
+            raise UserError(f"--output {self.output} is a folder", f"--output {self.output}/{self.stage}.jsonl")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise no_room(self.output, error) from error
+        check_inputs(self.inputs, self.allow_partial)
+        self.settings["inputs"] = input_hashes(self.inputs)
+        self.lock = Lock(self.output)
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        files = (self.output, self.rejected_path, self.work_path, sidecar_path(self.output))
+        for path in files:
+            if self.overwrite:
+                path.unlink(missing_ok=True)
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)  # of a process killed before its rename; we hold the lock
+        meta = read_sidecar(self.output)
+        if meta:
+            check_settings(meta, self.settings, self.output)
+        elif self.output.exists() and self.output.stat().st_size:
+            raise UserError(
+                f"{self.output} exists, but not its sidecar {sidecar_path(self.output).name}: not made by this stage?",
+                "--overwrite replaces it, another --output keeps it",
+            )
+        self.complete = meta.get("status") == "done"
+        self.meta = meta or {"stage": self.stage, "created": _now(), "seconds": 0.0}
+        self.seconds_before = self.meta.get("seconds", 0.0)
+        self.counts.update(self.meta.get("attempt_reasons", {}))
+        self.writers = {p: Appender(p) for p in (self.output, self.rejected_path)}
+        if self.use_journal and not self.complete:
+            self.writers[self.work_path] = Appender(self.work_path)
+        self.records = [r for _, r in numbered_lines(self.output)]
+        self.rejected = [r for _, r in numbered_lines(self.rejected_path)]
+        self.journal = [r for _, r in numbered_lines(self.work_path)] if self.work_path in self.writers else []
+        if not self.complete:
+            self._undo_whole_file_decisions()
+            self._save("running")
+        self.done_ids = {r["id"] for r in self.records} | {r["id"] for r in self.rejected}
+
+    def _undo_whole_file_decisions(self) -> None:
+        """Killed between the two renames of drop(): what it moved counts as accepted until it is decided again."""
+        have = {r["id"] for r in self.records}
+        moved = [r for r in self.rejected if r["reason"] in WHOLE_FILE_REASONS]
+        self.rejected = [r for r in self.rejected if r["reason"] not in WHOLE_FILE_REASONS]
+        for record in moved:
+            if record["id"] not in have:
+                self.records.append({k: v for k, v in record.items() if k != "reason"})
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            for writer in self.writers.values():
+                writer.close()
+            if kind is not None and not self.complete:
+                try:
+                    self._save("running")
+                except UserError:
+                    pass  # a full disk is already being reported: its message must not hide behind this one
+        finally:
+            self.lock.release()
+
+    # -- while it runs -------------------------------------------------------------------------------------
+
+    def accept(self, record: dict) -> None:
+        """A finished sample: on disk when this returns."""
+        self.writers[self.output].append(record)
+        self.records.append(record)
+        self.done_ids.add(record["id"])
+        self._save_now_and_then()
+
+    def reject(self, record: dict, reason: str) -> None:
+        """A sample given up for good: what it would have been, and why."""
+        self.writers[self.rejected_path].append({**record, "reason": reason})
+        self.rejected.append({**record, "reason": reason})
+        self.done_ids.add(record["id"])
+
+    def count(self, reason: str, n: int = 1) -> None:
+        """A single failed attempt: only counted."""
+        self.counts[reason] += n
+        self._save_now_and_then()
+
+    def note(self, entry: dict) -> None:
+        """One step inside a job, so that a kill costs only the texts being decoded."""
+        self.writers[self.work_path].append(entry)
+
+    def update_info(self, **info: Any) -> None:
+        self.info.update(info)
+
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """The last, whole-file decision: the records named by id move to the rejected file, both files by rename."""
+        assert set(reasons.values()) <= set(WHOLE_FILE_REASONS), reasons
+        order = {r["id"]: i for i, r in enumerate(sorted(self.records, key=lambda r: r["id"]))}
+        moved = sorted((r for r in self.records if r["id"] in reasons), key=lambda r: order[r["id"]])
+        self.records = [r for r in self.records if r["id"] not in reasons]
+        self.rejected += [{**r, "reason": reasons[r["id"]]} for r in moved]
+        # The rejected file first: killed in between, a record is in both files, never in none.
+        for path, rows in ((self.rejected_path, self.rejected), (self.output, self.records)):
+            self.writers.pop(path).close()
+            replace_file(path, b"".join(map(to_line, rows)))
+            self.writers[path] = Appender(path)
+
+    def finish(self, min_yield: int = 1, **stats: Any) -> dict:
+        """Mark the output whole and return the summary; LowYield when fewer than `min_yield` records came out.
+
+        `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
+        """
+        if not self.complete:
+            self.meta["stats"] = stats
+            for writer in self.writers.values():
+                writer.sync()
+            self._save("done")
+            self.complete = True
+            if self.work_path in self.writers:
+                self.writers.pop(self.work_path).close()
+        self.work_path.unlink(missing_ok=True)
+        reasons = Counter(r["reason"] for r in self.rejected)
+        summary = {
+            "stage": self.stage,
+            "output": str(self.output),
+            "accepted": len(self.records),
+            "rejected": dict(reasons.most_common()),
+            "failed_attempts": dict(self.counts.most_common()),
+            "words": word_statistics(self.records),
+            "seconds": round(self.meta["seconds"], 1),
+            **self.meta.get("stats", {}),
+        }
+        if len(self.records) < min_yield:
+            why = ", ".join(f"{n} x {r}" for r, n in (reasons + self.counts).most_common()) or "nothing was tried"
+            raise LowYield(
+                f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
+                "more input, more --max-attempts, or a stronger --model; *.rejected.jsonl shows what was written",
+            )
+        return summary
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self.saved > 5.0:  # seconds; after a kill the counts are at most that old
+            self._save("running")
+
+    def _save(self, status: str) -> None:
+        self.saved = time.monotonic()
+        self.meta.update(
+            status=status,
+            settings=self.settings,
+            info=self.info,
+            versions=versions(),
+            updated=_now(),
+            seconds=self.seconds_before + time.monotonic() - self.started,
+            accepted=len(self.records),
+            rejected=dict(Counter(r["reason"] for r in self.rejected).most_common()),
+            attempt_reasons=dict(self.counts.most_common()),
+            words=word_statistics(self.records),
+        )
+        replace_file(sidecar_path(self.output), json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def word_statistics(records: Sequence[dict]) -> dict[str, float]:
+    """Median, p90, maximum and sum of the words of the records (of their prompts where they hold no response)."""
+    words = sorted(r.get("response_words", r.get("prompt_words", -1)) for r in records)
+    words = [w for w in words if w >= 0]
+    if not words:
+        return {}
+    p90 = words[min(len(words) - 1, int(0.9 * len(words)))]
+    return {"median": statistics.median(words), "p90": p90, "max": words[-1], "sum": sum(words)}
