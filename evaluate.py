@@ -160,7 +160,7 @@ def contradictions(rows: Sequence[dict]) -> list[dict]:
 # Answers
 
 
-def answered(row: dict, response: str, finish: str, response_tokens: int) -> dict:
+def answered(row: dict, response: str, finish: str, response_tokens: int, perplexity: float = -1.0) -> dict:
     """The row with an answer and everything that is measured on the answer alone."""
     words = longen_words(response)
     demand = row["type"], row["min_words"], row["max_words"]
@@ -172,6 +172,7 @@ def answered(row: dict, response: str, finish: str, response_tokens: int) -> dic
         "response_tokens": response_tokens,
         "finish": finish,
         "length_score": round(length_score(words, *demand), 6) if row["constraint"] else -1.0,
+        "perplexity": round(perplexity, 4),
     }
 
 
@@ -181,13 +182,14 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
 
     loaded, sampler = open_model(args, job)
     sampling = sampling_of(args)
-    waiting = {}
+    waiting, prompts = {}, {}
     for row in rows:
         prompt_ids = loaded.chat.encode([{"role": "user", "content": row["query"]}])
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
                 waiting[id_] = {**row, "id": id_, "sample": sample, "run_id": run_id_of(job.output)}
+                prompts[id_] = prompt_ids
                 sampler.add(Request(id_, prompt_ids, draw_seed(args.seed, id_, 0), sampling))
     with cli.progress("answers", len(rows) * args.samples) as bar:
         bar.update(len(job.done_ids))
@@ -197,7 +199,9 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
                 cli.say(f"  {row['id']}: {sample.error}")
                 job.reject(row, "context")
             else:
-                job.accept(answered(row, sample.text, sample.finish, sample.num_tokens))
+                [logprobs] = sampler.logprobs([(prompts[row["id"]], sample.token_ids)])
+                perplexity = math.exp(-logprobs.mean().item())
+                job.accept(answered(row, sample.text, sample.finish, sample.num_tokens, perplexity))
             bar.update(len(job.done_ids))
 
 
@@ -289,6 +293,7 @@ def score(outputs: Sequence[dict]) -> dict:
     asked = [r for r in outputs if r["length_score"] >= 0]
     every = [r["response_words"] for r in outputs]
     counted = [r["response_tokens"] for r in outputs if r["response_tokens"] >= 0]
+    perplexities = [r["perplexity"] for r in outputs if r["perplexity"] >= 0]
     ended = mean([r["length_score"] for r in asked if r["finish"] == "eos"])
     loops = [r["finish"] == "repetition" or is_loop(r["response"], r["language"]) for r in outputs]
     distinct, distinct_answers = distinct_3([r["response"] for r in outputs])
@@ -306,6 +311,7 @@ def score(outputs: Sequence[dict]) -> dict:
         "loop_rate": mean(loops),
         "distinct_3": distinct,
         "distinct_3_answers": distinct_answers,
+        "perplexity": quantile(perplexities, 0.5),
         "tokens": sum(counted) if counted else None,
         "constant_writer": constant_writer(asked) if asked else None,
         **groups,
@@ -345,6 +351,7 @@ HEADLINES = (  # key of scores.json, name, format
     ("constant_best", "  best constant writer", "{:.1f}"),
     ("rank_correlation", "rank correlation wanted/written", "{:+.2f}"),
     ("distinct_3", f"distinct-3, first {PREFIX_WORDS} words", "{:.3f}"),
+    ("perplexity", "perplexity, median (own answers)", "{:.2f}"),
     ("tokens", "tokens", "{:,.0f}"),
     ("seconds", "seconds", "{:,.0f}"),
 )

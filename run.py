@@ -47,6 +47,7 @@ DEMO = {
     "iterations": 1,
     "instructions": 14,
     "final_instructions": 6,
+    "instruction_tokens": 192,  # one draw that writes an essay instead holds up those behind it
     "samples": 1,
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
     "extend_samples": 8,  # likewise
@@ -95,7 +96,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
         output = f"{run / part}/instructions.jsonl"
         against = ["--dedup-against", *earlier] if earlier else []
         command = ["generate.py", "instructions", *common, "--seeds", *args.seeds, *against]
-        command += flags(count=count, long_words=args.long_words, output=output)
+        command += flags(count=count, long_words=args.long_words, max_new_tokens=args.instruction_tokens or "")
+        command += flags(max_rows=args.max_rows or "", output=output)
         add(part, "instructions", command)
         return output
 
@@ -268,6 +270,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=cli.at_least(1), default=3, help="macro-iterations")
     add("--instructions", type=cli.at_least(1), default=5000, help="new instructions per macro-iteration")
     add("--final-instructions", type=cli.at_least(0), default=0, help="for the last stage; 0 = as --instructions")
+    add("--instruction-tokens", type=cli.at_least(0), default=0, help="tokens of an instruction; 0 = 1024")
     add("--seeds", nargs="+", default=["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"], help="JSONL of examples")
     add("--language", choices=("en", "zh", "both"), default="both", help="which languages take part")
     add("--seed", type=int, default=0, help="of every random draw")

@@ -320,9 +320,15 @@ class Hook:
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
-    def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
-        """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype."""
+    def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False) -> Tensor:
+        """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype.
+
+        hidden: what the head would be given instead, [n, H].
+        """
         with self.running(batch):
+            if hidden:
+                out = self.model.get_decoder()(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+                return out.last_hidden_state[0].index_select(0, keep)
             return self.model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]

@@ -117,6 +117,7 @@ class Output(TypedDict):
     response_tokens: int
     finish: str
     length_score: float  # 0..1, -1 = no demand
+    perplexity: float  # of the answer's tokens under the model that wrote it, at temperature 1; -1 = not known
 
 
 KINDS = {

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kernels.linear_cross_entropy import linear_cross_entropy, plain_head
 from lengthen.attention import Hook, PagedCache, make_batch
 from lengthen.decoder import physical_memory
 from lengthen.draw import draw, penalise
@@ -155,6 +156,7 @@ class Sampler:
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
         self.notes: list[str] = []
         self.hook = Hook(model)
+        self.head, _ = plain_head(model)  # None = scores are read from the model's own logits
         self.vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self.context = self._fixed_rope(context)
 
@@ -366,8 +368,11 @@ class Sampler:
         self.stats["prefill_tokens"] += sum(count for _, count in prefill)
         return decode + prefill
 
-    def _forward(self, plan: list[tuple[Row, int]], keep: list[int]) -> Tensor:
-        """Runs the planned tokens, packed in this order; returns the logits [len(keep), V] fp32 of those indices."""
+    def _forward(self, plan: list[tuple[Row, int]], keep: list[int], hidden: bool = False) -> Tensor:
+        """Runs the planned tokens, packed in this order; returns the logits [len(keep), V] fp32 of those indices.
+
+        hidden: what the head is given, [len(keep), H], instead.
+        """
         rows = {id(row): row for row in [*self.rows, *(row for row, _ in plan)]}
         self.cache.compact([row.pages for row in rows.values()])
         decode = [(row.pages, row.computed) for row, count in plan if count == 1]
@@ -375,8 +380,8 @@ class Sampler:
         ids = [token for row, count in plan for token in row.ids[row.computed : row.computed + count]]
         positions = [p for row, count in plan for p in range(row.computed, row.computed + count)]
         ids, positions, last = (torch.tensor(x, device=self.device) for x in (ids, positions, keep or [0]))
-        logits = self.hook.forward(make_batch(self.cache, decode, prefill), ids, positions, last)
-        return logits[: len(keep)].float()
+        out = self.hook.forward(make_batch(self.cache, decode, prefill), ids, positions, last, hidden)[: len(keep)]
+        return out if hidden else out.float()
 
     def _back_off(self) -> None:
         """Behind an out-of-memory error: smaller pieces of prompts, then fewer rows, then the error."""
@@ -490,8 +495,11 @@ class Sampler:
                 raise UserError(f"{len(prompt) + len(continuation)} tokens do not fit the context of {self.context}")
             texts.setdefault(tuple(prompt + continuation)[:-1], []).append(i)
         out = [torch.zeros(len(continuation)) for _, continuation in pairs]
-        # A group is many short texts in one pass, or one long text in several: fp32 logits of a pass stay under 256 MB.
-        budget = max(16, min(self.prefill_tokens, 2**26 // self.model.config.get_text_config().vocab_size))
+        # A group is many short texts in one pass, or one long text in several. Where the loss kernel does not know the
+        # head, the fp32 logits of a pass stay under 256 MB.
+        budget = self.prefill_tokens
+        if self.head is None:
+            budget = max(16, min(budget, 2**26 // self.model.config.get_text_config().vocab_size))
         groups: list[list[Row]] = []
         tokens = pages = 0
         for text in texts:
@@ -523,11 +531,15 @@ class Sampler:
                         keep.append(at + place)
                         readers.append((i, j, continuation[j]))
             at += count
-        logits = self._forward(plan, keep)
+        scored = self._forward(plan, keep, hidden=self.head is not None)
         if keep:
             tokens = torch.tensor([token for _, _, token in readers], device=self.device)
-            values = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-            for (i, j, _), value in zip(readers, values, strict=True):
+            if self.head is None:
+                values = scored.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            else:
+                options = {"reduction": "sum", "return_stats": True, **self.head._asdict()}
+                values = linear_cross_entropy(scored, targets=tokens, **options)[1].logprob
+            for (i, j, _), value in zip(readers, values.tolist(), strict=True):
                 out[i][j] = value
         for row, count in plan:
             row.computed += count

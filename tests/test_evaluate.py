@@ -384,6 +384,28 @@ def test_sampling_a_benchmark(run):
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
 
 
+def test_perplexity_is_that_of_a_full_pass_of_the_model(writer, bench, tmp_path, monkeypatch):
+    """Oracle: transformers' own logits over prompt and answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lengthen.sampler import Sampler
+
+    pairs, own = [], Sampler.logprobs
+    monkeypatch.setattr(Sampler, "logprobs", lambda self, asked: pairs.extend(asked) or own(self, asked))
+    evaluate.main(flags(writer, bench, tmp_path / "out"))
+    records = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
+    assert len(records) == len(pairs)
+    model = AutoModelForCausalLM.from_pretrained(writer).eval()
+    for record, (prompt, answer_ids) in zip(records, pairs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer_ids])).logits[0, len(prompt) - 1 : -1]
+        want = torch.nn.functional.cross_entropy(logits, torch.tensor(answer_ids)).exp().item()
+        assert record["response_tokens"] == len(answer_ids) and record["perplexity"] == pytest.approx(want, rel=1e-4)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["perplexity"] == pytest.approx(numpy.median([r["perplexity"] for r in records]), rel=1e-3)
+
+
 def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):
     import lengthen.model
 

@@ -154,7 +154,11 @@ def test_instructions_do_not_depend_on_the_order_of_finishing(monkeypatch, tmp_p
         folder = tmp_path / str(order) / "run"
         instructions(monkeypatch, folder, "--count", "40", order=order)
         results.append(result_of(folder, "instructions"))
-        summaries.append(last_json(capsys))
+        summary = last_json(capsys)
+        # Drawn ahead and not needed: that depends on time, and nothing else does.
+        assert 0 <= summary.pop("attempts") - 40 - sum(summary["failed_attempts"].values()) <= generate.RETRIES
+        summary.pop("tokens")
+        summaries.append(summary)
     assert results[0] == results[1] == results[2] == results[3]
     assert summaries[0] == summaries[1] == summaries[2] == summaries[3]
     accepted = [r for r in results[0].values() if "reason" not in r]

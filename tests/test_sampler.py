@@ -401,12 +401,18 @@ def test_ids_the_tokenizer_does_not_know_are_never_drawn():
 # Scores, memory, models
 
 
+@pytest.mark.parametrize("known_head", [True, False], ids=["loss kernel", "logits"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_logprobs_are_those_of_a_full_pass(family):
+def test_logprobs_are_those_of_a_full_pass(family, known_head):
     model, prompts = tiny_model(family), make_prompts(6)
+    if not known_head:  # LoRA on the head, or one that the kernel does not know
+        head = model.lm_head
+        model.lm_head = torch.nn.Sequential(head)
     pairs = [(p, q) for p, q in zip(prompts, prompts[1:], strict=False)]
     pairs += [(prompts[0], [5]), (prompts[0], [6]), (prompts[1], []), ([4], [7])]
-    for got, (prompt, continuation) in zip(make_sampler(model).logprobs(pairs), pairs, strict=True):
+    sampler = make_sampler(model)
+    assert (sampler.head is not None) == known_head
+    for got, (prompt, continuation) in zip(sampler.logprobs(pairs), pairs, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + continuation]), use_cache=False).logits[0].float()
         want = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(continuation).long()[:, None])[:, 0]
