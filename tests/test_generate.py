@@ -156,7 +156,7 @@ def test_instructions_do_not_depend_on_the_order_of_finishing(monkeypatch, tmp_p
         results.append(result_of(folder, "instructions"))
         summary = last_json(capsys)
         # Drawn ahead and not needed: that depends on time, and nothing else does.
-        assert 0 <= summary.pop("attempts") - 40 - sum(summary["failed_attempts"].values()) <= generate.RETRIES
+        assert 0 <= summary.pop("attempts") - 40 - sum(summary["failed_attempts"].values()) < 40
         summary.pop("tokens")
         summaries.append(summary)
     assert results[0] == results[1] == results[2] == results[3]
