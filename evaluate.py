@@ -122,6 +122,8 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
             parent = known["parent_id"] or prompt_id(language, row["query"])
             if isinstance(row.get("response_tokens"), int):
                 known["response_tokens"] = row["response_tokens"]
+            if isinstance(row.get("perplexity"), (int, float)):
+                known["perplexity"] = float(row["perplexity"])
         else:  # an equal query is another query
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], number)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
@@ -493,7 +495,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.outputs:
             for row in rows:
                 if row["id"] not in job.done_ids:
-                    job.accept(answered(row, row["response"], row["finish"], row["response_tokens"]))
+                    known = (row[k] for k in ("response", "finish", "response_tokens", "perplexity"))
+                    job.accept(answered(row, *known))
         elif not job.complete:
             sample_answers(job, rows, args)
         summary = job.finish()

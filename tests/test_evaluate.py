@@ -245,6 +245,10 @@ def test_answers_without_demand_or_finish_are_measured_as_far_as_it_goes(tmp_pat
     )  # two answers to one query
     assert scores["finishes"] == {"unknown": 2}
     assert not (tmp_path / "out" / "length_following.png").exists()
+    assert scores["perplexity"] is None
+    path = write_lines(tmp_path / "y.jsonl", [{**GOOD, "perplexity": p} for p in (2.5, 3, 20)])
+    evaluate.main(["--outputs", str(path), "--output", str(tmp_path / "known")])
+    assert json.loads(capsys.readouterr().out)["perplexity"] == 3
 
 
 GOOD = {"query": "Write 100 words about tea.", "response": "Tea."}
