@@ -161,43 +161,46 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 # The step
 
 
-def row_loss(model, abilities: Abilities, pairs: list[Pair]) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of the targets of one row."""
+def row_loss(model, abilities: Abilities, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihoods (nats) of the targets of one row; how many were the likeliest token."""
     index, targets = (x.to(model.device) for x in targets_of(pairs))
     row = pack([p.ids for p in pairs], model.device)
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
     if abilities.head is None:
         logits = model(**inputs, use_cache=False).logits[0, index]
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
-    return linear_cross_entropy(
+    loss, stats = linear_cross_entropy(
         hidden.index_select(0, index),
         targets=targets,
         reduction="sum",
         valid_rows=torch.arange(len(targets), device=targets.device),  # known: no host read to find them
+        return_stats=True,
         **abilities.head._asdict(),
     )
+    return loss, stats.top1.sum()
 
 
-def train_step(model, abilities, recompute, optimizer, pairs: list[Pair], per_row: int) -> tuple[float, float]:
-    """One optimizer step over the pairs -> (mean loss per target token, gradient norm before clipping).
+def train_step(model, abilities, recompute, optimizer, pairs: list[Pair], per_row: int) -> tuple[float, float, float]:
+    """One optimizer step over the pairs -> (mean loss per target token, gradient norm before clipping, accuracy).
 
     Rows accumulate; each counts by its tokens, so the gradient is that of all pairs in one batch. A loss or a norm that
-    is not finite leaves weights and optimizer alone.
+    is not finite leaves weights and optimizer alone. Accuracy: share of the targets that were the likeliest token.
     """
     num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
-    total = 0.0
+    total, hits = 0.0, 0
     for row in split_rows(pairs, per_row if abilities.packs else 1, recompute.free_tokens):
         recompute.set(sum(len(p.ids) for p in row))
-        loss = row_loss(model, abilities, row) / num_targets
+        loss, likeliest = row_loss(model, abilities, row)
+        loss = loss / num_targets
         loss.backward()
-        total += loss.item()
+        total, hits = total + loss.item(), hits + likeliest.item()
     parameters = lora.lora_parameters(model)
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return total, norm
+    return total, norm, hits / num_targets
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -392,7 +395,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(draw_seed(args.seed, "dropout", step))  # a resumed run draws what an unbroken one does
-        loss, norm = train_step(model, abilities, recompute, optimizer, batch, args.batch_size)
+        loss, norm, accuracy = train_step(model, abilities, recompute, optimizer, batch, args.batch_size)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         skips = skips + 1 if skipped else 0
         tokens, seconds = sum(len(p.ids) for p in batch), time.monotonic() - started
@@ -400,6 +403,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
             "step": step + 1,
             "epoch": step // per_epoch,
             "loss": -1.0 if skipped else loss,
+            "accuracy": -1.0 if skipped else round(accuracy, 4),  # share of the targets that were the likeliest token
             "lr": rate,
             "grad_norm": -1.0 if skipped else norm,
             "tokens": tokens,
@@ -412,8 +416,8 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         entries.append(entry)
         left = statistics.fmean(e["seconds"] for e in entries[-20:]) * (total - step - 1)
         cli.say(
-            f"step {step + 1}/{total} | loss {loss:.4f} | lr {rate:.2e} | grad norm {norm:.3f} | "
-            f"{tokens / seconds:,.0f} tok/s | {left:.0f} s left{' | skipped: not finite' if skipped else ''}"
+            f"step {step + 1}/{total} | loss {loss:.4f} | accuracy {accuracy:.1%} | lr {rate:.2e} | grad norm {norm:.3f}"
+            f" | {tokens / seconds:,.0f} tok/s | {left:.0f} s left{' | skipped: not finite' if skipped else ''}"
         )
         if skips > SKIPS_ALLOWED:
             raise UserError(

@@ -101,6 +101,13 @@ def alone(model, pairs: list[Pair]) -> torch.Tensor:
     return total
 
 
+def likeliest(model, pair: Pair) -> int:
+    """The targets of a sample that get the model's highest logit."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([pair.ids])).logits[0, pair.num_prompt - 1 : -1]
+    return (logits.argmax(-1) == torch.tensor(pair.ids[pair.num_prompt :])).sum().item()
+
+
 # ---- exactness ------------------------------------------------------------------------------------------
 
 
@@ -110,7 +117,8 @@ def test_packed_is_the_same_samples_alone(family):
     ours, theirs = with_lora(family), with_lora(family)
     abilities = examine(ours)
     assert abilities.packs and abilities.head is not None, abilities.notes
-    loss, expected = train.row_loss(ours, abilities, pairs), alone(theirs, pairs)
+    (loss, hits), expected = train.row_loss(ours, abilities, pairs), alone(theirs, pairs)
+    assert hits.item() == sum(likeliest(theirs, pair) for pair in pairs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     loss.backward()
     expected.backward()
@@ -137,7 +145,7 @@ def test_torchs_varlen_attention_is_called_by_its_contract(family, monkeypatch):
     pairs, model = some_pairs(40, 2, 9, 61), with_lora(family)
     abilities = examine(model)
     assert abilities.packs, abilities.notes
-    loss = train.row_loss(model, abilities, pairs)
+    loss, _ = train.row_loss(model, abilities, pairs)
     torch.testing.assert_close(loss, alone(with_lora(family), pairs), rtol=1e-5, atol=0)
 
 
@@ -148,7 +156,7 @@ def test_packed_on_a_gpu_is_the_same_samples_alone(family):
     ours, theirs = (with_lora(family, targets="all-linear").to("cuda", torch.bfloat16) for _ in range(2))
     abilities = examine(ours)
     assert abilities.packs, abilities.notes
-    loss = train.row_loss(ours, abilities, pairs).item()
+    loss = train.row_loss(ours, abilities, pairs)[0].item()
     theirs.set_attn_implementation("eager")
     expected = 0.0
     for pair in pairs:
@@ -166,7 +174,7 @@ def test_one_step_is_pefts(tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0) for p in (lora.lora_parameters(ours), trained)]
     abilities = examine(ours)
-    loss, norm = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
+    loss, norm, _ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
 
     expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
     expected.backward()
@@ -190,7 +198,7 @@ def test_accumulated_is_one_big_batch(per_row, budget):
         abilities = examine(model)
         optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
         recompute = Recompute(model, abilities.token_bytes, memory)
-        loss, norm = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
+        loss, norm, _ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
         results.append((loss, norm, lora.lora_parameters(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
@@ -207,7 +215,7 @@ def test_recomputed_layers_give_the_same_gradients(dropout):
         for i, layer in enumerate(recompute.layers):
             layer.gradient_checkpointing = i < layers
         torch.manual_seed(0)
-        train.row_loss(model, abilities, pairs).backward()
+        train.row_loss(model, abilities, pairs)[0].backward()
         found[layers] = gradients(model)
     assert_same(found[1], found[0], 1e-6)
     assert_same(found[2], found[0], 1e-6)
@@ -250,9 +258,10 @@ def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
     assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
     assert len(abilities.notes) == 1
     optimizer = torch.optim.SGD(lora.lora_parameters(ours), lr=0.0)
-    loss, norm = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
-    expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    loss, norm, accuracy = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
+    num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
+    assert loss == pytest.approx(alone(theirs, pairs).item() / num_targets, rel=1e-5)
+    assert accuracy == pytest.approx(sum(likeliest(theirs, pair) for pair in pairs) / num_targets)
 
 
 def test_attention_that_leaks_between_samples_is_noticed(monkeypatch):
@@ -610,8 +619,8 @@ def not_finite_at(monkeypatch, steps: set[int]) -> None:
 
     def poisoned(*args):
         calls.append(1)
-        loss = original(*args)
-        return loss * float("nan") if len(calls) in steps else loss
+        loss, hits = original(*args)
+        return loss * float("nan") if len(calls) in steps else loss, hits
 
     monkeypatch.setattr(train, "row_loss", poisoned)
 
