@@ -416,8 +416,9 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         entries.append(entry)
         left = statistics.fmean(e["seconds"] for e in entries[-20:]) * (total - step - 1)
         cli.say(
-            f"step {step + 1}/{total} | loss {loss:.4f} | accuracy {accuracy:.1%} | lr {rate:.2e} | grad norm {norm:.3f}"
-            f" | {tokens / seconds:,.0f} tok/s | {left:.0f} s left{' | skipped: not finite' if skipped else ''}"
+            f"step {step + 1}/{total} | loss {loss:.4f} | accuracy {accuracy:.1%} | lr {rate:.2e} | "
+            f"grad norm {norm:.3f} | {tokens / seconds:,.0f} tok/s | {left:.0f} s left"
+            + (" | skipped: not finite" if skipped else "")
         )
         if skips > SKIPS_ALLOWED:
             raise UserError(
