@@ -45,12 +45,13 @@ DEMO = {
     "run": "runs/demo",
     "language": "en",
     "iterations": 1,
-    "instructions": 14,
+    "instructions": 12,
     "final_instructions": 6,
     "instruction_tokens": 192,  # one draw that writes an essay instead holds up those behind it
-    "samples": 1,
+    "samples": 2,
+    "draft_tokens": 400,  # a draft as long as the model ever writes is not made longer by it: 3 of 40 tries
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
-    "extend_samples": 8,  # likewise
+    "extend_samples": 6,  # likewise
     "extend_attempts": 1,
     "rounds": 1,
     "max_new_tokens": 640,
@@ -101,9 +102,10 @@ def plan(args: argparse.Namespace) -> list[Step]:
         add(part, "instructions", command)
         return output
 
-    def responses(part: str, source: str, adapter: str, more: list[str]) -> str:
+    def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
         output = f"{run / part}/responses.jsonl"
-        command = ["generate.py", "responses", *common, *flags(adapter=adapter), *sampling, "--input", source]
+        command = ["generate.py", "responses", *common, *flags(adapter=adapter), "--input", source]
+        command += flags(max_new_tokens=tokens or args.max_new_tokens or "", max_rows=args.max_rows or "")
         add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
         return output
 
@@ -123,7 +125,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     for k in range(1, args.iterations + 1):
         part = f"iter_{k}"
         asked.append(instructions(part, args.instructions, asked))
-        drafts = responses(part, asked[-1], generator, [*flags(samples=args.samples), *bias])
+        drafts = responses(part, asked[-1], generator, args.draft_tokens, [*flags(samples=args.samples), *bias])
         extended.append(f"{run / part}/extended.jsonl")
         command = ["extend.py", *common, *flags(adapter=extender), *sampling, "--input", drafts]
         command += flags(samples=args.extend_samples, rounds=args.rounds, max_attempts=args.extend_attempts)
@@ -138,7 +140,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         generators[part] = generator
 
     fresh = instructions("final", args.final_instructions or args.instructions, asked)
-    answers = responses("final", fresh, generator, ["--samples", "1", "--no-length-bias"])
+    answers = responses("final", fresh, generator, 0, ["--samples", "1", "--no-length-bias"])
     constrained = f"{run}/final/constrained.jsonl"
     command = ["generate.py", "constrain", *common, "--input", *extended, answers]
     command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
@@ -288,6 +290,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--penalty-scope", choices=("output", "all"), default="output", help="the Extender's repetition penalty covers")
     add("--max-new-tokens", type=cli.at_least(0), default=0, help="tokens a draw; 0 = min(16384, context - prompt)")
+    add("--draft-tokens", type=cli.at_least(0), default=0, help="tokens of a draft; 0 = as --max-new-tokens")
     add("--max-rows", type=cli.at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes")
     # fine-tuning
     add("--adapter-mode", choices=("continue", "restart"), default="continue", help="see the README, departures")
