@@ -426,7 +426,8 @@ def draw_each(
 
         for id_ in todo:
             add(id_)
-        with cli.progress(what, len(records)) as bar:
+        with cli.progress(what, len(todo)) as bar:
+            before = len(job.done_ids)  # of an earlier process, or rejected before any draw
             for sample in sampler.run():
                 id_ = sample.request.key
                 attempt = attempts[id_]
@@ -444,7 +445,7 @@ def draw_each(
                         continue
                     record, reason = give_up(record, reason)
                 job.reject(record, reason) if reason else job.accept(record)
-                bar.update(len(job.done_ids), f"{len(job.records)} accepted")
+                bar.update(len(job.done_ids) - before, f"{len(job.records)} accepted")
     for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
         job.count(reason, times)
     return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}
