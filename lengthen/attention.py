@@ -32,6 +32,7 @@ from lengthen.records import UserError
 NAME = "lengthen_paged"  # key in transformers' registry
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this module knows how to carry
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
+SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
 
 # B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head.
 
@@ -136,19 +137,26 @@ class Batch:
     first: Tensor | None = None  # [P] position of the page's first token
     pieces: list[Piece] = field(default_factory=list)
     shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
+    asker: Tensor | None = None  # [P] the same, with the last text for none
+    _mask: dict[int, Tensor] = field(default_factory=dict)
     _bias: dict[int, Tensor] = field(default_factory=dict)
     _owns: Tensor | None = None
 
-    def bias(self, window: int) -> Tensor:
-        """[P, 1, 1, S] fp32: 0 where the owner's token may look, STABLE elsewhere. One for all layers of a window."""
-        if window not in self._bias:
+    def mask(self, window: int) -> Tensor:
+        """[P, 1, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
+        if window not in self._mask:
             length = F.pad(self.lengths, (0, 1))[self.owner][:, None]  # [P, 1]; 0 = owned by none, sees nothing
             key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
             seen = key < length
             if window:
                 seen &= key >= length - window  # W keys, the token itself included
-            bias = torch.zeros(key.shape, device=key.device).masked_fill_(~seen, STABLE)
-            self._bias[window] = bias[:, None, None]
+            self._mask[window] = seen.float()[:, None, None]
+        return self._mask[window]
+
+    def bias(self, window: int) -> Tensor:
+        """The same to be added to scores: 0 and -inf."""
+        if window not in self._bias:
+            self._bias[window] = self.mask(window).log()
         return self._bias[window]
 
     def owns(self) -> Tensor:
@@ -179,32 +187,49 @@ def attend(
     Returns ([1, T, Hq, D], None). `sliding_window`, `softcap` (tanh bound of the scores) and `s_aux` (a learned
     sink per query head) come from the model, layer by layer. The mask is ignored: none is built for our key.
     """
-    assert _batch is not None, "a model with lengthen's attention was called outside of the sampler"
-    batch, layer = _batch, module.layer_idx
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window or 0
-    q, k, v = query[0], key[0], value[0]  # [H, T, D]
+    return attend_packed(module.layer_idx, q, k, v, scaling, sliding_window or 0, softcap, s_aux)[None], None
+
+
+def attend_packed(
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    window: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same on packed tokens: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv]. window 0 = none."""
+    assert _batch is not None, "a model with lengthen's attention was called outside of the sampler"
+    batch = _batch
     if batch.cache is None:
-        batch.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1], window)
-        return _dense(q, k, v, 0, scaling, window, softcap, s_aux).transpose(0, 1)[None], None
+        batch.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], window)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return _dense(q, k, v, 0, scaling, window, softcap, sinks).transpose(0, 1)
 
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-    keys[batch.pages, :, :, batch.slots] = k.transpose(0, 1)  # [T, Hkv, D]
-    values[batch.pages, :, batch.slots] = v.transpose(0, 1)
-    out = query.new_empty(q.shape[1], q.shape[0], v.shape[-1])  # [T, Hq, D]
+    keys[batch.pages, :, :, batch.slots] = k
+    values[batch.pages, :, batch.slots] = v
     B = len(batch.lengths)
+    if not batch.pieces:
+        return _decode(q, keys, values, batch, scaling, window, softcap, sinks)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
     if B:
-        out[:B] = _decode(q[:, :B].transpose(0, 1), keys, values, batch, scaling, window, softcap, s_aux)
+        out[:B] = _decode(q[:B], keys, values, batch, scaling, window, softcap, sinks)
     for piece in batch.pieces:
         here = slice(piece.at, piece.at + piece.count)
         if piece.start == 0:
-            all_k, all_v = k[:, here], v[:, here]
+            all_k, all_v = k[here].transpose(0, 1), v[here].transpose(0, 1)
         else:  # the earlier part of this text lies in its pages
             total = piece.start + piece.count
             all_k = keys[piece.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
             all_v = values[piece.pages].transpose(0, 1).flatten(1, 2)[:, :total]
-        out[here] = _dense(q[:, here], all_k, all_v, piece.start, scaling, window, softcap, s_aux).transpose(0, 1)
-    return out[None], None
+        some = q[here].transpose(0, 1)
+        out[here] = _dense(some, all_k, all_v, piece.start, scaling, window, softcap, sinks).transpose(0, 1)
+    return out
 
 
 def _decode(
@@ -221,26 +246,30 @@ def _decode(
     P, (B, Hq, D) = len(batch.owner), q.shape
     Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
     G, owner = Hq // Hkv, batch.owner
-    q = (q * scaling).view(B, Hkv, G, D)
-    # 1) every page meets its owner's query. Unowned pages get the last text's, and a bias of -inf.
-    mine = q[owner.clamp(max=B - 1)].view(P * Hkv, G, D)
-    scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).view(P, Hkv, G, S).float()
+    # 1) every page meets its owner's query. Unowned pages get the last text's, and are masked.
+    mine = (q * scaling).reshape(B, Hq * D).index_select(0, batch.asker).view(P * Hkv, G, D)
+    scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).float()
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores += batch.bias(window)
-    # 2) the softmax's maximum per text, then its terms
-    highest = scores.new_full((B + 1, Hkv, G), STABLE)
-    highest.scatter_reduce_(0, owner[:, None, None].expand(P, Hkv, G), scores.amax(-1), "amax")
-    if sinks is not None:
-        highest = torch.maximum(highest, sinks.float().view(1, Hkv, G))
-    terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, G, S]
+    highest = None
+    if scores.device.type == "cpu" and sinks is None and max(map(abs, map(float, scores.aminmax()))) < SAFE:
+        # 2a) no exponential can overflow or vanish: the softmax needs no maximum taken out
+        terms = scores.exp_().view(P, Hkv, G, S).mul_(batch.mask(window))
+    else:
+        # 2b) the softmax's maximum per text, then its terms
+        scores = scores.view(P, Hkv, G, S) + batch.bias(window)
+        highest = scores.new_full((B + 1, Hkv, G), STABLE)
+        highest.scatter_reduce_(0, owner[:, None, None].expand(P, Hkv, G), scores.amax(-1), "amax")
+        if sinks is not None:
+            highest = torch.maximum(highest, sinks.float().view(1, Hkv, G))
+        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, G, S]
     # 3) sums over the pages of a text
     total = batch.owns() @ terms.sum(-1).view(P, Hq)  # [B, Hq]
     if sinks is not None:
         total += (sinks.float().view(1, Hq) - highest[:B].view(B, Hq)).exp()
     part = torch.bmm(terms.to(values.dtype).view(P * Hkv, G, S), values[:P].view(P * Hkv, S, Dv))
-    out = batch.owns() @ part.float().view(P, Hq * Dv)
-    return (out.view(B, Hq, Dv) / total[..., None]).to(q.dtype)
+    out = (batch.owns() @ part.float().view(P, Hq * Dv)).view(B, Hq, Dv)
+    return (out / total[..., None]).to(q.dtype)
 
 
 def _dense(
@@ -378,7 +407,7 @@ class Hook:
 
         if why := check("a packed pass", ours):
             self._refuse(why)
-        self.lent = decoder.forwards(self.model, attend, {i: shape.window for i, shape in batch.shapes.items()})
+        self.lent = decoder.forwards(self.model, attend_packed, {i: shape.window for i, shape in batch.shapes.items()})
         if self.lent and check("a pass in few operations", split()):
             self.lent = []  # a model of a known kind that is not quite that: its own code serves it
         if why := check("a pass split over pages", split()):
@@ -416,4 +445,5 @@ def make_batch(
     device = next(iter(cache.keys.values())).device
     as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first)]
     lengths = torch.tensor([position + 1 for _, position in decode], dtype=torch.long, device=device)
-    return Batch(cache, as_ids[0], as_ids[1], lengths, as_ids[2], as_ids[3], pieces)
+    asker = as_ids[2].clamp(max=B - 1) if B else None
+    return Batch(cache, as_ids[0], as_ids[1], lengths, as_ids[2], as_ids[3], pieces, asker=asker)

@@ -48,9 +48,10 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Calla
 class Layer:
     """Stands in for a decoder layer's forward: h = x + attention(norm(x)); h + MLP(norm(h))."""
 
-    def __init__(self, layer: nn.Module, attend: Callable, window: int):
+    def __init__(self, layer: nn.Module, attend: Callable, window: int, rope: "Rope"):
         attention, mlp = layer.self_attn, layer.mlp
-        self.attend, self.module, self.window = attend, attention, window
+        self.attend, self.layer, self.scaling = attend, attention.layer_idx, attention.scaling
+        self.window, self.rope = window, rope
         self.head, self.heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
         self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
         self.values = attention.v_proj.out_features // self.head
@@ -62,21 +63,35 @@ class Layer:
 
     def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object) -> Tensor:
         """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]."""
-        T, keys = x.shape[1], self.heads + self.values  # where the keys end, counted in heads
-        qkv = self.qkv(unit(x[0], self.eps[0])).view(T, -1, self.head)
+        keys = self.heads + self.values  # where the keys end, counted in heads
+        qkv = self.qkv(unit(x[0], self.eps[0])).view(x.shape[1], -1, self.head)
         qk = qkv[:, :keys]
         if self.head_norms:  # Qwen3
             parts = zip(self.head_norms, qk.split([self.heads, keys - self.heads], 1), strict=True)
             qk = torch.cat([unit(part, norm.variance_epsilon) * norm.weight for norm, part in parts], 1)
-        cos, sin = (one[0, :, None] for one in position_embeddings)
+        cos, sin = self.rope(position_embeddings)
         half = self.head // 2
-        turned = torch.cat([qk[..., half:].neg(), qk[..., :half]], -1)
-        qk = torch.addcmul(qk * cos, turned, sin).transpose(0, 1)[None]
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:].transpose(0, 1)[None]
-        out, _ = self.attend(self.module, q, k, v, None, scaling=self.module.scaling, sliding_window=self.window)
-        h = x + self.out(out.view(1, T, -1))
+        qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], -1), sin)
+        out = self.attend(
+            self.layer, qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:], self.scaling, self.window
+        )
+        h = x + self.out(out.flatten(1))
         gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)
         return h + self.down(self.activation(gate) * up)
+
+
+class Rope:
+    """cos and sin [T, 1, D] as `Layer` wants them, sin's first half negated: made once for all layers of a pass."""
+
+    def __init__(self):
+        self.source, self.made = None, None
+
+    def __call__(self, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.source is not source:
+            cos, sin = (one[0, :, None] for one in source)
+            half = sin.shape[-1] // 2
+            self.source, self.made = source, (cos, torch.cat([-sin[..., :half], sin[..., half:]], -1))
+        return self.made
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
@@ -95,7 +110,7 @@ def plain(layer: nn.Module) -> bool:
 
 def forwards(model: nn.Module, attend: Callable, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
     """Modules with the forward to lend them. windows: the sliding window of each layer, 0 = none."""
-    found, covered = [], set()
+    found, covered, rope = [], set(), Rope()
     if sum(p.numel() * p.itemsize for p in model.parameters()) > physical_memory() // 4:
         return []
     for module in model.modules():  # parents come before their children
@@ -103,7 +118,7 @@ def forwards(model: nn.Module, attend: Callable, windows: dict[int, int]) -> lis
             continue
         if plain(module):
             covered.update(module.modules())
-            found.append((module, Layer(module, attend, windows[module.self_attn.layer_idx])))
+            found.append((module, Layer(module, attend, windows[module.self_attn.layer_idx], rope)))
         elif type(module) is nn.Linear:
             found.append((module, product([module])))
     return found

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-from lengthen import decoder, lora
-from lengthen.attention import Batch, Hook
+from lengthen import attention, decoder, lora
+from lengthen.attention import Batch, Hook, PagedCache, piece_batch, token_batch
 from lengthen.sampler import Request, Sampler, Sampling
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
@@ -99,3 +99,26 @@ def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
 
 def test_bf16_keeps_its_code():
     assert Hook(random_model("llama").to(torch.bfloat16)).lent == []
+
+
+@pytest.mark.parametrize("safe", [0.0, attention.SAFE])
+@pytest.mark.parametrize("sharp", [1.0, 60.0])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_attention_with_and_without_the_maximum_taken_out(family, sharp, safe, monkeypatch):
+    """Small scores are exponentiated as they are; scores of some hundred would overflow, and take the other way."""
+    monkeypatch.setattr(attention, "SAFE", safe)
+    model = random_model(family)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(sharp)
+    ids = torch.randint(3, 400, (40,))  # longer than mistral's window of 24
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0]
+    hook = Hook(model)
+    cache = PagedCache(hook.shapes, 8, 8, torch.device("cpu"), torch.float32)
+    pages = [cache.take() for _ in range(8)]
+    with torch.no_grad():
+        hook.forward(piece_batch(cache, pages, 0, 30), ids[:30], torch.arange(30), torch.tensor([29]))
+        for i in range(30, 40):
+            got = hook.forward(token_batch(cache, [pages], [i]), ids[i : i + 1], torch.tensor([i]), torch.tensor([0]))
+            torch.testing.assert_close(got[0], own[i], rtol=1e-3, atol=1e-3)
