@@ -51,7 +51,7 @@ DEMO = {
     "samples": 2,
     "draft_tokens": 400,  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
-    "extend_samples": 9,  # likewise
+    "extend_samples": 6,  # likewise
     "extend_attempts": 1,
     "rounds": 1,
     "max_new_tokens": 640,

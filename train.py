@@ -234,7 +234,9 @@ def plot_loss(entries: list[dict], path: Path, title: str) -> None:
 
     steps = [e["step"] for e in entries if not e["skipped"]]
     losses = [e["loss"] for e in entries if not e["skipped"]]
-    window = max(1, len(losses) // 20)
+    window = len(losses) // 20
+    if window < 5:  # few steps: an epoch, in which every pair counts once
+        window = max(1, sum(e["epoch"] == 0 for e in entries))
     smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
     figure, axis = plt.subplots(figsize=(6, 3.5), dpi=110)
     axis.plot(steps, losses, color="#9ecae1", linewidth=1, label="step")
