@@ -33,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_demo)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_any_order() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny writer model (tests/tiny.py), made once."""

@@ -123,7 +123,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_exit_130(sent):
     code = "import time; from lengthen import cli; cli.run(lambda: (print('up', flush=True), time.sleep(30)))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     process.stdout.readline()
     os.kill(process.pid, sent)
     _, err = process.communicate(timeout=20)

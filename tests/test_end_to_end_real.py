@@ -14,9 +14,10 @@ import pytest
 from lengthen.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = """--instructions 3 --final-instructions 2 --instruction-tokens 128 --samples 1 --max-attempts 3
---extend-samples 4 --extend-attempts 2 --rounds 1 --max-new-tokens 320 --demand-attempts 1 --epochs 1 --limit 1
---max-length 1024 --no-length-bias --min-gain 1""".split()
+# Many short drafts in one batch: some end by themselves within 200 tokens, and leave room to be made longer.
+SMALLEST = """--instructions 4 --final-instructions 2 --instruction-tokens 128 --samples 4 --draft-tokens 200
+--max-attempts 1 --extend-samples 4 --extend-attempts 1 --rounds 1 --max-new-tokens 400 --demand-attempts 1 --epochs 1
+--limit 1 --max-length 1024 --no-length-bias --min-gain 1""".split()
 
 
 @pytest.mark.real_model
