@@ -156,7 +156,9 @@ class Sampler:
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
         self.notes: list[str] = []
         self.hook = Hook(model)
-        self.head, _ = plain_head(model)  # None = scores are read from the model's own logits
+        self.head, why = plain_head(model)  # None = scores are read from the model's own logits
+        if self.head is None:
+            self.notes.append(f"log-probabilities come from whole logits: {why}")
         self.vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self.context = self._fixed_rope(context)
 

@@ -412,6 +412,7 @@ def test_logprobs_are_those_of_a_full_pass(family, known_head):
     pairs += [(prompts[0], [5]), (prompts[0], [6]), (prompts[1], []), ([4], [7])]
     sampler = make_sampler(model)
     assert (sampler.head is not None) == known_head
+    assert bool([note for note in sampler.notes if "whole logits" in note]) == (not known_head)  # and it is said
     for got, (prompt, continuation) in zip(sampler.logprobs(pairs), pairs, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + continuation]), use_cache=False).logits[0].float()
