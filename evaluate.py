@@ -184,14 +184,13 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
 
     loaded, sampler = open_model(args, job)
     sampling = sampling_of(args)
-    waiting, prompts = {}, {}
+    waiting = {}
     for row in rows:
         prompt_ids = loaded.chat.encode([{"role": "user", "content": row["query"]}])
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
                 waiting[id_] = {**row, "id": id_, "sample": sample, "run_id": run_id_of(job.output)}
-                prompts[id_] = prompt_ids
                 sampler.add(Request(id_, prompt_ids, draw_seed(args.seed, id_, 0), sampling))
     with cli.progress("answers", len(rows) * args.samples) as bar:
         bar.update(len(job.done_ids))
@@ -201,7 +200,7 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
                 cli.say(f"  {row['id']}: {sample.error}")
                 job.reject(row, "context")
             else:
-                [logprobs] = sampler.logprobs([(prompts[row["id"]], sample.token_ids)])
+                [logprobs] = sampler.logprobs([(sample.request.prompt_ids, sample.token_ids)])
                 perplexity = math.exp(-logprobs.mean().item())
                 job.accept(answered(row, sample.text, sample.finish, sample.num_tokens, perplexity))
             bar.update(len(job.done_ids))

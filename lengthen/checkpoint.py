@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lengthen.jobs import Lock, check_inputs, check_settings, input_hashes, read_sidecar, versions
+from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
 from lengthen.records import Appender, UserError, read_jsonl, replace_file
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png")
 NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"
 
 
-class TrainingFolder:
+class TrainingFolder(OneWriter):
     """Use as a context manager. `settings` are all that changes the result; they must match to resume."""
 
     def __init__(self, folder, *, inputs: list[str], settings: dict, overwrite: bool, allow_partial: bool):
@@ -36,21 +36,10 @@ class TrainingFolder:
         self.started = time.monotonic()
 
     def __enter__(self) -> "TrainingFolder":
-        check_inputs(self.inputs, self.allow_partial)
-        self.settings["inputs"] = input_hashes(self.inputs)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output {self.folder} is a file, a folder is needed", "an adapter is a folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from error
-        self.lock = Lock(self.folder)
         self.log_file = None
-        try:
-            self._open()
-        except BaseException:
-            self.lock.release()
-            raise
+        self.take(self.folder, self.folder)
         return self
 
     def _open(self) -> None:

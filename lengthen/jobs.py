@@ -131,7 +131,29 @@ class Lock:
         os.close(self.descriptor)
 
 
-class Job:
+class OneWriter:
+    """What `Job` and checkpoint.TrainingFolder share: whole inputs, one writer, and a lock that a failed start frees.
+
+    Who inherits has `inputs`, `settings` and `allow_partial`, and reads in `_open` what is there already.
+    """
+
+    def take(self, output: Path, folder: Path) -> None:
+        """Make the output ours; `folder` is made where it is missing."""
+        check_inputs(self.inputs, self.allow_partial)
+        self.settings["inputs"] = input_hashes(self.inputs)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise no_room(output, error) from error
+        self.lock = Lock(output)
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+
+
+class Job(OneWriter):
     """One stage writing one JSONL file: see the module's docstring. Use as a context manager.
 
     settings: everything that changes the result (it must match to resume); info: what does not (device, rows).
@@ -164,18 +186,7 @@ class Job:
     def __enter__(self) -> "Job":
         if self.output.is_dir():
             raise UserError(f"--output {self.output} is a folder", f"--output {self.output}/{self.stage}.jsonl")
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise no_room(self.output, error) from error
-        check_inputs(self.inputs, self.allow_partial)
-        self.settings["inputs"] = input_hashes(self.inputs)
-        self.lock = Lock(self.output)
-        try:
-            self._open()
-        except BaseException:
-            self.lock.release()
-            raise
+        self.take(self.output, self.output.parent)
         return self
 
     def _open(self) -> None:

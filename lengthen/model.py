@@ -287,7 +287,7 @@ def _choose_device(device: str) -> tuple[torch.device, str]:
             place = torch.device("cuda", place.index or 0)
             why += f", {torch.cuda.get_device_name(place)}, {_memory(place) / 1e9:.0f} GB"
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device it lacks
         raise UserError(f"--device {device}: {_first_line(error)}", "--device cpu, or auto") from None
     return place, f"{place} ({why})"
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as lengthen/__init__.py, which pytest's plugins may come before
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lengthen  # noqa: E402, F401  before torch: it sets how OpenMP's threads wait
+
+# isort: split
 import pytest
 import torch
 
