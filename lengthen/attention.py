@@ -408,9 +408,11 @@ class Hook:
         if why := check("a packed pass", ours):
             self._refuse(why)
         self.lent = decoder.forwards(self.model, attend_packed, {i: shape.window for i, shape in batch.shapes.items()})
-        if self.lent and check("a pass in few operations", split()):
-            self.lent = []  # a model of a known kind that is not quite that: its own code serves it
-        if why := check("a pass split over pages", split()):
+        why = check("a pass split over pages", split())
+        if why and self.lent:  # a model of a known kind that is not quite that: its own code serves it
+            self.lent = []
+            why = check("a pass split over pages", split())
+        if why:
             self._refuse(why)
         return batch.shapes
 
