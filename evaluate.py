@@ -36,6 +36,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -65,6 +66,7 @@ PREFIX_WORDS = (
     200  # distinct-3 falls with length, so it is taken over the first so many words, shorter answers left out
 )
 GROUPS = ("type", "range", "language")
+AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}  # behind the query: a control
 
 # ---------------------------------------------------------------------------------------------------------
 # The benchmark
@@ -97,13 +99,15 @@ def find_benchmark(name: str) -> Path:
 def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
     """The queries of a file as "output" records whose answer is still empty, or, `ready_made`, is in the file.
 
-    A benchmark states a demand in every row; ready-made answers need not. Raises UserError with file and line.
+    A benchmark states a demand in every row, "" for none; ready-made answers need not. Raises UserError with file and
+    line.
     """
     rows, occurrences = [], Counter()
-    needs = ("query",) if ready_made else ("query", "constraint")
     fields = ("id", "range", "type", "constraint", *(("parent_id", "response", "finish") if ready_made else ()))
-    for line, row in enumerate(read_jsonl(path, needs), start=1):
+    for line, row in enumerate(read_jsonl(path, ("query",)), start=1):
         where = f"{path}, line {line}"
+        if not ready_made and not isinstance(row.get("constraint"), str):
+            raise UserError(f"{where}: no field 'constraint', a string is needed", '"" where no length is asked for')
         if ready_made and "response" not in row:  # "" is an answer, and scores 0
             raise UserError(f"{where}: no field 'response', a string is needed", "a benchmark goes to --benchmark")
         for field in fields:
@@ -183,10 +187,13 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
     from lengthen.sampler import Request  # torch comes with it: ready-made answers do without
 
     loaded, sampler = open_model(args, job)
-    sampling = sampling_of(args)
+    sampling = replace(sampling_of(args), min_new_tokens=args.min_new_tokens)
     waiting = {}
     for row in rows:
-        prompt_ids = loaded.chat.encode([{"role": "user", "content": row["query"]}])
+        content = row["query"]
+        if args.at_least:
+            content += AT_LEAST[row["language"]].format(words=args.at_least)
+        prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
@@ -444,6 +451,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--allow-partial", action="store_true", help="accept --outputs whose stage has not finished")
     cli.add_model_flags(parser, required=False)
     cli.add_sampling_flags(parser)
+    group = parser.add_argument_group("controls: what a longer answer costs without fine-tuning")
+    group.add_argument(
+        "--at-least", type=cli.at_least(0), default=0, help="ask each query for N words or more; 0 = off"
+    )
+    group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="ban EOS from the first N tokens")
     args = parser.parse_args(argv)
     args.benchmark = (
         args.benchmark or "mini"
@@ -482,7 +494,8 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
 
     # 2) what is answered
-    sampling = {} if args.outputs else {**cli.sampling_settings(args), "samples": args.samples, "seed": args.seed}
+    drawn = ("samples", "seed", "at_least", "min_new_tokens")
+    sampling = {} if args.outputs else {**cli.sampling_settings(args), **{k: getattr(args, k) for k in drawn}}
     settings = {"language": args.language, "limit": args.limit, **sampling}
     if not args.outputs:
         settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter), "quantize": args.quantize}

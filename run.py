@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,12 @@ DEMO = {
     "final_instructions": 6,
     "instruction_tokens": 192,  # one draw that writes an essay instead holds up those behind it
     "samples": 2,
-    "draft_tokens": 400,  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
+    "draft_tokens": 360,  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
     "extend_samples": 6,  # likewise
     "extend_attempts": 1,
     "rounds": 1,
-    "max_new_tokens": 640,
+    "max_new_tokens": 560,  # a row that goes on alone takes as long as thirty together
     "long_words": 300,
     "demand_min": 150,
     "demand_max": 1500,
@@ -65,7 +66,21 @@ DEMO = {
     "benchmark": "mini",
     "limit": 8,
     "evaluate": "ends",
+    "control_words": 350,
 }
+
+# What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
+# where it differs, and trained on as many target tokens. (The constant writer is in every scores.json.)
+CONTROLS = {
+    "told": "the base model, asked for --control-words words or more",
+    "eos-ban": "the base model, EOS banned for as long",
+    "drafts": "fine-tuned on its own drafts, not extended, behind the same length bias; in every iteration",
+    "one-stage": "iteration 1 with extensions in one call",
+    "no-bias": "iteration 1 with the short drafts and extensions kept",
+    "no-removal": "the last iteration, its Extender trained on whole drafts (needs 2 iterations)",
+    "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
+}
+TOKENS_PER_WORD = 1.35  # of English prose, for most tokenizers: how long "for as long" is in tokens
 
 
 @dataclass
@@ -75,6 +90,7 @@ class Step:
     part: str
     name: str
     command: list[str]  # without the interpreter: ["generate.py", "responses", "--model", ...]
+    control: str = ""  # the control it belongs to; the method itself has none
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -84,6 +100,7 @@ class Step:
 def plan(args: argparse.Namespace) -> list[Step]:
     """Every command of the run, in order. Pure: the same flags give the same commands."""
     run, steps = Path(args.run), []
+    controlled = ""  # the control that the steps being added belong to
     model = flags(model=args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
     model += ["--trust-remote-code"] if args.trust_remote_code else []
     common = model + flags(language=args.language, seed=args.seed)
@@ -91,22 +108,34 @@ def plan(args: argparse.Namespace) -> list[Step]:
     bias = ["--no-length-bias"] if args.no_length_bias else []
 
     def add(part: str, name: str, command: list[str]) -> None:
-        steps.append(Step(part, name, command))
+        steps.append(Step(part, name, command, controlled))
 
     def instructions(part: str, count: int, earlier: list[str]) -> str:
         output = f"{run / part}/instructions.jsonl"
-        against = ["--dedup-against", *earlier] if earlier else []
+        known = [*args.dedup_against, *earlier]
+        against = ["--dedup-against", *known] if known else []
         command = ["generate.py", "instructions", *common, "--seeds", *args.seeds, *against]
         command += flags(count=count, long_words=args.long_words, max_new_tokens=args.instruction_tokens or "")
         command += flags(max_rows=args.max_rows or "", output=output)
         add(part, "instructions", command)
         return output
 
+    def drafts(part: str, source: str, adapter: str, bias: list[str]) -> str:
+        return responses(part, source, adapter, args.draft_tokens, [*flags(samples=args.samples), *bias])
+
     def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
         output = f"{run / part}/responses.jsonl"
         command = ["generate.py", "responses", *common, *flags(adapter=adapter), "--input", source]
         command += flags(max_new_tokens=tokens or args.max_new_tokens or "", max_rows=args.max_rows or "")
         add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
+        return output
+
+    def extend(part: str, source: str, adapter: str, more: list[str]) -> str:
+        output = f"{run / part}/extended.jsonl"
+        command = ["extend.py", *common, *flags(adapter=adapter), *sampling, "--input", source]
+        command += flags(samples=args.extend_samples, rounds=args.rounds, max_attempts=args.extend_attempts)
+        command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=output)
+        add(part, "extend", [*command, *more])
         return output
 
     def train(part: str, role: str, inputs: list[str], adapter: str, more: list[str]) -> str:
@@ -116,31 +145,36 @@ def plan(args: argparse.Namespace) -> list[Step]:
         add(part, f"train {role}", [*command, *flags(max_length=args.max_length or "", output=output), *more])
         return output
 
-    def evaluate(name: str, adapter: str) -> None:
-        command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark]
-        add(f"eval/{name}", "evaluate", [*command, *flags(limit=args.limit or "", output=f"{run}/eval/{name}")])
+    def evaluate(name: str, adapter: str, more: Sequence[str] = ()) -> None:
+        command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark, *more]
+        command += flags(samples=args.answers if args.answers > 1 else "", limit=args.limit or "")
+        add(f"eval/{name}", "evaluate", [*command, *flags(output=f"{run}/eval/{name}")])
+
+    # continue: the release's way, the adapter of k-1 goes on with the new pairs only;
+    # restart: from the base model, on the pairs of all iterations so far.
+    def fine_tune(part: str, role: str, pairs: list[str], before: str, go_on: bool, more: list[str]) -> str:
+        return train(part, role, pairs[-1:] if go_on else list(pairs), before if go_on else "", more)
 
     lines = ["--no-line-removal"] if args.no_line_removal else []
-    generator, extender, asked, extended, generators = "", "", [], [], {}
+    stages = ["--one-stage"] if args.one_stage else []
+    go_on = args.adapter_mode == "continue"
+    asked, drafted, extended, generators, extenders = (
+        [],
+        [],
+        [],
+        [""],
+        [""],
+    )  # by iteration; adapter 0 is the base model
     for k in range(1, args.iterations + 1):
         part = f"iter_{k}"
         asked.append(instructions(part, args.instructions, asked))
-        drafts = responses(part, asked[-1], generator, args.draft_tokens, [*flags(samples=args.samples), *bias])
-        extended.append(f"{run / part}/extended.jsonl")
-        command = ["extend.py", *common, *flags(adapter=extender), *sampling, "--input", drafts]
-        command += flags(samples=args.extend_samples, rounds=args.rounds, max_attempts=args.extend_attempts)
-        command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=extended[-1])
-        add(part, "extend", [*command, *bias, *(["--one-stage"] if args.one_stage else [])])
-        # continue: the release's way, the adapter of k-1 goes on with the new pairs only;
-        # restart: from the base model, on the pairs of all iterations so far.
-        go_on = args.adapter_mode == "continue"
-        pairs = extended[-1:] if go_on else list(extended)
-        generator = train(part, "generator", pairs, generator if go_on else "", [])
-        extender = train(part, "extender", pairs, extender if go_on else "", lines)
-        generators[part] = generator
+        drafted.append(drafts(part, asked[-1], generators[-1], bias))
+        extended.append(extend(part, drafted[-1], extenders[-1], [*bias, *stages]))
+        generators.append(fine_tune(part, "generator", extended, generators[-1], go_on, []))
+        extenders.append(fine_tune(part, "extender", extended, extenders[-1], go_on, lines))
 
     fresh = instructions("final", args.final_instructions or args.instructions, asked)
-    answers = responses("final", fresh, generator, 0, ["--samples", "1", "--no-length-bias"])
+    answers = responses("final", fresh, generators[-1], 0, ["--samples", "1", "--no-length-bias"])
     constrained = f"{run}/final/constrained.jsonl"
     command = ["generate.py", "constrain", *common, "--input", *extended, answers]
     command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
@@ -148,10 +182,45 @@ def plan(args: argparse.Namespace) -> list[Step]:
     final = train("final", "generator", [constrained], "", [])
 
     evaluate("base", "")
-    if args.evaluate == "all":
-        for part, adapter in generators.items():
-            evaluate(part, adapter)
+    if args.evaluate == "all" or args.controls:  # controls are compared with the iterations
+        for k in range(1, args.iterations + 1):
+            evaluate(f"iter_{k}", generators[k])
     evaluate("final", final)
+
+    def generator_of(name: str, k: int, pairs: list[str], before: str, go_on: bool = go_on) -> str:
+        """Train and evaluate the Generator that iteration k would have had under a control."""
+        budget = flags(budget_of=generators[k])  # trained on as many tokens as the method's
+        adapter = fine_tune(f"controls/{name}", "generator", pairs, before, go_on, budget)
+        evaluate(f"control_{name}", adapter)
+        return adapter
+
+    last = args.iterations
+    for controlled in args.controls:
+        match controlled:
+            case "told":
+                evaluate("control_told", "", flags(at_least=args.control_words))
+            case "eos-ban":
+                banned = round(TOKENS_PER_WORD * args.control_words)
+                evaluate("control_eos-ban", "", flags(min_new_tokens=banned))
+            case "drafts":
+                own, adapter = drafted[:1], ""
+                for k in range(1, last + 1):
+                    if k > 1:  # from here on it drafts by itself
+                        own.append(drafts(f"controls/drafts_{k}", asked[k - 1], adapter, bias))
+                    adapter = generator_of(f"drafts_{k}", k, own, adapter)
+            case "one-stage" if not args.one_stage:
+                generator_of("one-stage", 1, [extend("controls/one-stage", drafted[0], "", [*bias, "--one-stage"])], "")
+            case "no-bias" if not args.no_length_bias:
+                kept = drafts("controls/no-bias", asked[0], "", ["--no-length-bias"])
+                longer = extend("controls/no-bias", kept, "", ["--no-length-bias", *stages])
+                generator_of("no-bias", 1, [longer], "")
+            case "no-removal" if last > 1 and not args.no_line_removal:
+                whole = ["--no-line-removal", *flags(budget_of=extenders[-2])]
+                trained = fine_tune("controls/no-removal", "extender", extended[:-1], extenders[-3], go_on, whole)
+                longer = extend("controls/no-removal", drafted[-1], trained, [*bias, *stages])
+                generator_of("no-removal", last, [*extended[:-1], longer], generators[-2])
+            case "other-mode" if last > 1:
+                generator_of("other-mode", last, extended, generators[-2], not go_on)
     return steps
 
 
@@ -173,8 +242,11 @@ def as_shell(steps: list[Step]) -> str:
 # Running it
 
 
-def run_step(step: Step) -> dict:
-    """Run one stage: its stderr is ours, its last line of stdout the summary. Where it fails, so do we."""
+def run_step(step: Step) -> dict | None:
+    """Run one stage: its stderr is ours, its last line of stdout the summary. Where it fails, so do we.
+
+    None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
+    """
 
     def die_with_parent() -> None:
         # Should run.py be killed outright, its stage stops too (and resumes later), instead of holding the file's lock.
@@ -190,6 +262,9 @@ def run_step(step: Step) -> dict:
             break
         except KeyboardInterrupt:  # Ctrl-C went to the stage as well: let it finish what it must
             continue
+    if process.returncode == 3 and step.control:
+        cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
+        return None
     if process.returncode:
         code = 128 - process.returncode if process.returncode < 0 else process.returncode
         hint = {
@@ -203,9 +278,8 @@ def run_step(step: Step) -> dict:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def summary_of(args: argparse.Namespace, steps: list[Step], results: list[dict], seconds: float) -> dict:
+def summary_of(args: argparse.Namespace, stages: list[dict], ended: list[str], seconds: float) -> dict:
     """What summary.json holds: one row per model that was measured, one per stage, and the settings."""
-    stages = [{"part": step.part, "stage": step.name, **result} for step, result in zip(steps, results, strict=True)]
     scores = {s["part"].removeprefix("eval/"): s for s in stages if s["stage"] == "evaluate"}
     extenders = {s["part"]: s for s in stages if s["stage"] == "extend"}
     return {
@@ -213,6 +287,7 @@ def summary_of(args: argparse.Namespace, steps: list[Step], results: list[dict],
         "seconds": round(seconds, 1),
         "models": scores,
         "extenders": extenders,
+        "controls_without_pairs": ended,
         "stages": stages,
     }
 
@@ -274,6 +349,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--final-instructions", type=cli.at_least(0), default=0, help="for the last stage; 0 = as --instructions")
     add("--instruction-tokens", type=cli.at_least(0), default=0, help="tokens of an instruction; 0 = 1024")
     add("--seeds", nargs="+", default=["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"], help="JSONL of examples")
+    add("--dedup-against", nargs="+", default=[], help="JSONL files of prompts that must not be asked: held out, say")
     add("--language", choices=("en", "zh", "both"), default="both", help="which languages take part")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--long-words", type=cli.at_least(1), default=2000, help="the judge asks for more words than this")
@@ -307,15 +383,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # evaluation
     add("--benchmark", default="mini", help="mini, a JSONL file in LonGen's format, or a hub id")
     add("--limit", type=cli.at_least(0), default=0, help="queries of the benchmark; 0 = all")
+    add("--answers", type=cli.at_least(1), default=1, help="answers per query")
     add("--evaluate", choices=("all", "ends"), default="all", help="ends = only the base and the final model")
     # controls
     add("--one-stage", action="store_true", help="control: extend in one call instead of two stages")
     add("--no-length-bias", action="store_true", help="control: keep the short ones too")
     add("--no-line-removal", action="store_true", help="control: show the Extender whole drafts in training")
+    names = "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
+    add("--controls", nargs="*", metavar="NAME", help=f"run beside the method; no NAME = all of them. {names}")
+    add("--control-words", type=cli.at_least(1), default=4000, help="length that told and eos-ban aim at, words")
 
     if not parser.parse_args(argv).model:  # the demo's values become the defaults; flags still override them
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    args.controls = list(CONTROLS) if args.controls == [] else args.controls or []
+    if unknown := [name for name in args.controls if name not in CONTROLS]:
+        raise UserError(
+            f"--controls knows no {', '.join(unknown)}", f"one or more of {', '.join(CONTROLS)}; none = all"
+        )
     if args.demand_min >= args.demand_max:
         raise UserError(f"--demand-min {args.demand_min} is not below --demand-max {args.demand_max}")
     return args
@@ -326,20 +411,27 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1) what will be done
     steps = plan(args)
+    if left_out := sorted(set(args.controls) - {step.control for step in steps}):
+        cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
     if args.dry_run:
         print(as_shell(steps))
         return
     cli.say(f"{len(steps)} stages in {args.run}; stop and start again at any time")
 
     # 2) do it, stage by stage
-    started, results = time.monotonic(), []
+    started, results, ended = time.monotonic(), [], set()
     for number, step in enumerate(steps, start=1):
+        if step.control in ended:
+            continue
         cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
         cli.say(f"$ python {shlex.join(step.command)}")
-        results.append(run_step(step))
+        if (result := run_step(step)) is None:
+            ended.add(step.control)
+        else:
+            results.append({"part": step.part, "stage": step.name, **result})
 
     # 3) say what came of it
-    summary = summary_of(args, steps, results, time.monotonic() - started)
+    summary = summary_of(args, results, sorted(ended), time.monotonic() - started)
     replace_file(Path(args.run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     show(summary)
     cli.say(f"{summary['seconds']:.0f} s; everything is in {args.run}, this table in {args.run}/summary.json")

@@ -40,6 +40,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from lengthen import cli, lora
 from lengthen.chat import Chat, fill, template_hashes
 from lengthen.checkpoint import TrainingFolder
+from lengthen.jobs import read_sidecar
 from lengthen.model import load_model
 from lengthen.packed import Abilities, Recompute, examine, pack
 from lengthen.records import LowYield, UserError, draw_seed, fingerprint, read_jsonl, replace_file, to_line
@@ -147,6 +148,24 @@ def targets_of(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         ids += pair.ids[pair.num_prompt :]
         start += len(pair.ids)
     return torch.tensor(index), torch.tensor(ids)
+
+
+def steps_for(target_tokens: int, pairs: list[Pair], per_step: int, seed: int) -> int:
+    """How many steps it takes to train on so many target tokens, one at the least; the last epoch may be cut short."""
+    step = 0
+    while step == 0 or target_tokens > 0:
+        batch = [pairs[i] for i in step_pairs(step, len(pairs), per_step, seed)]
+        target_tokens -= sum(len(p.ids) - p.num_prompt for p in batch)
+        step += 1
+    return step
+
+
+def target_tokens_of(folder: str) -> int:
+    """The target tokens that a finished training went through."""
+    meta = read_sidecar(folder) if Path(folder).is_dir() else {}
+    if meta.get("status") != "done" or "target_tokens" not in meta.get("summary", {}):
+        raise UserError(f"--budget-of {folder} is no finished training", "train.py … --output FOLDER writes one")
+    return meta["summary"]["target_tokens"]
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -276,6 +295,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=count, default=4, help="passes over the pairs")
+    add(
+        "--budget-of",
+        default="",
+        metavar="ADAPTER",
+        help="control: as many target tokens as that training, not --epochs",
+    )
     add("--learning-rate", type=number, default=1e-4, help="its peak, behind the warm-up")
     add("--batch-size", type=count, default=1, help="pairs packed into one row; memory may split it, the result stays")
     add("--accumulate", type=count, default=1, help="rows a step, weighted by their tokens")
@@ -302,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter)}
+    if args.budget_of:
+        settings["target_tokens"] = target_tokens_of(args.budget_of)
     settings["templates"] = template_hashes("extend") if args.role == "extender" else {}
     io = {"inputs": args.input, "overwrite": args.overwrite, "allow_partial": args.allow_partial}
     with TrainingFolder(args.output, settings=settings, **io) as folder:
@@ -357,6 +384,8 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     per_step = args.batch_size * args.accumulate
     per_epoch = math.ceil(len(pairs) / per_step)
     total = args.epochs * per_epoch
+    if args.budget_of:
+        total = steps_for(folder.settings["target_tokens"], pairs, per_step, args.seed)
     tensors, state, said = folder.load_checkpoint()
     for line in said:
         cli.say(f"{line}: going on from the one before, or from the start")
@@ -446,6 +475,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         "first_loss": round(statistics.fmean(losses[:tenth]), 4) if losses else -1.0,
         "last_loss": round(statistics.fmean(losses[-tenth:]), 4) if losses else -1.0,
         "tokens": sum(e["tokens"] for e in entries),
+        "target_tokens": sum(e["target_tokens"] for e in entries),
         "tokens_per_second": round(sum(e["tokens"] for e in entries) / sum(e["seconds"] for e in entries), 1),
         "seconds": round(sum(e["seconds"] for e in entries), 1),
     }

@@ -45,6 +45,7 @@ class Sampling:
     top_k: int = 20  # 0 = off
     repetition_penalty: float = 1.1  # 1 = off
     max_new_tokens: int = 16384  # capped by the context that the prompt leaves
+    min_new_tokens: int = 0  # no EOS is drawn before so many; stop strings still end a text
     stop: tuple[str, ...] = ()  # the text ends before the first of them to be complete
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class Sampling:
         assert self.top_k >= 0, self.top_k
         assert self.repetition_penalty > 0, self.repetition_penalty
         assert self.max_new_tokens > 0, self.max_new_tokens
+        assert self.min_new_tokens >= 0, self.min_new_tokens
         assert all(isinstance(s, str) and s for s in self.stop), self.stop
 
 
@@ -423,6 +425,9 @@ class Sampler:
             device=self.device,
         )
         (temperature, top_p, penalty), (top_k, seeds, positions, counts, slots) = as_floats.T, as_ints.T
+        if early := [i for i, row in enumerate(rows) if too_early(row)]:
+            ends = torch.tensor(sorted(self.eos_ids), device=self.device)
+            logits[torch.tensor(early, device=self.device)[:, None], ends] = float("-inf")
         if any(s.repetition_penalty != 1 for s in settings):
             width = max(1, max(len(row.distinct) for row in rows))
             penalise(logits, self.seen[slots, :width], counts, penalty)
@@ -545,6 +550,11 @@ class Sampler:
                 out[i][j] = value
         for row, count in plan:
             row.computed += count
+
+
+def too_early(row: Row) -> bool:
+    """Whether the text must not end yet."""
+    return len(row.ids) - row.prompt_tokens < row.request.sampling.min_new_tokens
 
 
 def signed(seed: int) -> int:

@@ -287,7 +287,7 @@ def test_bad_files_of_answers(tmp_path, rows, message):
     "rows, message",
     [
         ([ROWS[0], {**ROWS[1], "constraint": "a few words"}], "line 2: cannot read the constraint 'a few words'"),
-        ([{**ROWS[0], "constraint": ""}], "line 1: the field 'constraint' is empty"),
+        ([{**ROWS[0], "constraint": None}], "line 1: no field 'constraint'"),
         ([{k: v for k, v in ROWS[0].items() if k != "constraint"}], "line 1: no field 'constraint'"),
         ([ROWS[2]], "has no row in --language en"),
     ],
@@ -408,6 +408,37 @@ def test_perplexity_is_that_of_a_full_pass_of_the_model(writer, bench, tmp_path,
         assert record["response_tokens"] == len(answer_ids) and record["perplexity"] == pytest.approx(want, rel=1e-4)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["perplexity"] == pytest.approx(numpy.median([r["perplexity"] for r in records]), rel=1e-3)
+
+
+def test_plain_instructions_are_a_benchmark_too(writer, tmp_path):
+    rows = [{**row, "constraint": "", "type": ""} for row in ROWS[:2]]
+    path = write_lines(tmp_path / "bench.jsonl", rows)
+    evaluate.main(flags(writer, path, tmp_path / "out"))
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["answers"] == 2 and scores["length_score"] is None and scores["rank_correlation"] is None
+    assert scores["constant_writer"] is None and scores["words_median_all"] > 0
+
+
+def test_controls_ask_for_words_or_ban_the_end(writer, bench, tmp_path, monkeypatch):
+    from lengthen.sampler import Sampler
+
+    asked, add = [], Sampler.add
+    monkeypatch.setattr(Sampler, "add", lambda self, request: asked.append((self, request)) or add(self, request))
+    evaluate.main(flags(writer, bench, tmp_path / "plain"))
+    evaluate.main(flags(writer, bench, tmp_path / "told", "--at-least", "300", "--language", "both"))
+    evaluate.main(flags(writer, bench, tmp_path / "ban", "--min-new-tokens", "40"))
+    texts = [sampler.tokenizer.decode(request.prompt_ids) for sampler, request in asked]
+    told = texts[len(records_of(tmp_path / "plain")) :][: len(ROWS)]
+    assert (
+        sum("Write at least 300 words." in text for text in told) == sum("请至少写300字。" in text for text in told) + 2
+    )
+    assert sum("at least 300" in text or "至少写300" in text for text in texts) == len(ROWS) == len(told)
+    assert all(r["response_tokens"] >= 40 for r in records_of(tmp_path / "ban").values())
+    for name, setting in (("told", {"at_least": 300}), ("ban", {"min_new_tokens": 40}), ("plain", {"at_least": 0})):
+        scores = json.loads((tmp_path / name / "scores.json").read_text())
+        assert scores["sampling"].items() >= setting.items()
+    # what was asked for beyond the query is in the settings, the record's query is the benchmark's
+    assert {r["query"] for r in records_of(tmp_path / "told").values()} == {row["query"] for row in ROWS}
 
 
 def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """run.py: the plan, and that every stage understands the commands in it.   python -m pytest tests/test_run.py"""
 
 import importlib
+import json
 import os
 import shlex
 import signal
@@ -32,6 +33,8 @@ def value(step: run.Step, flag: str) -> str:
         [],
         ["--model", "m", "--iterations", "3"],
         ["--model", "m", "--adapter-mode", "restart", "--one-stage", "--no-length-bias", "--no-line-removal"],
+        ["--controls", "--iterations", "2", "--answers", "3"],
+        ["--controls", "drafts", "other-mode", "--iterations", "3", "--adapter-mode", "restart"],
         ["--limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
     ],
 )
@@ -111,6 +114,73 @@ def test_controls_reach_their_stages():
     assert has["--one-stage"] == {"extend"}
     assert has["--no-length-bias"] == {"responses", "extend"}
     assert has["--no-line-removal"] == {"train extender"}
+
+
+def test_controls_stand_beside_the_method_and_share_its_files():
+    steps = steps_of("--model", "m", "--run", "r", "--iterations", "2", "--controls")
+    method = [s for s in steps if not s.control]
+    assert method == steps_of("--model", "m", "--run", "r", "--iterations", "2") and steps[: len(method)] == method
+    assert {s.control for s in steps} == {"", *run.CONTROLS}
+    by = {(s.part, s.name): s for s in steps if s.control}
+    assert value(by["eval/control_told", "evaluate"], "--at-least") == "4000"
+    assert value(by["eval/control_eos-ban", "evaluate"], "--min-new-tokens") == "5400"
+    # drafts: the first iteration's own, then those of the control's own Generator on the second's instructions
+    first, second = by["controls/drafts_1", "train generator"], by["controls/drafts_2", "train generator"]
+    assert value(first, "--input") == "r/iter_1/responses.jsonl" and "--adapter" not in first.command
+    assert value(by["controls/drafts_2", "responses"], "--input") == "r/iter_2/instructions.jsonl"
+    assert value(by["controls/drafts_2", "responses"], "--adapter") == "r/controls/drafts_1/generator"
+    assert value(second, "--input") == "r/controls/drafts_2/responses.jsonl"
+    assert value(second, "--adapter") == "r/controls/drafts_1/generator"
+    # one thing differs from the method's command of the same stage, and the output
+    theirs, ours = ({(s.part, s.name): s for s in method}["iter_1", "extend"], by["controls/one-stage", "extend"])
+    assert set(ours.command) - set(theirs.command) == {"--one-stage", "r/controls/one-stage/extended.jsonl"}
+    assert "--no-length-bias" in by["controls/no-bias", "responses"].command
+    assert "--no-length-bias" in by["controls/no-bias", "extend"].command
+    removal = by["controls/no-removal", "train extender"]
+    assert "--no-line-removal" in removal.command and value(removal, "--input") == "r/iter_1/extended.jsonl"
+    assert value(by["controls/no-removal", "extend"], "--adapter") == "r/controls/no-removal/extender"
+    assert value(by["controls/no-removal", "train generator"], "--adapter") == "r/iter_1/generator"
+    other = by["controls/other-mode", "train generator"]
+    assert "--adapter" not in other.command and other.command.count("r/iter_1/extended.jsonl") == 1
+    # every control is trained on as many tokens as what it is compared with, and evaluated
+    for (part, name), step in by.items():
+        if name.startswith("train"):
+            k = 2 if part in ("controls/drafts_2", "controls/no-removal", "controls/other-mode") else 1
+            role = name.removeprefix("train ")
+            want = f"r/iter_{1 if role == 'extender' else k}/{role}"
+            assert value(step, "--budget-of") == want, part
+    generators = {part for part, name in by if name == "train generator"}
+    assert {f"eval/control_{part.removeprefix('controls/')}" for part in generators} <= {part for part, _ in by}
+
+
+def test_controls_of_one_iteration_and_by_name(capsys):
+    steps = steps_of("--controls")
+    assert {s.control for s in steps} == {"", "told", "eos-ban", "drafts", "one-stage", "no-bias"}
+    assert "eval/iter_1" in {s.part for s in steps}  # the demo evaluates the ends only: controls need the middle
+    assert {s.control for s in steps_of("--controls", "told")} == {"", "told"}
+    with pytest.raises(UserError, match="knows no rubbish"):
+        run.parse_args(["--controls", "told", "rubbish"])
+    run.main(["--controls", "told", "no-removal", "--dry-run"])
+    assert "controls left out: no-removal" in capsys.readouterr().err
+
+
+def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def stage(step: run.Step) -> dict | None:
+        calls.append((step.control, step.name))
+        if (step.control, step.name) == ("one-stage", "extend"):
+            return None
+        scores = dict.fromkeys(("words_median", "words_p90", "eos_share", "loop_rate"), 1.0)
+        return {"seconds": 1, **scores, "length_score": None, "rank_correlation": None}
+
+    monkeypatch.setattr(run, "run_step", stage)
+    (tmp_path / "r").mkdir()
+    run.main(["--run", str(tmp_path / "r"), "--controls", "one-stage", "no-bias"])
+    names = [name for control, name in calls if control == "one-stage"]
+    assert names == ["extend"] and ("no-bias", "evaluate") in calls
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["controls_without_pairs"] == ["one-stage"] and "control_no-bias" in summary["models"]
 
 
 def test_dry_run_prints_a_script_that_runs_the_same_commands_when_pasted(tmp_path):

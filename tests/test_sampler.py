@@ -367,6 +367,30 @@ def test_every_eos_ends_a_text_and_special_stop_strings_are_ids():
     assert (sample.finish, sample.text) == ("stop", "the river")
 
 
+def test_no_eos_before_the_least_number_of_tokens():
+    """Oracle: generate's min_new_tokens, token by token, greedy and beside rows that may end at once."""
+    model, prompts = tiny_model(), make_prompts(8)
+    free = write(model, [Request(i, p, i, Sampling(temperature=0, max_new_tokens=24)) for i, p in enumerate(prompts)])
+    ends = {free[i].token_ids[2 + i] for i in range(8)}  # what this model is likely to write early
+    bounds = [0, 0, 5, 12, 12, 12, 20, 24]
+    asked = [
+        Request(i, p, i, Sampling(temperature=0, max_new_tokens=24, min_new_tokens=least))
+        for i, (p, least) in enumerate(zip(prompts, bounds, strict=True))
+    ]
+    samples = write(model, asked, eos_ids=ends)
+    ended_early = 0
+    for i, (prompt, least) in enumerate(zip(prompts, bounds, strict=True)):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 24, "min_new_tokens": least}
+        options["eos_token_id"] = sorted(ends)
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i
+        assert samples[i].num_tokens >= least and ends.isdisjoint(samples[i].token_ids[:least])
+        early = model.generate(ids, attention_mask=torch.ones_like(ids), **{**options, "min_new_tokens": 0})
+        ended_early += early.shape[1] - len(prompt) < least
+    assert ended_early  # else nothing was banned
+
+
 def test_loops_end_early():
     model = tiny_model()
     block = list(range(20, 57))

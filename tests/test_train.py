@@ -434,6 +434,23 @@ def test_a_run_learns_and_writes_everything(run, tmp_path, model_folder):
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
 
 
+def test_a_control_trains_on_as_many_target_tokens(run, tmp_path):
+    """--budget-of: fewer pairs go round more often, and the last step is the one that reaches the budget."""
+    method, log, _ = run("--epochs", "3", output="method")
+    assert method["target_tokens"] == sum(e["target_tokens"] for e in log)
+    write(tmp_path / "few.jsonl", [record(i) for i in range(20, 23)])
+    few = {"output": "few", "inputs": ("few.jsonl",)}
+    control, steps, _ = run("--budget-of", str(tmp_path / "method"), "--epochs", "1", **few)
+    assert control["pairs"] == 3 and control["steps"] == len(steps) > 3  # not one epoch
+    assert control["target_tokens"] - steps[-1]["target_tokens"] < method["target_tokens"] <= control["target_tokens"]
+    assert steps[-1]["lr"] < 0.1 * max(e["lr"] for e in steps)  # the cosine ends where the training does
+    assert "nothing to train" in run("--budget-of", str(tmp_path / "method"), "--epochs", "1", **few)[2]
+    with pytest.raises(UserError, match="target_tokens"):
+        run("--epochs", "1", **few)
+    with pytest.raises(UserError, match="--budget-of .*nowhere is no finished training"):
+        run("--budget-of", str(tmp_path / "nowhere"), output="third")
+
+
 def test_a_finished_run_loads_no_model(run, monkeypatch):
     first = run()
     monkeypatch.setattr(train, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
