@@ -5,14 +5,19 @@
     3. score each answer's length with LonGen's published formula and word count, and the whole with controls:
        - rank correlation between wanted and written lengths: does the model follow, or is it merely long?
        - constant writer: what always writing N words would score on the same queries, for the best N and fixed ones
-       - share of answers that end by EOS, share that loop, distinct-3 over equally long prefixes
-    4. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output
+       - share of answers that end by EOS, share that loop and where, distinct-3 and compression of equal prefixes
+    4. probe with the model that is loaded, in a few passes: is an answer likelier behind its own query than behind the
+       next one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how
+       likely are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?)
+    5. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
+       number stands its 95 % interval over queries (lengthen/intervals.py), in --compare also that of the difference
 
 Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
         the hub; or, with --outputs, ready-made answers (query, response; the benchmark's fields, finish where known).
 Writes  OUTPUT/outputs.jsonl one finished answer a line: killed and started again, it goes on where it was.
-        OUTPUT/scores.json   length_score in points of 100, shares in 0..1, words by the strict measure
-                             (lengthen.text.count_words) unless named longen_words; null = not defined here.
+        OUTPUT/scores.json   length scores in points of 100, shares in 0..1, losses in nats per token, words by the
+                             strict measure (lengthen.text.count_words) unless named longen_words; null = not defined
+                             or not measured.
 
 Departures from the release (eval/ of QwenLM/Self-Lengthen)
     1. The average length score is never shown alone: a writer who ignores the query and always writes 4,000 words gets
@@ -33,24 +38,40 @@ import hashlib
 import json
 import math
 import re
-import statistics
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lengthen import cli
+from lengthen import cli, intervals
 from lengthen.demands import full_marks, length_score, parse_demand, stated_demands
 from lengthen.figures import length_following
 from lengthen.jobs import Job
+from lengthen.measures import (
+    PREFIX_WORDS,
+    compression,
+    content_words,
+    distinct_3,
+    longbench_score,
+    loop_by_tenth,
+    mean,
+    median,
+    p90,
+    spearman,
+)
 from lengthen.records import (
+    KINDS,
     UserError,
     draw_seed,
     filter_language,
     fingerprint,
     new_record,
+    numbered_lines,
     prompt_id,
     read_jsonl,
     record_id,
@@ -58,15 +79,21 @@ from lengthen.records import (
     run_id_of,
 )
 from lengthen.stage import open_model, sampling_of
-from lengthen.text import count_words, detect_language, is_loop, longen_words, tokens
+from lengthen.text import count_words, detect_language, is_loop, longen_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lengthen.chat import Chat
+    from lengthen.model import LoadedModel
+    from lengthen.sampler import Sampler
 
 BENCHMARKS = {"mini": Path(__file__).parent / "prompts" / "bench_mini.jsonl"}
+SHORT_TASKS = Path(__file__).parent / "prompts" / "short_tasks.jsonl"
 CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
-PREFIX_WORDS = (
-    200  # distinct-3 falls with length, so it is taken over the first so many words, shorter answers left out
-)
 GROUPS = ("type", "range", "language")
 AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}  # behind the query: a control
+POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end
 
 # ---------------------------------------------------------------------------------------------------------
 # The benchmark
@@ -124,10 +151,13 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
         if ready_made:  # an equal query is another answer to it
             sample = row["sample"] if isinstance(row.get("sample"), int) else number
             parent = known["parent_id"] or prompt_id(language, row["query"])
-            if isinstance(row.get("response_tokens"), int):
-                known["response_tokens"] = row["response_tokens"]
-            if isinstance(row.get("perplexity"), (int, float)):
-                known["perplexity"] = float(row["perplexity"])
+            known |= {k: row[k] for k in ("response_tokens", "base_tokens") if isinstance(row.get(k), int)}
+            losses = ("perplexity", "base_loss", "shuffled_loss")
+            known |= {k: float(row[k]) for k in losses if isinstance(row.get(k), (int, float))}
+            if isinstance(row.get("base_losses"), list) and all(
+                isinstance(x, (int, float)) for x in row["base_losses"]
+            ):
+                known["base_losses"] = row["base_losses"]
         else:  # an equal query is another query
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], number)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
@@ -166,6 +196,11 @@ def contradictions(rows: Sequence[dict]) -> list[dict]:
 # Answers
 
 
+def complete(row: dict) -> dict:
+    """An "output" record of any version: fields that it was written too early to have are empty."""
+    return new_record("output", **{k: v for k, v in row.items() if k in KINDS["output"].__annotations__})
+
+
 def answered(row: dict, response: str, finish: str, response_tokens: int, perplexity: float = -1.0) -> dict:
     """The row with an answer and everything that is measured on the answer alone."""
     words = longen_words(response)
@@ -182,18 +217,17 @@ def answered(row: dict, response: str, finish: str, response_tokens: int, perple
     }
 
 
-def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> None:
+def sample_answers(
+    job: Job, rows: Sequence[dict], args: argparse.Namespace, loaded: "LoadedModel", sampler: "Sampler"
+) -> None:
     """Answer what is not answered yet; each answer is on disk as soon as it is finished."""
     from lengthen.sampler import Request  # torch comes with it: ready-made answers do without
 
-    loaded, sampler = open_model(args, job)
     sampling = replace(sampling_of(args), min_new_tokens=args.min_new_tokens)
     waiting = {}
     for row in rows:
-        content = row["query"]
-        if args.at_least:
-            content += AT_LEAST[row["language"]].format(words=args.at_least)
-        prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
+        told = AT_LEAST[row["language"]].format(words=args.at_least) if args.at_least else ""
+        prompt_ids = prompt_of(loaded.chat, row["query"] + told)
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
@@ -214,40 +248,91 @@ def sample_answers(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Measures. Each is a function of a list of "output" records or of plain numbers.
+# Probes: what the loaded model says of texts that are there, in a few passes. Nothing is written by it.
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1, ties sharing their average."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    result, start = [0.0] * len(values), 0
-    for stop in range(1, len(order) + 1):
-        if stop == len(order) or values[order[stop]] != values[order[start]]:
-            for i in order[start:stop]:
-                result[i] = (start + 1 + stop) / 2
-            start = stop
-    return result
+def probe(
+    job: Job, rows: Sequence[dict], args: argparse.Namespace, loaded: "LoadedModel", sampler: "Sampler"
+) -> dict[str, Any]:
+    """Measure the answers under the base model (into their records) and the short tasks under the evaluated one."""
+    from lengthen.lora import without_adapter
+    from lengthen.sampler import Sampler
+
+    began = time.monotonic()
+    tasks = filter_language(read_jsonl(SHORT_TASKS, ("prompt", "answer")), args.language)
+    losses = short_losses(tasks, loaded.chat, sampler)
+    if args.adapter:
+        sampler.close()  # it holds copies of the weights, in which the adapter is merged
+        with without_adapter(loaded.model, args.adapter):
+            room = {"context": sampler.context, "kv_tokens": sampler.context}  # for one text: nothing is decoded
+            with Sampler(loaded.model, loaded.tokenizer, eos_ids=sampler.eos_ids, **room) as base:
+                probe_answers(job, rows, loaded.chat, base)
+    else:
+        probe_answers(job, rows, loaded.chat, sampler)
+    cli.say(f"probes: {len(job.records)} answers and {len(losses)} short tasks in {time.monotonic() - began:.1f} s")
+    return {"short_losses": losses, "short_tasks": hash_of(tasks)}
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties sharing ranks; None where a side is constant, or with fewer than 5 pairs."""
-    if len(x) < 5 or len(set(x)) == 1 or len(set(y)) == 1:
-        return None
-    return statistics.correlation(ranks(x), ranks(y))
+def short_losses(tasks: Sequence[dict], chat: "Chat", sampler: "Sampler") -> list[float]:
+    """Nats per token of the short tasks' answers, their ends included: long writers find an early end unlikely."""
+    pairs = [(prompt_of(chat, task["prompt"]), chat.encode_answer(task["answer"])) for task in tasks]
+    return [round(-values.mean().item(), 4) for values in sampler.logprobs(pairs)]
 
 
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """The q-quantile with linear interpolation (numpy's default); None of nothing."""
-    if not values:
-        return None
-    ordered, place = sorted(values), q * (len(values) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sampler", batch: int = 8) -> None:
+    """base_tokens, base_loss, base_losses and shuffled_loss of every answer: each batch is on disk when it is done.
+
+    Texts are encoded afresh, so that an answer read back from disk is measured like one that has just been sampled.
+    """
+    answered = {r["parent_id"] for r in job.records}
+    queries = [(r["language"], r["query"]) for r in rows if r["parent_id"] in answered]
+    prompts = {query: prompt_of(chat, query[1]) for query in queries}
+    other = next_queries(list(prompts))
+    found = {note["id"]: note for note in job.journal}
+    todo = [r for r in job.records if r["id"] not in found]
+    with cli.progress("probes", len(job.records)) as bar:
+        for start in range(0, len(todo), batch):
+            bar.update(len(found))
+            part, pairs = todo[start : start + batch], []
+            for row in part:
+                query = row["language"], row["query"]
+                own, strange = prompts[query], prompts[other[query]]
+                # Encoded again, or behind a longer prompt, a text may no longer fit: its end is left out.
+                ids = chat.encode_text(row["response"])[: sampler.context - max(len(own), len(strange))]
+                pairs += [(own, ids), (strange, ids)] if other[query] != query else [(own, ids)]
+            losses = iter([-values for values in sampler.logprobs(pairs)])
+            for row in part:
+                query = row["language"], row["query"]
+                found[row["id"]] = probed(next(losses), next(losses) if other[query] != query else None)
+                job.note({"id": row["id"], **found[row["id"]]})
+    job.amend(found)
 
 
-def mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def prompt_of(chat: "Chat", query: str) -> list[int]:
+    return chat.encode([{"role": "user", "content": query}])
+
+
+def next_queries(queries: Sequence[tuple[str, str]]) -> dict:
+    """(language, text) -> the next query of its language, behind the last one the first; itself where it is alone."""
+    by_language = {language: [q for q in queries if q[0] == language] for language, _ in queries}
+    return {a: b for same in by_language.values() for a, b in zip(same, [*same[1:], same[0]], strict=True)}
+
+
+def probed(own: "Tensor", strange: "Tensor | None") -> dict[str, Any]:
+    """The fields of an "output" record, from the losses of its tokens behind its own and behind another query."""
+    if not len(own):
+        return {}
+    parts = [own[a:b] for a, b in pairwise(POSITIONS) if a < len(own)]
+    return {
+        "base_tokens": len(own),
+        "base_loss": round(own.mean().item(), 4),
+        "base_losses": [round(part.mean().item(), 4) for part in parts],
+        "shuffled_loss": -1.0 if strange is None else round(strange.mean().item(), 4),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measures
 
 
 def wanted_words(row: dict) -> float:
@@ -270,60 +355,111 @@ def constant_writer(outputs: Sequence[dict]) -> dict:
     return {"best_words": best, "best": total(best), "fixed": {str(words): total(words) for words in CONSTANT_WORDS}}
 
 
-def distinct_3(texts: Sequence[str]) -> tuple[float | None, int]:
-    """Mean share of different word trigrams in the first PREFIX_WORDS words, and over how many texts it is taken."""
-    shares = []
-    for text in texts:
-        words = tokens(text)[:PREFIX_WORDS]
-        if len(words) == PREFIX_WORDS:
-            shares.append(len(set(zip(words, words[1:], words[2:], strict=False))) / (PREFIX_WORDS - 2))
-    return mean(shares), len(shares)
+def has_demand(row: dict) -> bool:
+    return row["length_score"] >= 0
 
 
-def summarise(outputs: Sequence[dict]) -> dict:
-    """What is said of a whole run and of each of its groups alike."""
-    asked = [r for r in outputs if r["length_score"] >= 0]
-    ended = [r["response_words"] for r in outputs if r["finish"] == "eos"]
-    known = [r for r in outputs if r["finish"]]
-    score = mean([r["length_score"] for r in asked])
-    return {
-        "answers": len(outputs),
-        "length_score": None if score is None else 100 * score,
-        "rank_correlation": spearman([wanted_words(r) for r in asked], [r["longen_words"] for r in asked]),
-        "eos_share": len(ended) / len(known) if known else None,
-        "words_median": quantile(ended, 0.5),  # of answers that ended by EOS: the others' length is the limit's
-        "words_p90": quantile(ended, 0.9),
-    }
+def has_ended(row: dict) -> bool:
+    return row["finish"] == "eos"
 
 
-def score(outputs: Sequence[dict]) -> dict:
-    """All scores of a list of "output" records (at least one). Shares are 0..1, length scores points of 100."""
-    asked = [r for r in outputs if r["length_score"] >= 0]
-    every = [r["response_words"] for r in outputs]
+def own_prompt_gain(row: dict) -> float | None:
+    """Nats per token by which the answer is likelier behind its own query than behind another one."""
+    return row["shuffled_loss"] - row["base_loss"] if row["shuffled_loss"] >= 0 else None
+
+
+# key of scores.json -> what it takes of an answer (None: the answer does not count), and what it makes of all of these
+MEASURES: dict[str, tuple[Callable[[dict], Any], Callable[[list], float | None]]] = {
+    # of answers that ended by EOS: the others' length is the limit's
+    "words_median": (lambda r: r["response_words"] if has_ended(r) else None, median),
+    "words_p90": (lambda r: r["response_words"] if has_ended(r) else None, p90),
+    "words_median_all": (lambda r: r["response_words"], median),
+    "words_p90_all": (lambda r: r["response_words"], p90),
+    "eos_share": (lambda r: has_ended(r) if r["finish"] else None, mean),
+    "loop_rate": (lambda r: r["finish"] == "repetition" or is_loop(r["response"], r["language"]), mean),
+    "length_score": (lambda r: 100 * r["length_score"] if has_demand(r) else None, mean),
+    "length_score_eos": (lambda r: 100 * r["length_score"] if has_demand(r) and has_ended(r) else None, mean),
+    "longbench_score": (
+        lambda r: longbench_score(r["response_words"], wanted_words(r)) if has_demand(r) else None,
+        mean,
+    ),
+    "rank_correlation": (lambda r: (wanted_words(r), r["longen_words"]) if has_demand(r) else None, spearman),
+    "distinct_3": (lambda r: distinct_3(r["response"]), mean),
+    "compression": (lambda r: compression(r["response"]), mean),
+    "content_words": (lambda r: content_words(r["query"], r["response"], r["language"]), mean),
+    "perplexity": (lambda r: r["perplexity"] if r["perplexity"] >= 0 else None, median),
+    "own_prompt_gain": (own_prompt_gain, mean),
+    "own_prompt_share": (lambda r: None if (gain := own_prompt_gain(r)) is None else gain > 0, mean),
+}
+OF_GROUPS = ("length_score", "rank_correlation", "eos_share", "words_median", "words_p90")
+
+
+def measured(outputs: Sequence[dict]) -> list[dict]:
+    """What each answer gives to each measure, and as "query" what it answers."""
+    return [
+        {"query": (r["language"], r["constraint"], r["query"]), **{key: of(r) for key, (of, _) in MEASURES.items()}}
+        for r in outputs
+    ]
+
+
+def by_query(key: str, answers: Sequence[dict], queries: Sequence[tuple] = ()) -> list[list]:
+    """What the answers give to a measure, a list for each query: in the order of `queries`, or in their own."""
+    groups = {query: [] for query in queries or (answer["query"] for answer in answers)}
+    for answer in answers:
+        if answer[key] is not None:
+            groups[answer["query"]].append(answer[key])
+    return list(groups.values())
+
+
+def overall(key: str, answers: Sequence[dict]) -> float | None:
+    return MEASURES[key][1]([answer[key] for answer in answers if answer[key] is not None])
+
+
+def score(outputs: Sequence[dict], short_losses: Sequence[float] = ()) -> dict:
+    """All scores of a list of "output" records (at least one), with the interval of each measure over the queries.
+
+    Shares are 0..1, length scores points of 100, losses and gains nats per token.
+    """
+    answers = measured(outputs)
+    demanding = [r for r in outputs if has_demand(r)]
     counted = [r["response_tokens"] for r in outputs if r["response_tokens"] >= 0]
-    perplexities = [r["perplexity"] for r in outputs if r["perplexity"] >= 0]
-    ended = mean([r["length_score"] for r in asked if r["finish"] == "eos"])
-    loops = [r["finish"] == "repetition" or is_loop(r["response"], r["language"]) for r in outputs]
-    distinct, distinct_answers = distinct_3([r["response"] for r in outputs])
+    tenths = [t for r in outputs if (t := loop_by_tenth(r["response"], r["language"]))]
     groups = {f"by_{field}": {} for field in GROUPS}
     for field in GROUPS:
         for value in sorted({r[field] for r in outputs if r[field]}):
-            groups[f"by_{field}"][value] = summarise([r for r in outputs if r[field] == value])
+            group = [a for a, r in zip(answers, outputs, strict=True) if r[field] == value]
+            groups[f"by_{field}"][value] = {"answers": len(group), **{key: overall(key, group) for key in OF_GROUPS}}
+    trust = {key: intervals.bootstrap(by_query(key, answers), total) for key, (_, total) in MEASURES.items()}
     return {
         "rows": len({r["parent_id"] for r in outputs}),
-        **summarise(outputs),
-        "words_median_all": quantile(every, 0.5),
-        "words_p90_all": quantile(every, 0.9),
-        "length_score_eos": None if ended is None else 100 * ended,
+        "answers": len(outputs),
+        **{key: overall(key, answers) for key in MEASURES},
+        "short_loss": mean(short_losses),
+        "intervals": {**trust, "short_loss": intervals.bootstrap([[loss] for loss in short_losses], mean)},
         "finishes": dict(Counter(r["finish"] or "unknown" for r in outputs).most_common()),
-        "loop_rate": mean(loops),
-        "distinct_3": distinct,
-        "distinct_3_answers": distinct_answers,
-        "perplexity": quantile(perplexities, 0.5),
+        "loop_by_tenth": [mean(tenth) for tenth in zip(*tenths, strict=True)] or None,
+        "base_perplexity_by_position": perplexity_by_position(outputs) or None,
+        "distinct_3_answers": sum(answer["distinct_3"] is not None for answer in answers),
         "tokens": sum(counted) if counted else None,
-        "constant_writer": constant_writer(asked) if asked else None,
+        "constant_writer": constant_writer(demanding) if demanding else None,
         **groups,
     }
+
+
+def perplexity_by_position(outputs: Sequence[dict]) -> list[list[float]]:
+    """[from token, to token, base model's perplexity of all tokens there], up to the end of the longest answer.
+
+    Far positions have the tokens of the long answers only: read it within a run, or between runs of like lengths.
+    """
+    result = []
+    for i, (start, stop) in enumerate(pairwise(POSITIONS)):
+        parts = [
+            (r["base_losses"][i], min(r["base_tokens"], stop) - start) for r in outputs if len(r["base_losses"]) > i
+        ]
+        if parts:
+            loss = sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
+            result.append([start, stop, math.exp(loss)])
+    return result
 
 
 def hash_of(value: object) -> str:
@@ -334,6 +470,8 @@ def rounded(value: object) -> object:
     """The same JSON value with floats of at most 4 decimals: more would be noise."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
@@ -341,8 +479,10 @@ def rounded(value: object) -> object:
 # What people look at
 
 
-def cell(value: float | None, form: str = "{:,.0f}") -> str:
-    return "-" if value is None else form.format(value)
+def cell(value: float | None, form: str = "{:,.0f}", interval: Sequence[float] | None = None) -> str:
+    """362 [301, 420]; the sign of the unit, where there is one, only with the value."""
+    text = "-" if value is None else form.format(value)
+    return text + (f" [{', '.join(form.format(end).strip('x%') for end in interval)}]" if interval else "")
 
 
 HEADLINES = (  # key of scores.json, name, format
@@ -357,9 +497,15 @@ HEADLINES = (  # key of scores.json, name, format
     ("length_score", "length score, of 100", "{:.1f}"),
     ("length_score_eos", "length score (ended by EOS)", "{:.1f}"),
     ("constant_best", "  best constant writer", "{:.1f}"),
+    ("longbench_score", "LongBench-Write's length score", "{:.1f}"),
     ("rank_correlation", "rank correlation wanted/written", "{:+.2f}"),
     ("distinct_3", f"distinct-3, first {PREFIX_WORDS} words", "{:.3f}"),
+    ("compression", f"zlib compression, first {PREFIX_WORDS} words", "{:.2f}"),
+    ("content_words", "query's content words used", "{:.1%}"),
     ("perplexity", "perplexity, median (own answers)", "{:.2f}"),
+    ("own_prompt_gain", "gain by the own query, nats per token", "{:.3f}"),
+    ("own_prompt_share", "  answers for which it is above 0", "{:.1%}"),
+    ("short_loss", "short tasks, nats per token", "{:.3f}"),
     ("tokens", "tokens", "{:,.0f}"),
     ("seconds", "seconds", "{:,.0f}"),
 )
@@ -370,13 +516,17 @@ def headlines(scores: dict) -> dict:
 
 
 def show(scores: dict, title: str) -> None:
-    """Two tables on stderr: the run as a whole, and its groups."""
+    """Two tables on stderr: the run as a whole with 95 % intervals over queries, and its groups."""
     table = Table(title=title, show_header=False)
     table.add_column("measure")
     table.add_column("value", justify="right")
     for key, name, form in HEADLINES:
-        table.add_row(name, cell(headlines(scores)[key], form))
+        table.add_row(name, cell(headlines(scores)[key], form, scores["intervals"].get(key)))
     cli.console.print(table)
+    if any(scores["loop_by_tenth"] or ()):
+        cli.say(f"words in loops, by tenth of the answer: {' '.join(f'{x:.0%}' for x in scores['loop_by_tenth'])}")
+    if positions := scores["base_perplexity_by_position"]:
+        cli.say("base model's perplexity from token " + ", ".join(f"{a}: {x:.1f}" for a, _, x in positions))
 
     table = Table(title="By group (words of the answers that ended by EOS)")
     columns = (
@@ -399,35 +549,78 @@ def show(scores: dict, title: str) -> None:
         cli.say(f"always writing {constant['best_words']:,} words would score {constant['best']:.1f}; {fixed}")
 
 
+def read_run(folder: str) -> dict:
+    """A run's scores.json and, as "measured", what its answers give to each measure ([]: they are no longer there)."""
+    path = Path(folder) / "scores.json"
+    try:
+        scores = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", f"python evaluate.py … --output {folder}  writes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "run the same evaluate.py command again") from None
+    answers = Path(folder) / "outputs.jsonl"
+    rows = [complete(row) for _, row in numbered_lines(answers)] if answers.exists() else []
+    return {"intervals": {}, "short_losses": [], "short_tasks": "", **scores, "measured": measured(rows)}
+
+
+def times(a: float | None, b: float | None) -> float | None:
+    return b / a if a and b is not None else None
+
+
+def more(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else b - a
+
+
+def changes(first: dict, run: dict) -> dict[str, tuple[float | None, intervals.Interval | None]]:
+    """By measure, how the run differs from the first (words as a multiple of it), and the interval of that."""
+    same = first["queries_hash"] == run["queries_hash"]
+    draw = intervals.paired if same else intervals.unpaired
+    queries = list(dict.fromkeys(answer["query"] for one in (first, run) for answer in one["measured"]))
+    found = {}
+    for key, (_, total) in MEASURES.items():
+        differ = times if key.startswith("words") else more
+        groups = (by_query(key, one["measured"], queries) for one in (first, run))
+        found[key] = (
+            differ(first.get(key), run.get(key)),
+            draw(*groups, lambda a, b, total=total, differ=differ: differ(total(a), total(b))),
+        )
+    if first["short_losses"] and first["short_tasks"] == run["short_tasks"]:  # paired by task
+        losses = ([[loss] for loss in one["short_losses"]] for one in (first, run))
+        difference = intervals.paired(*losses, lambda a, b: mean(b) - mean(a))
+        found["short_loss"] = more(first["short_loss"], run["short_loss"]), difference
+    return found
+
+
 def compare(folders: Sequence[str]) -> dict:
-    """One table of the scores of several runs; words also as a multiple of the first run's."""
-    runs = {}
-    for folder in dict.fromkeys(str(Path(f)) for f in folders):
-        path = Path(folder) / "scores.json"
-        try:
-            runs[folder] = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist", f"python evaluate.py … --output {folder}  writes it") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}", "run the same evaluate.py command again") from None
+    """One table of the scores of several runs, and how each differs from the first, all with their intervals."""
+    runs = {folder: read_run(folder) for folder in dict.fromkeys(str(Path(f)) for f in folders)}
     first = next(iter(runs.values()))
-    table = Table(title="Scores side by side")
+    changed = {folder: changes(first, run) for folder, run in runs.items() if run is not first}
+    table = Table(title="Scores side by side; 95 % intervals over queries")
     table.add_column("measure")
     for folder in runs:
         table.add_column(cli.printable(folder), justify="right", overflow="fold")
     for key, name, form in HEADLINES:
-        values = []
-        for scores in runs.values():
-            value, base = headlines(scores)[key], headlines(first)[key]
-            growth = key.startswith("words") and scores is not first and value is not None and base
-            values.append(cell(value, form) + (f"  x{value / base:.2f}" if growth else ""))
-        table.add_row(name, *values)
+        cells = []
+        for folder, run in runs.items():
+            cells.append(cell(headlines(run).get(key), form, run["intervals"].get(key)))
+            value, interval = changed.get(folder, {}).get(key, (None, None))
+            if value is not None:
+                signed = "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
+                cells[-1] += "\n" + cell(value, signed, interval)
+        table.add_row(name, *cells)
     cli.console.print(table)
     for key, what in (("queries_hash", "other queries"), ("sampling", "other sampling settings")):
-        if others := [f for f, scores in runs.items() if scores[key] != first[key]]:
-            cli.say(f"not like for like: {', '.join(others)} with {what} than {next(iter(runs))}")
+        if others := [f for f, run in runs.items() if run[key] != first[key]]:
+            how = "; intervals of their differences are not paired" if key == "queries_hash" else ""
+            cli.say(f"not like for like: {', '.join(others)} with {what} than {next(iter(runs))}{how}")
     keys = [key for key, _, _ in HEADLINES]
-    return {"stage": "compare", "runs": {f: {k: headlines(s)[k] for k in keys} for f, s in runs.items()}}
+    return {
+        "stage": "compare",
+        "runs": {folder: {key: headlines(run).get(key) for key in keys} for folder, run in runs.items()},
+        "changes": rounded(changed),
+        "paired": [folder for folder in changed if runs[folder]["queries_hash"] == first["queries_hash"]],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -449,6 +642,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="of every random draw in this stage")
     group.add_argument("--overwrite", action="store_true", help="start afresh instead of going on")
     group.add_argument("--allow-partial", action="store_true", help="accept --outputs whose stage has not finished")
+    group.add_argument("--no-probes", action="store_true", help="leave out what a model is asked about the answers")
     cli.add_model_flags(parser, required=False)
     cli.add_sampling_flags(parser)
     group = parser.add_argument_group("controls: what a longer answer costs without fine-tuning")
@@ -457,9 +651,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="ban EOS from the first N tokens")
     args = parser.parse_args(argv)
-    args.benchmark = (
-        args.benchmark or "mini"
-    )  # not as the default: argparse would let "--outputs X --benchmark mini" pass
+    # Not as the flag's default: argparse would let "--outputs X --benchmark mini" pass.
+    args.benchmark = args.benchmark or "mini"
     if not args.compare:
         for flag, needed in (("output", True), ("model", not args.outputs)):
             if needed and not getattr(args, flag):
@@ -501,29 +694,37 @@ def main(argv: list[str] | None = None) -> None:
         settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter), "quantize": args.quantize}
     flags = {"overwrite": args.overwrite, "allow_partial": args.allow_partial}
     info = {"model": args.model or "", "adapter": args.adapter}
-    with Job("evaluate", output, inputs=[source], settings=settings, info=info, **flags) as job:
+    with Job("evaluate", output, inputs=[source], settings=settings, info=info, journal=True, **flags) as job:
         for leftover in folder.glob(".*.tmp"):  # of a process killed while it wrote its scores; we hold the lock
             leftover.unlink()
+        probes = {}
         if args.outputs:
             for row in rows:
                 if row["id"] not in job.done_ids:
                     known = (row[k] for k in ("response", "finish", "response_tokens", "perplexity"))
                     job.accept(answered(row, *known))
         elif not job.complete:
-            sample_answers(job, rows, args)
-        summary = job.finish()
+            loaded, sampler = open_model(args, job)
+            sample_answers(job, rows, args, loaded, sampler)
+            if not args.no_probes and job.records:
+                probes = probe(job, rows, args, loaded, sampler)
+        elif not args.no_probes and all(r["base_tokens"] < 0 for r in map(complete, job.records)):
+            cli.say("these answers were made without the probes; --overwrite makes them afresh, with them")
+        summary = job.finish(**probes)
 
         # 3) what came of it, computed afresh each time. Sorted: the file is in finishing order.
         order = {row["parent_id"]: i for i, row in enumerate(rows)}
-        outputs = sorted(job.records, key=lambda r: (order[r["parent_id"]], r["sample"]))
-        scores = rounded({**score(outputs), "seconds": summary["seconds"], "contradictions": len(odd)})
+        outputs = sorted(map(complete, job.records), key=lambda r: (order[r["parent_id"]], r["sample"]))
+        losses = summary.get("short_losses", [])
+        scores = rounded({**score(outputs, losses), "seconds": summary["seconds"], "contradictions": len(odd)})
         about = {
             "source": args.outputs or args.benchmark,
             **info,
             "sampling": sampling,
             "queries_hash": hash_of(sorted({(r["language"], r["constraint"], r["query"]) for r in rows})),
         }
-        details = {"unanswered": summary["rejected"], "contradicting": odd}
+        tasks = {"short_losses": losses, "short_tasks": summary.get("short_tasks", "")}
+        details = {"unanswered": summary["rejected"], "contradicting": odd, **tasks}
         text = json.dumps({**about, **scores, **details}, ensure_ascii=False, indent=1)
         replace_file(folder / "scores.json", text + "\n")
         if scores["constant_writer"]:

@@ -275,10 +275,18 @@ class Job(OneWriter):
         self.records = [r for r in self.records if r["id"] not in reasons]
         self.rejected += [{**r, "reason": reasons[r["id"]]} for r in moved]
         # The rejected file first: killed in between, a record is in both files, never in none.
-        for path, rows in ((self.rejected_path, self.rejected), (self.output, self.records)):
-            self.writers.pop(path).close()
-            replace_file(path, b"".join(map(to_line, rows)))
-            self.writers[path] = Appender(path)
+        self._rewrite(self.rejected_path, self.rejected)
+        self._rewrite(self.output, self.records)
+
+    def amend(self, fields: Mapping[str, Mapping]) -> None:
+        """Fill in fields of accepted records, by id; noted before, they outlive a kill in between."""
+        self.records = [{**r, **fields.get(r["id"], {})} for r in self.records]
+        self._rewrite(self.output, self.records)
+
+    def _rewrite(self, path: Path, rows: Sequence[Mapping]) -> None:
+        self.writers.pop(path).close()
+        replace_file(path, b"".join(map(to_line, rows)))
+        self.writers[path] = Appender(path)
 
     def finish(self, min_yield: int = 1, **stats: Any) -> dict:
         """Mark the output whole and return the summary; LowYield when fewer than `min_yield` records came out.

@@ -14,6 +14,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -338,13 +340,13 @@ def attach_adapter(model: nn.Module, folder: str | Path, trainable: bool = False
     return lora_parameters(model)
 
 
-def merge_adapter(model: nn.Module, folder: str | Path) -> None:
-    """W <- W + scale * B A, computed in fp32, for every adapted layer of an unquantised model.
+def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
+    """W <- W + scale * B A, computed in fp32, for every adapted layer of an unquantised model; sign -1 takes it out.
 
     The sum becomes a new parameter: a weight that two layers share, or that a file maps into memory, stays as it was.
     """
     config, tensors, linears = _matched(model, folder)
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    scale = sign * config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     for name, (A, B) in tensors.items():
         old = linears[name].weight
         if type(old) is not nn.Parameter:
@@ -354,6 +356,26 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> None:
             )
         update = scale * (B.to(old.device).float() @ A.to(old.device).float())
         linears[name].weight = nn.Parameter((old.detach().float() + update).to(old.dtype), requires_grad=False)
+
+
+@contextmanager
+def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
+    """The base model, for a while: LoRA layers step aside, a merged adapter is taken out of the weights and put back.
+
+    A weight is then off by no more than the rounding of its merged value, in its own dtype, and nothing is held twice.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        merge_adapter(model, folder, sign=-1)
+    for name, layer in layers.items():
+        _wrap(model, name, layer.base)
+    try:
+        yield
+    finally:
+        if not layers:
+            merge_adapter(model, folder)
+        for name, layer in layers.items():
+            _wrap(model, name, layer)
 
 
 def merge_to(model: nn.Module, tokenizer, folder: str | Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import evaluate
 from lengthen.demands import length_score, parse_demand
+from lengthen.measures import spearman
 from lengthen.records import LowYield, UserError, new_record
 
 ROOT = Path(__file__).parent.parent
@@ -60,58 +61,6 @@ ROWS = [
 
 # ---------------------------------------------------------------------------------------------------------
 # Measures against known answers
-
-
-@pytest.mark.parametrize(
-    "x, y, expected",
-    [
-        ([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], 0.82078268166812329),  # the example of scipy.stats.spearmanr, with a tie
-        ([1, 2, 3, 4, 5], [2, 4, 8, 16, 32], 1.0),  # monotone, not linear
-        ([1, 2, 3, 4, 5], [9, 7, 5, 3, 1], -1.0),
-        ([1, 2, 2, 3, 5], [1, 3, 2, 4, 5], 9.5 / math.sqrt(9.5 * 10)),  # ranks 1 2.5 2.5 4 5 and 1 3 2 4 5, by hand
-        ([1, 2, 3, 4], [1, 2, 3, 4], None),  # too few
-        ([7, 7, 7, 7, 7], [1, 2, 3, 4, 5], None),  # constant: undefined, not 0
-        ([1, 2, 3, 4, 5], [7, 7, 7, 7, 7], None),
-        ([], [], None),
-    ],
-)
-def test_spearman(x, y, expected):
-    assert evaluate.spearman(x, y) == (None if expected is None else pytest.approx(expected, abs=1e-12))
-
-
-def test_spearman_without_ties_is_the_textbook_formula():
-    rng = random.Random(1)
-    x, y = rng.sample(range(1000), 50), rng.sample(range(1000), 50)
-    rank = [{v: i for i, v in enumerate(sorted(z))} for z in (x, y)]
-    gaps = sum((rank[0][a] - rank[1][b]) ** 2 for a, b in zip(x, y, strict=True))
-    assert evaluate.spearman(x, y) == pytest.approx(1 - 6 * gaps / (50 * (50**2 - 1)), abs=1e-12)
-
-
-def test_ranks_share_ties():
-    assert evaluate.ranks([30, 10, 20, 10, 10]) == [5, 2, 4, 2, 2]
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 100])
-def test_quantile_is_numpys(size):
-    values = [random.Random(size).randrange(1000) for _ in range(size)]
-    for q in (0, 0.25, 0.5, 0.9, 1):
-        assert evaluate.quantile(values, q) == pytest.approx(float(numpy.quantile(values, q)))
-
-
-def test_distinct_3_of_equal_prefixes():
-    n = evaluate.PREFIX_WORDS
-    fresh = " ".join(f"w{i}" for i in range(n))
-    assert evaluate.distinct_3([fresh]) == (1.0, 1)
-    assert evaluate.distinct_3(["la " * n]) == (1 / (n - 2), 1)
-    # What follows the prefix does not count: neither a loop nor fresh words behind it.
-    assert evaluate.distinct_3([fresh + " la" * 5000]) == (1.0, 1)
-    assert evaluate.distinct_3(["la " * n + fresh]) == (1 / (n - 2), 1)
-    # Shorter texts are left out, and said to be.
-    assert evaluate.distinct_3([fresh, "la " * (n - 1)]) == (1.0, 1)
-    assert evaluate.distinct_3(["la " * (n - 1)]) == (None, 0)
-    # Chinese is measured by characters; case and punctuation make no difference.
-    assert evaluate.distinct_3(["啦，" * n]) == (1 / (n - 2), 1)
-    assert evaluate.distinct_3(["La, la! " * (n // 2)]) == (1 / (n - 2), 1)
 
 
 @needs_longen
@@ -163,10 +112,53 @@ def test_scores_of_a_handmade_run():
     assert scores["eos_share"] == 0.6 and scores["finishes"] == {"eos": 3, "length": 1, "repetition": 1}
     assert scores["loop_rate"] == 0.2 and scores["tokens"] == 540
     # wanted 1000 1000 1000 500 300 (the middle of 200..400) against 1000 600 300 900 330
-    assert scores["rank_correlation"] == pytest.approx(evaluate.spearman([4, 4, 4, 2, 1], [5, 3, 1, 4, 2]))
+    assert scores["rank_correlation"] == pytest.approx(spearman([(4, 5), (4, 3), (4, 1), (2, 4), (1, 2)]))
     assert scores["by_type"]["about"]["answers"] == 4 and scores["by_type"]["below"]["length_score"] == 100
     assert scores["by_range"]["a"]["length_score"] == pytest.approx(50) and scores["by_range"]["a"]["eos_share"] == 1
     assert list(scores["by_language"]) == ["en"]
+    assert set(scores["intervals"]) == {*evaluate.MEASURES, "short_loss"} <= {key for key, _, _ in evaluate.HEADLINES}
+    # Loops: 330 of 330 words in one answer of five, none elsewhere. Score by LongBench-Write of 1000/1000, 600/1000,
+    # 300/1000, 900/500 and 330/300 (the middle of full marks) words.
+    assert scores["loop_by_tenth"] == [0.2] * 10
+    assert scores["longbench_score"] == pytest.approx(
+        (100 + 200 / 3 + 0 + 100 * (1 - 0.8 / 3) + 100 * (1 - 0.1 / 3)) / 5
+    )
+
+
+def test_scores_of_probed_answers():
+    """Two answers of 100 and 40 tokens: buckets end at 64 and 128, so the second has the last 36 of the long one."""
+    fields = ("base_tokens", "base_loss", "base_losses", "shuffled_loss")
+    known = [(100, 1.64, [2.0, 1.0], 2.0), (40, 3.0, [3.0], 2.5), (-1, -1.0, [], -1.0)]
+    outputs = [answer(50, query=f"Query {i}", **dict(zip(fields, k, strict=True))) for i, k in enumerate(known)]
+    scores = evaluate.score(outputs, [1.0, 2.0, 6.0])
+    assert scores["own_prompt_gain"] == pytest.approx((0.36 - 0.5) / 2) and scores["own_prompt_share"] == 0.5
+    pooled = math.exp((64 * 2 + 40 * 3) / 104)
+    assert scores["base_perplexity_by_position"] == [[0, 64, pytest.approx(pooled)], [64, 128, pytest.approx(math.e)]]
+    assert scores["short_loss"] == 3 and scores["intervals"]["short_loss"][0] < 3 < scores["intervals"]["short_loss"][1]
+    nothing = evaluate.score([answer(50)])
+    assert nothing["own_prompt_gain"] is nothing["base_perplexity_by_position"] is nothing["short_loss"] is None
+
+
+def test_intervals_are_over_queries_not_answers():
+    """The same answer nine times to a query tells no more than once."""
+    once = [answer(600 + 90 * i, query=f"Query {i}") for i in range(8)]
+    few, many = evaluate.score(once)["intervals"], evaluate.score([r for r in once for _ in range(9)])["intervals"]
+    for key in ("words_median_all", "length_score", "eos_share"):
+        assert few[key] == pytest.approx(many[key], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "value, form, interval, text",
+    [
+        (362.4, "{:,.0f}", (300.6, 1420.2), "362 [301, 1,420]"),
+        (0.5, "{:.1%}", (0.25, 0.75), "50.0% [25.0, 75.0]"),
+        (0.5, "{:.1%}", None, "50.0%"),
+        (1.5, "x{:.2f}", (1, 2), "x1.50 [1.00, 2.00]"),  # "[x1.00" would be a tag of rich's and vanish
+        (None, "{:.1f}", None, "-"),
+    ],
+)
+def test_cells(value, form, interval, text):
+    assert evaluate.cell(value, form, interval) == text
 
 
 def test_a_writer_of_one_length_scores_well_but_follows_nothing():
@@ -397,7 +389,7 @@ def test_perplexity_is_that_of_a_full_pass_of_the_model(writer, bench, tmp_path,
 
     pairs, own = [], Sampler.logprobs
     monkeypatch.setattr(Sampler, "logprobs", lambda self, asked: pairs.extend(asked) or own(self, asked))
-    evaluate.main(flags(writer, bench, tmp_path / "out"))
+    evaluate.main(flags(writer, bench, tmp_path / "out", "--no-probes"))
     records = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
     assert len(records) == len(pairs)
     model = AutoModelForCausalLM.from_pretrained(writer).eval()
@@ -439,6 +431,144 @@ def test_controls_ask_for_words_or_ban_the_end(writer, bench, tmp_path, monkeypa
         assert scores["sampling"].items() >= setting.items()
     # what was asked for beyond the query is in the settings, the record's query is the benchmark's
     assert {r["query"] for r in records_of(tmp_path / "told").values()} == {row["query"] for row in ROWS}
+
+
+@pytest.fixture(scope="module")
+def adapter(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the writer, small enough to leave it a writer."""
+    import torch
+
+    from lengthen import lora
+    from lengthen.model import load_model
+
+    model = load_model(str(writer), device="cpu").model
+    lora.attach(model, rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.lora_layers(model).values():
+        layer.B.data.normal_(0, 0.05, generator=generator)
+    folder = tmp_path_factory.mktemp("adapter")
+    lora.save_adapter(model, folder, str(writer))
+    return folder
+
+
+def losses_of(model, prompt: list[int], text: list[int]) -> list[float]:
+    """By transformers alone, token by token."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(text), reduction="none").tolist()
+
+
+def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, adapter, bench, tmp_path):
+    """Oracle: transformers' logits, with PEFT's adapter for the short tasks and without it for the answers."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lengthen.chat import Chat
+
+    evaluate.main(flags(writer, bench, tmp_path / "out", "--adapter", str(adapter), "--samples", "2"))
+    chat = Chat(AutoTokenizer.from_pretrained(writer))
+    base = AutoModelForCausalLM.from_pretrained(writer).eval()
+    english = [row["query"] for row in ROWS if row.get("language") != "zh"]
+    following = {english[0]: english[1], english[1]: english[2], english[2]: english[0]}
+    for record in records_of(tmp_path / "out").values():
+        text = chat.encode_text(record["response"])
+        own = losses_of(base, evaluate.prompt_of(chat, record["query"]), text)
+        strange = losses_of(base, evaluate.prompt_of(chat, following[record["query"]]), text)
+        assert record["base_tokens"] == len(text) and record["base_loss"] == pytest.approx(numpy.mean(own), abs=1e-3)
+        assert record["shuffled_loss"] == pytest.approx(numpy.mean(strange), abs=1e-3)
+        assert record["base_losses"] == pytest.approx(
+            [numpy.mean(own[:64]), *([numpy.mean(own[64:])] if own[64:] else [])], abs=1e-3
+        )
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    tasks = [json.loads(line) for line in evaluate.SHORT_TASKS.read_text().splitlines()]
+    adapted, want, without = peft.PeftModel.from_pretrained(base, adapter).eval(), [], []
+    for task in tasks:
+        if task["language"] == "en":
+            pair = evaluate.prompt_of(chat, task["prompt"]), chat.encode_answer(task["answer"])
+            want.append(numpy.mean(losses_of(adapted, *pair)))
+            with adapted.disable_adapter():
+                without.append(numpy.mean(losses_of(adapted, *pair)))
+    assert scores["short_losses"] == pytest.approx(want, abs=1e-3) and scores["short_loss"] == pytest.approx(
+        numpy.mean(want), abs=1e-3
+    )
+    assert numpy.abs(numpy.subtract(want, without)).max() > 0.05  # else this test could not tell the two models apart
+
+
+def test_the_next_query_is_of_the_same_language_and_never_the_same():
+    queries = [("en", "a"), ("zh", "甲"), ("en", "b"), ("en", "c"), ("zh", "乙"), ("en", "d")]
+    following = evaluate.next_queries(queries)
+    assert sorted(following) == sorted(following.values()) == sorted(queries)
+    assert all(a != b and a[0] == b[0] for a, b in following.items())
+    assert evaluate.next_queries([("en", "a"), ("zh", "甲")]) == {("en", "a"): ("en", "a"), ("zh", "甲"): ("zh", "甲")}
+
+
+def test_a_lone_query_has_no_other_to_be_compared_with(writer, tmp_path, capsys):
+    rows = [ROWS[0], ROWS[0], ROWS[2]]  # the same text twice is one query
+    evaluate.main(flags(writer, write_lines(tmp_path / "bench.jsonl", rows), tmp_path / "out", "--language", "both"))
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["own_prompt_gain"] is scores["own_prompt_share"] is scores["intervals"]["own_prompt_gain"] is None
+    assert scores["base_perplexity_by_position"] and scores["rows"] == 3
+    assert {r["shuffled_loss"] for r in records_of(tmp_path / "out").values()} == {-1}
+
+
+def test_without_probes_nothing_is_asked_and_the_rest_is_the_same(run, writer, bench, tmp_path, capsys):
+    evaluate.main(flags(writer, bench, tmp_path / "out", "--samples", "2", "--no-probes"))
+    plain, probed = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
+    keys = ("own_prompt_gain", "own_prompt_share", "short_loss", "base_perplexity_by_position")
+    assert all(plain[k] is None and probed[k] is not None for k in keys)
+    for key in set(evaluate.MEASURES) - set(keys):
+        assert plain[key] == probed[key], key
+    evaluate.main(flags(writer, bench, tmp_path / "out", "--samples", "2"))  # finished: no model is loaded for them
+    assert "without the probes" in capsys.readouterr().err
+
+
+def test_own_outputs_of_a_model_give_its_probes_without_it(run, tmp_path, capsys):
+    evaluate.main(["--outputs", str(run / "outputs.jsonl"), "--output", str(tmp_path / "again")])
+    again, before = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
+    for key in (*evaluate.MEASURES, "base_perplexity_by_position", "loop_by_tenth"):
+        assert again[key] == before[key], key
+    assert again["short_loss"] is None  # no part of the answers
+
+
+def test_killed_at_any_write_of_the_probes_they_are_the_same(writer, adapter, bench, tmp_path, monkeypatch):
+    """What was noted is not measured again, and what was measured is in the records in the end."""
+    from scripted import Killed, die_at
+
+    from lengthen.sampler import Sampler
+
+    logprobs, calls = Sampler.logprobs, []
+    monkeypatch.setattr(Sampler, "logprobs", lambda self, pairs: calls.append(len(pairs)) or logprobs(self, pairs))
+    more = ("--adapter", str(adapter), "--max-new-tokens", "20")
+
+    def attempt(name: str, step: int) -> int:
+        with monkeypatch.context() as patch:
+            steps = die_at(patch, step)
+            try:
+                evaluate.main(flags(writer, bench, tmp_path / name, *more))
+            except Killed:
+                pass
+            return steps()
+
+    total = attempt("whole", 10**9)
+    whole, scores = records_of(tmp_path / "whole"), json.loads((tmp_path / "whole" / "scores.json").read_text())
+    assert len(whole) == 3 and all(r["base_tokens"] > 0 and r["shuffled_loss"] > 0 for r in whole.values())
+    # The last steps are a write and a rename each of the figure, the scores, the sidecar and the records, behind three
+    # notes. Killed in the first note, the last, at the records' write and rename, and at the sidecar's rename:
+    for left, noted in ((10, 0), (8, 2), (7, 3), (6, 3), (4, 3)):
+        folder = tmp_path / f"dead_{left}"
+        attempt(folder.name, total - left)
+        journal = (folder / "outputs.work.jsonl").read_bytes()
+        assert journal.count(b"\n") == noted
+        calls.clear()
+        attempt(folder.name, 10**9)
+        assert [n for n in calls if n] == [len(scores["short_losses"]), 2 * (3 - noted)][: 2 if noted < 3 else 1]
+        names = {r["run_id"] for r in whole.values()}
+        assert {k: {**r, "run_id": [*names][0]} for k, r in records_of(folder).items()} == whole, left
+        again = json.loads((folder / "scores.json").read_text())
+        assert {k: again[k] for k in evaluate.MEASURES} == {k: scores[k] for k in evaluate.MEASURES}
+        assert again["short_losses"] == scores["short_losses"] and not (folder / "outputs.work.jsonl").exists()
 
 
 def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):
@@ -508,24 +638,74 @@ def test_bad_flags(argv, message):
 # For people
 
 
+def folder_of(path: Path, lengths: list[int], queries: list[dict] | None = None, **fields) -> str:
+    """A scored run with one answer of so many words to each query."""
+    queries = queries or [{"query": f"Write around 100 words about {name}s.", **ABOUT_100} for name in NAMES]
+    rows = [
+        {**q, "finish": "eos", "response": prose(n, i), **fields}
+        for i, (q, n) in enumerate(zip(queries, lengths, strict=True))
+    ]
+    source = write_lines(path.with_suffix(".jsonl"), rows)
+    evaluate.main(["--outputs", str(source), "--output", str(path)])
+    return str(path)
+
+
+ABOUT_100 = {"language": "en", "constraint": "around 100 words"}
+
+
 def test_compare_puts_runs_side_by_side(tmp_path, capsys):
-    for name, words in (("base", 100), ("final", 150)):
-        rows = [{**ROWS[0], "finish": "eos", "response": prose(words, i)} for i in range(3)]
-        path = write_lines(tmp_path / f"{name}.jsonl", rows)
-        evaluate.main(["--outputs", str(path), "--output", str(tmp_path / name)])
+    lengths = [40, 60, 70, 80, 95, 105, 120, 140, 160, 210]
+    a = folder_of(tmp_path / "base", lengths)
+    b = folder_of(tmp_path / "final", [n * 3 // 2 + n % 7 for n in lengths])  # each about half as long again
     capsys.readouterr()
-    evaluate.main(["--compare", str(tmp_path / "base"), str(tmp_path / "final")])
+    evaluate.main(["--compare", a, b])
     output = capsys.readouterr()
-    assert "150  x1.50" in output.err and "not like for like" not in output.err
-    runs = json.loads(output.out)["runs"]
-    assert [r["words_median"] for r in runs.values()] == [100, 150]
-    assert [r["length_score"] for r in runs.values()] == [100, pytest.approx(50)]
-    # Other queries are said to be others.
-    evaluate.main(["--outputs", str(ready_made(tmp_path)), "--output", str(tmp_path / "other")])
-    evaluate.main(["--compare", str(tmp_path / "base"), str(tmp_path / "other")])
-    assert "not like for like" in capsys.readouterr().err
+    summary = json.loads(output.out)
+    assert [summary["runs"][f]["words_median"] for f in (a, b)] == [100, pytest.approx(152, abs=2)]
+    estimate, (low, high) = summary["changes"][b]["words_median"]
+    assert 1.45 < low <= estimate <= high < 1.6 and summary["paired"] == [b]
+    assert f"x{estimate:.2f} [{low:.2f}, {high:.2f}]" in output.err and "not like for like" not in output.err
+    estimate, (low, high) = summary["changes"][b]["length_score"]
+    assert estimate == pytest.approx(summary["runs"][b]["length_score"] - summary["runs"][a]["length_score"], abs=1e-3)
+    assert low < estimate < high and f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]" in output.err
+    # Both ended all ten: the shares have an interval each, their difference of 0 shows no spread to make one of.
+    assert summary["changes"][b]["eos_share"] == [0, None] and "100.0% [69.2, 100.0]" in output.err
+
+
+def test_runs_on_other_queries_are_compared_unpaired_and_said_to_be(tmp_path, capsys):
+    lengths = [40, 60, 70, 80, 95, 105, 120, 140, 160, 210]
+    a = folder_of(tmp_path / "a", lengths)
+    others = [{"query": f"Describe a {name} in around 100 words.", **ABOUT_100} for name in NAMES[:8]]
+    b = folder_of(tmp_path / "b", lengths[:8], others)
+    capsys.readouterr()
+    evaluate.main(["--compare", a, b])
+    output = capsys.readouterr()
+    assert "not like for like" in output.err and "not paired" in output.err
+    summary = json.loads(output.out)
+    _, (low, high) = summary["changes"][b]["words_median"]
+    assert summary["paired"] == [] and low < 0.7 and high > 1.1  # the same lengths, but of other queries
     with pytest.raises(UserError, match="scores.json does not exist"):
         evaluate.main(["--compare", str(tmp_path)])
+
+
+def test_compare_reads_runs_from_before_there_were_intervals(tmp_path, capsys):
+    """scores.json without the new keys, records without the new fields, or no records at all."""
+    lengths = [40, 60, 70, 80, 95, 105, 120, 140, 160, 210]
+    a, b = (folder_of(tmp_path / name, [n * k for n in lengths]) for name, k in (("old", 1), ("new", 2)))
+    scores = json.loads((Path(a) / "scores.json").read_text())
+    new = ("intervals", "loop_by_tenth", "compression", "content_words", "longbench_score", "own_prompt_gain")
+    old = {k: v for k, v in scores.items() if k not in (*new, "short_loss", "short_losses", "short_tasks")}
+    (Path(a) / "scores.json").write_text(json.dumps(old))
+    records = [json.loads(line) for line in (Path(a) / "outputs.jsonl").read_text().splitlines()]
+    probes = ("base_tokens", "base_loss", "base_losses", "shuffled_loss")
+    write_lines(Path(a) / "outputs.jsonl", [{k: v for k, v in r.items() if k not in probes} for r in records])
+    capsys.readouterr()
+    evaluate.main(["--compare", a, b])
+    assert json.loads(capsys.readouterr().out)["changes"][b]["words_median"] == [2, None]  # twice, query by query
+    (Path(a) / "outputs.jsonl").unlink()
+    evaluate.main(["--compare", a, b])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["changes"][b]["words_p90"][1] is None and summary["runs"][a]["compression"] is None
 
 
 def test_the_figure_shows_every_answer_and_clips_none_away(monkeypatch):

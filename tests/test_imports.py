@@ -16,6 +16,8 @@ LEAVES = {
     "lengthen.jobs",
     "lengthen.text",
     "lengthen.demands",
+    "lengthen.measures",
+    "lengthen.intervals",
     "lengthen.cli",
 }  # these never need torch
 TORCH = {

@@ -178,6 +178,31 @@ def test_merge_is_computed_in_fp32_and_rounded_once(tmp_path):
     assert merged.dtype == torch.bfloat16 and (merged != expected).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_without_adapter_is_the_base_model_for_a_while(tmp_path, attached):
+    lora.save_adapter(with_lora(), tmp_path, "tiny")
+    base, model = tiny_model(), tiny_model()
+    (lora.attach_adapter if attached else lora.merge_adapter)(model, tmp_path)
+    adapted = logits(model)
+    bar = 0 if attached else 1e-5
+    with pytest.raises(KeyboardInterrupt), lora.without_adapter(model, tmp_path):
+        assert not lora.lora_layers(model) and (logits(model) - logits(base)).abs().max() <= bar
+        assert (logits(model) - adapted).abs().max() > 0.1
+        raise KeyboardInterrupt
+    assert (logits(model) - adapted).abs().max() <= bar
+
+
+def test_a_merged_bf16_weight_comes_back_to_within_the_rounding_of_its_merged_value(tmp_path):
+    lora.save_adapter(with_lora(), tmp_path, "tiny")
+    base, model = tiny_model().bfloat16(), tiny_model().bfloat16()
+    lora.merge_adapter(model, tmp_path)
+    merged = {name: layer.weight.detach().clone() for name, layer in lora.decoder_linears(model).items()}
+    with lora.without_adapter(model, tmp_path):
+        for name, layer in lora.decoder_linears(model).items():
+            off = (layer.weight.float() - base.get_submodule(name).weight.float()).abs()
+            assert (off <= merged[name].float().abs() * 2**-8 + base.get_submodule(name).weight.abs() * 2**-8).all()
+
+
 def test_merged_folder_gives_the_adapters_logits(tmp_path):
     ours = with_lora("qwen2")
     lora.save_adapter(ours, tmp_path / "adapter", "base")

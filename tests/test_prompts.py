@@ -181,3 +181,24 @@ def test_the_readme_names_every_file_and_kind():
         assert f"`{kind}`" in readme
     for fields in FIELDS.values():
         assert all(f"`{field}`" in readme for field in fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Short tasks
+
+
+def test_short_tasks_are_short_and_of_both_languages():
+    tasks = rows("short_tasks.jsonl")
+    assert len(tasks) >= 24 and min(Counter(task["language"] for task in tasks).values()) >= 12
+    assert all(set(task) == {"language", "prompt", "answer"} for task in tasks)
+    assert all(1 <= count_words(task["answer"]) <= 40 for task in tasks)
+    assert len({task["prompt"] for task in tasks}) == len(tasks)
+
+
+def test_short_tasks_are_held_out():
+    """None is a seed or a query of the benchmark, nor like one."""
+    known = NearDuplicates()
+    for name, field in (("seeds.en.jsonl", "prompt"), ("seeds.zh.jsonl", "prompt"), ("bench_mini.jsonl", "query")):
+        for row in rows(name):
+            known.add(row[field], row["language"])
+    assert all(known.add(task["prompt"], task["language"]) for task in rows("short_tasks.jsonl"))

@@ -322,6 +322,16 @@ def test_whole_file_decision_moves_records(tmp_path):
     assert {(r["id"], r["reason"]) for r in read_jsonl(j.rejected_path)} == {("0", "length-bias"), ("1", "length-bias")}
 
 
+def test_amended_records_keep_their_other_fields_and_are_on_disk(tmp_path):
+    with job(tmp_path) as j:
+        for i in range(3):
+            j.accept(row(str(i), words=i))
+        j.amend({"1": {"response_words": 70}, "elsewhere": {"response_words": 1}})
+        j.accept(row("3", words=3))  # the file can still be appended to
+        assert [r["response_words"] for r in read_jsonl(j.output, ())] == [0, 70, 2, 3]
+        assert j.records == read_jsonl(j.output, ())
+
+
 # Twenty places to die in: the n-th write and the n-th rename of one job, each as an error and then resumed.
 @pytest.mark.parametrize("name, nth", [("_write", n) for n in range(16)] + [("_replace", n) for n in range(4)])
 def test_a_fault_at_any_write_or_rename_loses_nothing(tmp_path, monkeypatch, name, nth):

@@ -1,0 +1,146 @@
+"""How far to trust a number: bootstrap intervals over queries, for one run and for the comparison of two.
+
+    1. draw as many queries as there are, with replacement, all answers of a query together: answers to one query are
+       alike, and counting each for itself would give intervals that are too narrow
+    2. compute the number on what was drawn; 2,000 times
+    3. take quantiles of these numbers: those of the percentile interval, moved by the bootstrap's median bias (Efron's
+       BC), with the tails of Student's t and a variance over n - 1 (Hesterberg 2015), without which intervals from few
+       queries are too narrow
+
+`paired` draws the same queries for both runs, so that what makes a query easy or hard cancels; `unpaired` is for runs
+that answer different queries.
+
+Coverage in percent of 4,000 simulated runs each (log-normal lengths of standard deviation 0.5 on the log scale, half of
+the variance between queries; 3 answers a query; a share of 90 %):
+
+    queries                            8     12     20     30     60
+    median                          94.8   95.6   94.9   94.8   94.5
+    mean                            92.2   92.8   93.6   93.4   94.2
+    ratio of medians, paired        97.2   95.8   95.2   94.8   94.6
+    share                           99.8   99.3   93.5   93.8   95.0
+    90th percentile                 85.2   90.0   90.8   92.5   94.0
+
+So from 30 queries on all but the 90th percentile are within 2 points of 95. With 8 queries the interval of a mean is
+somewhat too narrow, and that of a 90th percentile much too narrow: so few queries do not hold the tail of the lengths.
+The plain percentile interval covers less everywhere (median, mean: 90, 87 at 8 queries; 94, 93 at 30) but for the ratio
+(97), and BCa's acceleration added nothing that could be told from chance.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy
+
+T = TypeVar("T")
+Interval = tuple[float, float]
+NORMAL = statistics.NormalDist()
+MAX_UNDEFINED = 0.05  # of the draws: with more, the interval would be one of the lucky draws only
+
+
+def bootstrap(
+    groups: Sequence[Sequence[T]],
+    statistic: Callable[[list[T]], float | None],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """The interval of statistic(all values); a group holds the values of one query, and one without any is left out.
+
+    None where there is nothing to learn it from: a single query, draws without any spread, or a statistic that is
+    undefined (None) for the values or for more than MAX_UNDEFINED of the draws. Only where all values are True or all
+    are False, no spread still says something: then it is Clopper and Pearson's interval, with a trial a query.
+    """
+    groups = [group for group in groups if len(group)]
+    values = joined(groups, range(len(groups)))
+    if values and isinstance(values[0], bool) and all(value is values[0] for value in values):
+        rest = 1 - ((1 - level) / 2) ** (1 / len(groups))
+        return (1 - rest, 1.0) if values[0] else (0.0, rest)
+    return _interval(lambda places: statistic(joined(groups, places)), [len(groups)], resamples, seed, level)
+
+
+def paired(
+    groups_a: Sequence[Sequence[T]],
+    groups_b: Sequence[Sequence[T]],
+    statistic: Callable[[list[T], list[T]], float | None],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """The interval of statistic(values of a, values of b), the i-th groups answering the same query.
+
+    A side may lack values for a query. None as for `bootstrap`.
+    """
+    both = [(a, b) for a, b in zip(groups_a, groups_b, strict=True) if len(a) or len(b)]
+    a, b = [a for a, _ in both], [b for _, b in both]
+    return _interval(lambda places: statistic(joined(a, places), joined(b, places)), [len(a)], resamples, seed, level)
+
+
+def unpaired(
+    groups_a: Sequence[Sequence[T]],
+    groups_b: Sequence[Sequence[T]],
+    statistic: Callable[[list[T], list[T]], float | None],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """The same for runs whose queries have nothing to do with each other: each side is drawn for itself."""
+    a, b = ([group for group in groups if len(group)] for groups in (groups_a, groups_b))
+
+    def estimate(places_a: Sequence[int], places_b: Sequence[int]) -> float | None:
+        return statistic(joined(a, places_a), joined(b, places_b))
+
+    return _interval(estimate, [len(a), len(b)], resamples, seed, level)
+
+
+def joined(groups: Sequence[Sequence[T]], places: Sequence[int]) -> list[T]:
+    return [value for i in places for value in groups[i]]
+
+
+def _interval(
+    estimate: Callable[..., float | None], sizes: Sequence[int], resamples: int, seed: int, level: float
+) -> Interval | None:
+    """`estimate` takes the places of the queries drawn, one list for each sample; `sizes`: the queries in each."""
+    whole = [range(n) for n in sizes]
+    if min(sizes) < 2 or (value := estimate(*whole)) is None:
+        return None
+    drawn = [draws(n, resamples, seed + i).tolist() for i, n in enumerate(sizes)]
+    replicates = [r for places in zip(*drawn, strict=True) if (r := estimate(*places)) is not None]
+    if len(replicates) < (1 - MAX_UNDEFINED) * resamples or min(replicates) == max(replicates):
+        return None
+    return quantiles(value, numpy.array(replicates), min(sizes), level)
+
+
+def draws(n: int, resamples: int, seed: int) -> numpy.ndarray:
+    """Places of the queries drawn: [resamples, n], each from 0 to n - 1."""
+    return numpy.random.default_rng(seed).integers(n, size=(resamples, n))
+
+
+def quantiles(value: float, replicates: numpy.ndarray, n: int, level: float) -> Interval:
+    """Step 3: the interval of a number from n queries, and from what the draws made of it."""
+    below = (numpy.mean(replicates < value) + numpy.mean(replicates <= value)) / 2
+    edge = 1 / (len(replicates) + 1)
+    bias = 2 * NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
+    tail = math.sqrt(n / (n - 1)) * students_t((1 + level) / 2, n - 1)
+    low, high = numpy.quantile(replicates, [NORMAL.cdf(bias - tail), NORMAL.cdf(bias + tail)]).tolist()
+    return low, high
+
+
+def students_t(probability: float, degrees: int) -> float:
+    """The quantile of Student's t, by four terms of Fisher and Cornish's expansion.
+
+    Off by less than 0.1 % for 7 degrees of freedom and more at 0.975; for 1 or 2 far too small, where the interval
+    is that of all draws either way.
+    """
+    z = NORMAL.inv_cdf(probability)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
