@@ -31,6 +31,7 @@ Examples
     python evaluate.py --model Qwen/Qwen2.5-7B-Instruct --benchmark quanshr/LonGen --output runs/qwen/eval/base
     python evaluate.py --outputs answers.jsonl --output runs/answers
     python evaluate.py --compare runs/demo/eval/base runs/demo/eval/final
+    python evaluate.py --report runs/demo
 """
 
 import argparse
@@ -78,6 +79,7 @@ from lengthen.records import (
     replace_file,
     run_id_of,
 )
+from lengthen.report import write_report
 from lengthen.stage import open_model, sampling_of
 from lengthen.text import count_words, detect_language, is_loop, longen_words
 
@@ -517,7 +519,7 @@ def headlines(scores: dict) -> dict:
 
 def show(scores: dict, title: str) -> None:
     """Two tables on stderr: the run as a whole with 95 % intervals over queries, and its groups."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=cli.shown(title), show_header=False)
     table.add_column("measure")
     table.add_column("value", justify="right")
     for key, name, form in HEADLINES:
@@ -541,7 +543,7 @@ def show(scores: dict, title: str) -> None:
         table.add_column(name, justify="right")
     for field in GROUPS:
         for value, part in scores[f"by_{field}"].items():
-            table.add_row(cli.printable(value), *(cell(part[key], form) for key, _, form in columns))
+            table.add_row(cli.shown(value), *(cell(part[key], form) for key, _, form in columns))
         table.add_section()
     cli.console.print(table)
     if constant := scores["constant_writer"]:
@@ -599,7 +601,7 @@ def compare(folders: Sequence[str]) -> dict:
     table = Table(title="Scores side by side; 95 % intervals over queries")
     table.add_column("measure")
     for folder in runs:
-        table.add_column(cli.printable(folder), justify="right", overflow="fold")
+        table.add_column(cli.shown(folder), justify="right", overflow="fold")
     for key, name, form in HEADLINES:
         cells = []
         for folder, run in runs.items():
@@ -628,12 +630,13 @@ def compare(folders: Sequence[str]) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, "evaluate.py")
-    what = parser.add_argument_group("what is evaluated (one of the three)").add_mutually_exclusive_group()
+    what = parser.add_argument_group("what is evaluated (one of the four)").add_mutually_exclusive_group()
     what.add_argument(
         "--benchmark", default=None, help="mini, a JSONL file in LonGen's format, or a hub data set id; empty = mini"
     )
     what.add_argument("--outputs", default="", help="JSONL of ready-made answers to score; loads no model")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="folders with scores.json: print them side by side")
+    what.add_argument("--report", default="", metavar="RUN", help="a run's folder: write its report.html")
     group = parser.add_argument_group("input / output")
     group.add_argument("--limit", type=cli.at_least(0), default=0, help="only the first N queries; 0 = all")
     group.add_argument("--samples", type=cli.at_least(1), default=1, help="answers per query")
@@ -651,9 +654,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="ban EOS from the first N tokens")
     args = parser.parse_args(argv)
-    # Not as the flag's default: argparse would let "--outputs X --benchmark mini" pass.
-    args.benchmark = args.benchmark or "mini"
-    if not args.compare:
+    """Two tables on stderr: the run as a whole with 95 % intervals over queries, and its groups."""
+    table = Table(title=cli.shown(title), show_header=False)
         for flag, needed in (("output", True), ("model", not args.outputs)):
             if needed and not getattr(args, flag):
                 raise UserError(f"the following arguments are required: --{flag}", "python evaluate.py --help")
@@ -674,6 +676,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
         cli.emit(compare(args.compare))
+        return
+    if args.report:
+        path = write_report(Path(args.report))
+        cli.say(str(path))
+        cli.emit({"stage": "report", "report": str(path), "bytes": path.stat().st_size})
         return
     folder = Path(args.output)
 

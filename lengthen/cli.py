@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lengthen.records import LowYield, UserError
 
@@ -127,9 +128,22 @@ def sampling_settings(args: argparse.Namespace) -> dict:
 # Output
 
 
+# Characters that act instead of being seen: controls (ANSI escapes among them) but tab and newline, what is invisible
+# or turns the direction of writing, halves of characters. Joiners stay: emoji and some scripts are spelt with them.
+ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
 def printable(text: str) -> str:
-    """Model or user text for a terminal: control characters (ANSI escapes among them) made visible."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: f"\\x{ord(m[0]):02x}", text)
+    """Model or user text for a terminal: characters that act are spelled out as Python would write them."""
+    return ACTING.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def shown(text: str) -> Text:
+    """The same for a cell or a title of a table, where square brackets would be read as markup."""
+    return Text(printable(text))
 
 
 def say(text: str) -> None:
@@ -138,8 +152,9 @@ def say(text: str) -> None:
 
 
 def emit(summary: dict) -> None:
-    """The last line of stdout: one compact JSON document."""
-    print(json.dumps(summary, ensure_ascii=False, separators=(",", ":")), flush=True)
+    """The last line of stdout: one compact JSON document. What would act on a terminal is written as an escape."""
+    line = json.dumps(summary, ensure_ascii=False, separators=(",", ":"))
+    print(ACTING.sub(lambda match: json.dumps(match[0])[1:-1], line), flush=True)
 
 
 class _Ticker:

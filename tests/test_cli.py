@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from lengthen import cli
 from lengthen.records import LowYield, UserError
@@ -100,12 +102,27 @@ def test_terminal_escapes_in_model_text_are_shown_not_obeyed(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(cli, "console", Console(file=shown, highlight=False, soft_wrap=True))
     cli.say("a \x1b[31mred\x1b[0m [bold]word[/bold] \u202e end")
-    assert shown.getvalue() == "a \\x1b[31mred\\x1b[0m [bold]word[/bold] \\x202e end\n"
+    assert shown.getvalue() == "a \\x1b[31mred\\x1b[0m [bold]word[/bold] \\u202e end\n"
+
+
+def test_brackets_and_escapes_in_a_table_are_text(monkeypatch):
+    shown = io.StringIO()
+    table = Table(title=cli.shown("[b]title[/b]"), box=None, show_header=False)
+    table.add_row(cli.shown("[/red] \x1b[31m \u200f"))
+    Console(file=shown, width=60).print(table)
+    assert "[b]title[/b]" in shown.getvalue() and "[/red] \\x1b[31m \\u200f" in shown.getvalue()
 
 
 def test_emit_is_one_compact_line(capsys):
     cli.emit({"a": [1, 2], "b": "文\n"})
     assert capsys.readouterr().out == '{"a":[1,2],"b":"文\\n"}\n'
+
+
+def test_emit_writes_what_would_act_as_an_escape(capsys):
+    acting = {"\x1b[31m": "\x7f \x9b \u202e \ud83d \U000e0041"}
+    cli.emit(acting)
+    line = capsys.readouterr().out
+    assert line.isascii() and line.rstrip("\n").isprintable() and json.loads(line) == acting
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):

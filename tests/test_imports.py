@@ -19,6 +19,9 @@ LEAVES = {
     "lengthen.measures",
     "lengthen.intervals",
     "lengthen.cli",
+    "lengthen.rundir",
+    "lengthen.verdict",
+    "lengthen.report",
 }  # these never need torch
 TORCH = {
     "torch",
