@@ -9,7 +9,9 @@
     4. probe with the model that is loaded, in a few passes: is an answer likelier behind its own query than behind the
        next one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how
        likely are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?)
-    5. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
+    5. with --judge, let models score relevance, coherence, ... of each answer, length ignored (lengthen/judge.py); with
+       --compare also say which of two runs' answers is better, in both orders
+    6. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
        number stands its 95 % interval over queries (lengthen/intervals.py), in --compare also that of the difference
 
 Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
@@ -18,6 +20,7 @@ Writes  OUTPUT/outputs.jsonl one finished answer a line: killed and started agai
         OUTPUT/scores.json   length scores in points of 100, shares in 0..1, losses in nats per token, words by the
                              strict measure (lengthen.text.count_words) unless named longen_words; null = not defined
                              or not measured.
+        OUTPUT/judgements.jsonl  one verdict a line, likewise; comparison.json with --compare
 
 Departures from the release (eval/ of QwenLM/Self-Lengthen)
     1. The average length score is never shown alone: a writer who ignores the query and always writes 4,000 words gets
@@ -32,6 +35,8 @@ Examples
     python evaluate.py --outputs answers.jsonl --output runs/answers
     python evaluate.py --compare runs/demo/eval/base runs/demo/eval/final
     python evaluate.py --report runs/demo
+    python evaluate.py --outputs answers.jsonl --output runs/answers --judge smollm2 http://127.0.0.1:8000/v1
+    python evaluate.py --compare runs/a runs/b --judge http://127.0.0.1:8000/v1=NAME --output runs/a_or_b
 """
 
 import argparse
@@ -49,7 +54,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lengthen import cli, intervals
+from lengthen import cli, intervals, judge
 from lengthen.demands import full_marks, length_score, parse_demand, stated_demands
 from lengthen.figures import length_following
 from lengthen.jobs import Job
@@ -653,12 +658,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--at-least", type=cli.at_least(0), default=0, help="ask each query for N words or more; 0 = off"
     )
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="ban EOS from the first N tokens")
+    judge.add_flags(parser)
     args = parser.parse_args(argv)
-    """Two tables on stderr: the run as a whole with 95 % intervals over queries, and its groups."""
-    table = Table(title=cli.shown(title), show_header=False)
+    # Not as the flag's default: argparse would let "--outputs X --benchmark mini" pass.
+    args.benchmark = args.benchmark or "mini"
+    if not args.compare and not args.report:
         for flag, needed in (("output", True), ("model", not args.outputs)):
             if needed and not getattr(args, flag):
                 raise UserError(f"the following arguments are required: --{flag}", "python evaluate.py --help")
+    judge.check_flags(args)
     return args
 
 
@@ -675,7 +683,11 @@ def select(rows: list[dict], args: argparse.Namespace, source: str) -> list[dict
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        cli.emit(compare(args.compare))
+        summary, problems = compare(args.compare), []
+        if args.judge:
+            summary["pairwise"], problems = judge.compare_runs(args)
+        cli.emit(summary)
+        judge.tell(problems)
         return
     if args.report:
         path = write_report(Path(args.report))
@@ -722,8 +734,10 @@ def main(argv: list[str] | None = None) -> None:
         # 3) what came of it, computed afresh each time. Sorted: the file is in finishing order.
         order = {row["parent_id"]: i for i, row in enumerate(rows)}
         outputs = sorted(map(complete, job.records), key=lambda r: (order[r["parent_id"]], r["sample"]))
+        problems = judge.judge_answers(folder, outputs, args) if args.judge else []
         losses = summary.get("short_losses", [])
         scores = rounded({**score(outputs, losses), "seconds": summary["seconds"], "contradictions": len(odd)})
+        scores["quality"] = judge.quality(folder, outputs, args.judge)
         about = {
             "source": args.outputs or args.benchmark,
             **info,
@@ -736,10 +750,12 @@ def main(argv: list[str] | None = None) -> None:
         replace_file(folder / "scores.json", text + "\n")
         if scores["constant_writer"]:
             replace_file(folder / "length_following.png", length_following(outputs, scores, folder.name))
+    judge.show_quality(scores["quality"])
     show(scores, f"{args.outputs or args.model + (' + ' + args.adapter if args.adapter else '')} on {source.name}")
     if summary["rejected"]:
         cli.say(f"unanswered and in no score: {summary['rejected']}")
     cli.emit({"stage": "evaluate", "output": str(folder), "rejected": summary["rejected"], **scores})
+    judge.tell(problems)
 
 
 if __name__ == "__main__":

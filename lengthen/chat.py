@@ -31,6 +31,8 @@ FIELDS = {  # what each template must hold, no more and no less
     "judge": {"instruction", "words"},
     "extend": {"instruction", "draft"},
     "constrain": {"instruction", "constraint"},
+    "quality": {"query", "answer", "mark"},
+    "compare": {"query", "first", "second", "mark"},
 }
 
 

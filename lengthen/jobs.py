@@ -267,6 +267,13 @@ class Job(OneWriter):
     def update_info(self, **info: Any) -> None:
         self.info.update(info)
 
+    def reopen(self) -> None:
+        """More is asked of a finished output (a second judge's opinion, say): it is unfinished again."""
+        assert not self.use_journal, "the journal of a finished output is gone"
+        if self.complete:
+            self.complete = False
+            self._save("running")
+
     def drop(self, reasons: Mapping[str, str]) -> None:
         """The last, whole-file decision: the records named by id move to the rejected file, both files by rename."""
         assert set(reasons.values()) <= set(WHOLE_FILE_REASONS), reasons

@@ -124,12 +124,53 @@ class Output(TypedDict):
     shuffled_loss: float  # the same behind the next query of its language; -1 = not probed, or there is no other
 
 
+class Judgement(TypedDict):
+    id: str
+    parent_id: str  # the answer's id
+    language: str
+    run_id: str
+    sample: int
+    attempt: int  # which reply of the judge was usable, from 0
+    answer_hash: str  # 16 hex digits over query and answer: another answer under the same id is judged afresh
+    judge: str  # as given to --judge
+    model: str  # what answered: the model name at an endpoint, the fingerprint of a local model
+    relevance: int  # 1 to 10, as the six below; -1 in a rejected record
+    coherence: int
+    accuracy: int
+    consistency: int
+    clarity: int
+    creativity: int
+    engagement: int
+    mean: float  # of the seven
+    cut: int  # characters left out of the texts because the judge's context is too short for them
+    reply: str  # what the judge wrote
+
+
+class Preference(TypedDict):
+    id: str
+    parent_id: str  # id of the answer of run A
+    other_id: str  # id of the answer of run B
+    language: str
+    run_id: str
+    sample: int
+    attempt: int
+    answer_hash: str  # over query and both answers
+    judge: str
+    model: str
+    order: str  # "ab" = the judge saw A's answer first, "ba" = B's
+    winner: str  # "a", "b" or "tie", whatever the order; "" in a rejected record
+    cut: int
+    reply: str
+
+
 KINDS = {
     "instruction": Instruction,
     "response": Response,
     "extended": Extended,
     "constrained": Constrained,
     "output": Output,
+    "judgement": Judgement,
+    "preference": Preference,
 }
 EMPTY = {str: "", int: -1, float: -1.0}  # lists: []
 

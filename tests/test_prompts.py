@@ -22,6 +22,8 @@ FIELDS = {
     "judge": {"instruction", "words"},
     "extend": {"instruction", "draft"},
     "constrain": {"instruction", "constraint"},
+    "quality": {"query", "answer", "mark"},
+    "compare": {"query", "first", "second", "mark"},
 }
 LANGUAGES = ("en", "zh")
 
