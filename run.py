@@ -36,6 +36,7 @@ from rich.table import Table
 
 from lengthen import cli
 from lengthen.records import UserError, replace_file
+from lengthen.report import write_report
 
 ROOT = Path(__file__).resolve().parent
 
@@ -66,13 +67,14 @@ DEMO = {
     "benchmark": "mini",
     "limit": 8,
     "evaluate": "ends",
+    "no_probes": True,  # they take a quarter of a minute per model
     "control_words": 350,
 }
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
 # where it differs, and trained on as many target tokens. (The constant writer is in every scores.json.)
 CONTROLS = {
-    "told": "the base model, asked for --control-words words or more",
+    "told": "the base model, asked for --control-words or more",
     "eos-ban": "the base model, EOS banned for as long",
     "drafts": "fine-tuned on its own drafts, not extended, behind the same length bias; in every iteration",
     "one-stage": "iteration 1 with extensions in one call",
@@ -148,6 +150,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     def evaluate(name: str, adapter: str, more: Sequence[str] = ()) -> None:
         command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark, *more]
         command += flags(samples=args.answers if args.answers > 1 else "", limit=args.limit or "")
+        command += ["--no-probes"] if args.no_probes else []
         add(f"eval/{name}", "evaluate", [*command, *flags(output=f"{run}/eval/{name}")])
 
     # continue: the release's way, the adapter of k-1 goes on with the new pairs only;
@@ -298,13 +301,16 @@ def show(summary: dict) -> None:
     def cell(value: object, form: str = "{:.0f}") -> str:
         return "-" if value is None or value == -1 else form.format(value)
 
-    table = Table(title="What the models write (answers to the benchmark; words of those that ended by EOS)")
+    def between(interval: list[float] | None) -> str:
+        return rf" \[{interval[0]:.0f}, {interval[1]:.0f}]" if interval else ""
+
+    table = Table(title="What the models write (words of answers that ended by EOS, 95 % intervals over queries)")
     for name in ("model", "median words", "p90", "EOS share", "loop rate", "length score", "wanted/written"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, s in summary["models"].items():
         table.add_row(
             name,
-            cell(s["words_median"]),
+            cell(s["words_median"]) + between(s["intervals"]["words_median"]),
             cell(s["words_p90"]),
             cell(s["eos_share"], "{:.0%}"),
             cell(s["loop_rate"], "{:.0%}"),
@@ -385,6 +391,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=cli.at_least(0), default=0, help="queries of the benchmark; 0 = all")
     add("--answers", type=cli.at_least(1), default=1, help="answers per query")
     add("--evaluate", choices=("all", "ends"), default="all", help="ends = only the base and the final model")
+    add("--no-probes", action="store_true", help="do not ask the models about their answers (see evaluate.py)")
     # controls
     add("--one-stage", action="store_true", help="control: extend in one call instead of two stages")
     add("--no-length-bias", action="store_true", help="control: keep the short ones too")
@@ -428,13 +435,15 @@ def main(argv: list[str] | None = None) -> None:
         if (result := run_step(step)) is None:
             ended.add(step.control)
         else:
-            results.append({"part": step.part, "stage": step.name, **result})
+            results.append({**result, "part": step.part, "stage": step.name})
 
     # 3) say what came of it
     summary = summary_of(args, results, sorted(ended), time.monotonic() - started)
     replace_file(Path(args.run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    report = write_report(Path(args.run))
     show(summary)
     cli.say(f"{summary['seconds']:.0f} s; everything is in {args.run}, this table in {args.run}/summary.json")
+    cli.say(f"to look at: {report}")
     cli.emit({"summary": f"{args.run}/summary.json", "seconds": summary["seconds"], "models": summary["models"]})
 
 

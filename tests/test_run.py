@@ -172,7 +172,13 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
         if (step.control, step.name) == ("one-stage", "extend"):
             return None
         scores = dict.fromkeys(("words_median", "words_p90", "eos_share", "loop_rate"), 1.0)
-        return {"seconds": 1, **scores, "length_score": None, "rank_correlation": None}
+        return {
+            "seconds": 1,
+            **scores,
+            "length_score": None,
+            "rank_correlation": None,
+            "intervals": {"words_median": [1, 2]},
+        }
 
     monkeypatch.setattr(run, "run_step", stage)
     (tmp_path / "r").mkdir()

@@ -1,0 +1,317 @@
+"""Does it work? Words per answer, iteration by iteration, on instructions that no training has seen.
+
+    1. The base model invents instructions that are held out: some to choose hyper-parameters by (--search), the
+       others (--held-out) to report on. No training instruction repeats one of them.
+    2. Iteration 1 up to its pairs. Every setting of --try trains a Generator on them; the one that writes most on the
+       search instructions, at no worse EOS share and loop rate than the base model, is taken.
+    3. The loop of run.py with that setting, without its last stage (no length demands here), and controls beside it:
+       the base model told to write more, the base model with EOS banned, and fine-tunes on the model's own unextended
+       drafts with as many target tokens.
+    4. Every model answers every held-out instruction --answers times. Median words, of the answers that ended by EOS
+       and of all, EOS share, loop rate; growth = the ratio of medians to the base model's, with a 95 % bootstrap
+       interval over instructions, paired.
+
+Goal: the lower end of growth after the last iteration above 1.5, EOS share and loop rate at most 5 points worse than
+the base model's. Killed and started again with the same flags it goes on. Flags not listed below go to run.py.
+
+    python bench/growth.py                                          # SmolLM2: hours on 2 cores
+    python bench/growth.py --model Qwen/Qwen2.5-7B-Instruct --run runs/growth-qwen --instructions 500 --held-out 60
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.table import Table  # noqa: E402
+
+import run as loop  # noqa: E402
+from lengthen import cli  # noqa: E402
+from lengthen.intervals import bootstrap, paired  # noqa: E402
+from lengthen.records import UserError, read_jsonl, replace_file, to_line  # noqa: E402
+from lengthen.text import is_loop  # noqa: E402
+
+# Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
+SMOLLM2 = {
+    "instructions": 48,
+    "extend_samples": 2,
+    "extend_attempts": 2,
+    "max_new_tokens": 1024,
+    "limit": 0,
+    "evaluate": "all",
+}
+TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
+GOAL = 1.5
+
+Groups = list[list[dict]]  # the answers of one model, by instruction
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The study
+
+
+def execute(steps: Sequence[loop.Step]) -> list[dict]:
+    """Run the stages, finished ones as no-ops; the summaries of those that came out with something."""
+    results, ended = [], set()
+    for number, step in enumerate(steps, start=1):
+        if step.control in ended:
+            continue
+        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
+        cli.say(f"$ python {shlex.join(step.command)}")
+        if (result := loop.run_step(step)) is None:
+            ended.add(step.control)
+        else:
+            results.append({**result, "part": step.part, "stage": step.name})
+    return results
+
+
+def hold_out(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[str, Path, Path]:
+    """(file of all held-out instructions, benchmark to search on, benchmark to report on)."""
+    folder = Path(args.run) / "heldout"
+    [step] = [s for s in loop.plan(settings) if (s.part, s.name) == ("iter_1", "instructions")]
+    command = list(step.command)
+    for flag, value in (("--count", args.search + args.held_out), ("--output", folder / "instructions.jsonl")):
+        command[command.index(flag) + 1] = str(value)
+    execute([loop.Step("heldout", "instructions", command)])
+    rows = sorted(read_jsonl(folder / "instructions.jsonl"), key=lambda r: r["sample"])
+    benchmarks = folder / "search.jsonl", folder / "report.jsonl"
+    for path, some in zip(benchmarks, (rows[: args.search], rows[args.search :]), strict=True):
+        asked = [{"id": r["id"], "language": r["language"], "constraint": "", "query": r["prompt"]} for r in some]
+        replace_file(path, b"".join(map(to_line, asked)))
+    return str(folder / "instructions.jsonl"), *benchmarks
+
+
+def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> tuple[str, list[dict]]:
+    """The setting whose Generator writes most at no worse EOS share and loop rate, and what each of them did."""
+    steps = loop.plan(settings)
+    iteration = [s for s in steps if s.part == "iter_1" and s.name in ("instructions", "responses", "extend")]
+    [train] = [s for s in steps if (s.part, s.name) == ("iter_1", "train generator")]
+    [evaluate] = [s for s in steps if s.part == "eval/base"]
+
+    def changed(command: list[str], **values: object) -> list[str]:
+        command = list(command)
+        for name, value in values.items():
+            flag = f"--{name.replace('_', '-')}"
+            if flag in command:
+                command[command.index(flag) + 1] = str(value)
+            else:
+                command += [flag, str(value)]
+        return command
+
+    root = Path(settings.run) / "search"
+    plans = [*iteration, loop.Step("search/base", "evaluate", changed(evaluate.command, benchmark=benchmark))]
+    plans[-1].command = changed(plans[-1].command, output=root / "base" / "eval")
+    for text in tries:
+        folder = root / text.replace(",", "_").replace("=", "-")
+        adapter = folder / "generator"
+        training = changed(train.command, output=adapter, **dict(part.split("=") for part in text.split(",")))
+        asking = changed(evaluate.command, adapter=adapter, benchmark=benchmark, output=folder / "eval")
+        plans += [loop.Step(f"search/{text}", "train", training), loop.Step(f"search/{text}", "evaluate", asking)]
+    scores = {r["part"].removeprefix("search/"): r for r in execute(plans) if r["stage"] == "evaluate"}
+    base = scores["base"]
+
+    def worth(text: str) -> float:
+        one = scores[text]
+        worse = one["eos_share"] < base["eos_share"] - TOLERATED or one["loop_rate"] > base["loop_rate"] + TOLERATED
+        return -1 if worse or one["words_median"] is None else one["words_median"]
+
+    names = ("words_median", "words_median_all", "eos_share", "loop_rate")
+    return max(tries, key=worth), [{"setting": t, **{n: s[n] for n in names}} for t, s in scores.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The result
+
+
+def answers_of(folder: Path) -> Groups:
+    """The answers of one evaluation by instruction, in the order of their ids."""
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(
+        read_jsonl(folder / "outputs.jsonl", needs=("query",)), key=lambda r: (r["parent_id"], r["sample"])
+    ):
+        looped = row["finish"] == "repetition" or is_loop(row["response"], row["language"])
+        groups.setdefault(row["parent_id"], []).append({**row, "loop": looped})
+    return list(groups.values())
+
+
+def median_words(answers: Sequence[dict], every: bool = False) -> float | None:
+    words = [r["response_words"] for r in answers if every or r["finish"] == "eos"]
+    return statistics.median(words) if words else None
+
+
+def ratio(base: Sequence[dict], other: Sequence[dict], every: bool = False) -> float | None:
+    low, high = median_words(base, every), median_words(other, every)
+    return high / low if low and high is not None else None
+
+
+def measured(base: Groups, other: Groups) -> dict:
+    """One row of the table: each figure as {"value", "interval"}, the interval [low, high] or None."""
+
+    def alone(groups: Sequence[Sequence], statistic: Callable) -> dict:
+        return {"value": statistic([x for g in groups for x in g]), "interval": bootstrap(groups, statistic)}
+
+    def beside(every: bool) -> dict:
+        flat = [[a for group in groups for a in group] for groups in (base, other)]
+        return {
+            "value": ratio(*flat, every),
+            "interval": paired(base, other, lambda a, b: ratio(a, b, every)),
+        }
+
+    def shares(key: str, value: object) -> dict:
+        return alone([[answer[key] == value for answer in group] for group in other], statistics.fmean)
+
+    return {
+        "answers": sum(map(len, other)),
+        "words_median": alone(other, median_words),
+        "words_median_all": alone(other, lambda answers: median_words(answers, every=True)),
+        "eos_share": shares("finish", "eos"),
+        "loop_rate": shares("loop", True),
+        "growth": beside(every=False),
+        "growth_all": beside(every=True),
+    }
+
+
+def verdict(base: dict, last: dict) -> str:
+    low = (last["growth"]["interval"] or [0])[0]
+    worse = [
+        name
+        for name, sign in (("eos_share", -1), ("loop_rate", 1))
+        if sign * (last[name]["value"] - base[name]["value"]) > TOLERATED
+    ]
+    reached = low > GOAL and not worse
+    return f"goal {'reached' if reached else 'not reached'}: lower end of growth {low:.2f} (goal {GOAL})" + (
+        f"; worse than the base model by more than {TOLERATED:.0%}: {', '.join(worse)}" if worse else ""
+    )
+
+
+def show(rows: dict[str, dict]) -> None:
+    table = Table(title="Held-out instructions; [95 % intervals]; growth = ratio of median words to the base model's")
+    for name in (
+        "model",
+        "answers",
+        "words (EOS)",
+        "words (all)",
+        "EOS share",
+        "loops",
+        "growth (EOS)",
+        "growth (all)",
+    ):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    forms = {"words_median": "{:.0f}", "words_median_all": "{:.0f}", "eos_share": "{:.0%}", "loop_rate": "{:.0%}"}
+    forms |= {"growth": "{:.2f}", "growth_all": "{:.2f}"}
+
+    def cell(one: dict, form: str) -> str:
+        if one["value"] is None:
+            return "-"
+        return form.format(one["value"]) + (
+            " [" + ", ".join(form.format(x) for x in one["interval"]) + "]" if one["interval"] else ""
+        )
+
+    for name, row in rows.items():
+        table.add_row(
+            name, str(row["answers"]), *(cell(row[key], form).replace("[", r"\[") for key, form in forms.items())
+        )
+    cli.console.print(table)
+
+
+def draw(models: dict[str, Groups], rows: dict[str, dict], path: Path, title: str) -> None:
+    """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(models) + 1.4), dpi=110)
+    for y, (name, groups) in enumerate(models.items()):
+        flat = [a for group in groups for a in group]
+        for ended in (True, False):
+            some = [a["response_words"] for a in flat if (a["finish"] == "eos") == ended]
+            spread = [y + 0.28 * ((i * 0.618034) % 1 - 0.5) for i in range(len(some))]
+            color = "#9ecae1" if ended else "none"
+            axis.scatter(some, spread, s=12, c=color, edgecolors="#6baed6", linewidths=0.6, zorder=1)
+        one = rows[name]["words_median"]
+        if one["value"] is not None:
+            low, high = one["interval"] or (one["value"], one["value"])
+            axis.plot([low, high], [y, y], color="#08306b", linewidth=2.2, zorder=2)
+            axis.plot(one["value"], y, "o", color="#08306b", markersize=6, zorder=3)
+    axis.set_yticks(range(len(models)), models)
+    axis.invert_yaxis()
+    axis.set(xlabel="words of an answer (hollow: cut or a loop); bar: median of the ended ones, 95 %", title=title)
+    axis.set_xlim(left=0)
+    axis.grid(axis="x", alpha=0.3)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Our flags, and run.py's."""
+    parser = cli.make_parser(__doc__, "bench/growth.py")
+    add = parser.add_argument
+    add("--run", default="runs/growth", help="folder of the study")
+    add("--held-out", type=cli.at_least(2), default=30, help="instructions to report on")
+    add("--search", type=cli.at_least(2), default=12, help="other held-out instructions, to choose the setting by")
+    add("--try", dest="tries", nargs="+", default=["rank=8,learning_rate=2e-4,epochs=2"], help="settings of train.py")
+    add("--answers", type=cli.at_least(1), default=3, help="answers to each instruction")
+    add("--iterations", type=cli.at_least(1), default=2, help="macro-iterations")
+    add("--controls", nargs="*", default=["told", "eos-ban", "drafts"], help="of run.py --controls")
+    args, more = parser.parse_known_args(argv)
+    for text in args.tries:
+        names = {part.partition("=")[0] for part in text.split(",")}
+        if not names <= {"rank", "alpha", "learning_rate", "epochs"} or text.count("=") != len(text.split(",")):
+            raise UserError(f"--try {text}: not a setting of train.py", "--try rank=8,learning_rate=2e-4,epochs=2")
+    own = ["--run", args.run, "--answers", str(args.answers), "--iterations", str(args.iterations)]
+    own += ["--controls", *args.controls] if args.controls else []
+    if "--model" not in more:
+        own += loop.flags(**SMOLLM2)
+    return args, loop.parse_args([*own, *more])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, settings = parse_args(argv)
+
+    # 1) instructions nobody trains on
+    held_out, searched, reported = hold_out(args, settings)
+    settings.dedup_against = [*settings.dedup_against, held_out]
+
+    # 2) one setting
+    chosen, tried = args.tries[0], []
+    if len(args.tries) > 1:
+        chosen, tried = search(args.tries, settings, searched)
+        cli.say(f"setting: {chosen}, of {len(args.tries)}")
+    for name, value in (part.split("=") for part in chosen.split(",")):
+        setattr(settings, name, type(getattr(settings, name))(float(value)))
+
+    # 3) the loop and its controls
+    settings.benchmark = str(reported)
+    stages = execute([s for s in loop.plan(settings) if "final" not in s.part])
+
+    # 4) what came of it
+    names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
+    models = {name: answers_of(Path(args.run) / "eval" / name) for name in names}
+    rows = {name: measured(models["base"], groups) for name, groups in models.items()}
+    last = f"iter_{args.iterations}"
+    said = verdict(rows["base"], rows[last])
+    pairs = {f"{s['part']} {s['stage'].removeprefix('train ')}": s["pairs"] for s in stages if "pairs" in s}
+    cost = {s["part"] + " " + s["stage"]: (s.get("tokens"), s["seconds"]) for s in stages}
+    result = {"bench": "growth", "model": settings.model, "setting": chosen, "search": tried, "verdict": said}
+    result |= {"models": rows, "pairs": pairs, "cost": cost, "seconds": round(sum(s["seconds"] for s in stages))}
+    replace_file(Path(args.run) / "growth.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    draw(models, rows, Path(args.run) / "growth.png", f"{settings.model}: {args.held_out} held-out instructions")
+    show(rows)
+    cli.say(f"{said}; pairs {pairs}; {result['seconds']} s of stages; {args.run}/growth.json, growth.png")
+    cli.emit(result)
+
+
+if __name__ == "__main__":
+    cli.run(main)

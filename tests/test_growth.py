@@ -1,0 +1,136 @@
+"""bench/growth.py: what it makes of answers, and which commands it runs.   python -m pytest tests/test_growth.py"""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import run as loop
+from lengthen.records import UserError, new_record
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("growth", ROOT / "bench" / "growth.py")
+growth = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(growth)
+
+
+def answer(words: int, finish: str = "eos", loop: bool = False) -> dict:
+    return {"response_words": words, "finish": finish, "loop": loop}
+
+
+def groups(factor: float, seed: int = 0, cut: int = 0) -> growth.Groups:
+    """30 instructions x 3 answers whose lengths have the instruction in common; the first `cut` are not ended."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(30):
+        usual = 200 + 10 * i
+        made.append(
+            [answer(int(factor * usual * rng.uniform(0.9, 1.1)), "length" if i < cut else "eos") for _ in "abc"]
+        )
+    return made
+
+
+def test_growth_is_the_ratio_of_medians_of_ended_answers():
+    base, other = [[answer(100), answer(9, "length")], [answer(300)]], [[answer(400)], [answer(500), answer(600)]]
+    row = growth.measured(base, other)
+    assert row["answers"] == 3 and row["words_median"]["value"] == 500 and row["eos_share"]["value"] == 1
+    assert row["growth"]["value"] == 500 / 200 and row["growth_all"]["value"] == 500 / 100
+    assert growth.measured(base, base)["eos_share"]["value"] == pytest.approx(2 / 3)
+
+
+def test_pairing_narrows_the_interval_and_it_holds_the_truth():
+    base, other = groups(1), groups(2, seed=1)
+    row = growth.measured(base, other)
+    low, high = row["growth"]["interval"]
+    assert low < 2 < high and high - low < 0.35  # unpaired, these lengths would give more than twice that
+    assert row["loop_rate"]["value"] == 0 and row["loop_rate"]["interval"][1] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("factor", "cut", "said"),
+    [
+        (2.0, 0, "goal reached: lower end of growth 1.9"),
+        (1.2, 0, "goal not reached: lower end of growth 1."),
+        (2.0, 6, "worse than the base model by more than 5%: eos_share"),
+    ],
+)
+def test_the_goal_needs_growth_and_no_worse_endings(factor, cut, said):
+    base = groups(1)
+    rows = [growth.measured(base, other) for other in (base, groups(factor, seed=1, cut=cut))]
+    assert said in growth.verdict(*rows)
+
+
+def words_of(command: list[str]) -> tuple[int, str]:
+    """(words an answer has, how it ends) under the adapter of an evaluate.py command, in the made-up study below."""
+    adapter = command[command.index("--adapter") + 1] if "--adapter" in command else ""
+    if "rank-64" in adapter:  # the longest, but it does not end
+        return 900, "length"
+    return (600 if "rank-16" in adapter else 500 if "iter_2" in adapter else 300 if adapter else 200), "eos"
+
+
+def stage(step: loop.Step) -> dict:
+    """A stage that writes what the study reads."""
+    command = step.command
+    output = Path(command[command.index("--output") + 1])
+    if command[1] == "instructions":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            new_record("instruction", id=f"{output.parent.name}{i:03}", language="en", sample=i, prompt=f"Tell {i}.")
+            for i in range(int(command[command.index("--count") + 1]))
+        ]
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if command[0] == "evaluate.py":
+        output.mkdir(parents=True, exist_ok=True)
+        asked = map(json.loads, Path(command[command.index("--benchmark") + 1]).read_text().splitlines())
+        words, finish = words_of(command)
+        rows = []
+        for row in asked:
+            for sample in range(3):
+                known = {"id": f"{row['id']}{sample}", "parent_id": row["id"], "sample": sample, "query": row["query"]}
+                count = words + int(row["id"][-2:]) + sample
+                rows.append(new_record("output", **known, language="en", response_words=count, finish=finish))
+        (output / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        median = words if finish == "eos" else None
+        figures = {"words_median": median, "words_median_all": words, "eos_share": float(finish == "eos")}
+        return {"seconds": 1, **figures, "loop_rate": 0.0}
+    return {"seconds": 1, "tokens": 10, **({"pairs": 7} if command[0] == "train.py" else {})}
+
+
+def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(loop, "run_step", lambda step: done.append(step) or stage(step))
+    tries = ["rank=8,epochs=1", "rank=16,learning_rate=3e-4", "rank=64"]
+    growth.main(["--run", str(tmp_path / "g"), "--held-out", "10", "--search", "4", "--try", *tries, "--rounds", "2"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["setting"] == tries[1]  # the longest that ends: rank 64 writes more and never stops
+    assert {one["setting"] for one in result["search"]} == {"base", *tries}
+    assert result["models"]["iter_2"]["answers"] == 30 and result["verdict"].startswith("goal reached")
+    assert {"base", "iter_1", "iter_2", "control_told", "control_drafts_2"} <= set(result["models"])
+    assert result["pairs"]["iter_1 generator"] == 7 and not any("final" in step.part for step in done)
+    assert (tmp_path / "g" / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "g" / "growth.json").read_text()) == result
+
+    # what is searched by is not reported on, and neither is trained on
+    searched, reported = (
+        {json.loads(x)["query"] for x in (tmp_path / "g" / "heldout" / name).read_text().splitlines()}
+        for name in ("search.jsonl", "report.jsonl")
+    )
+    assert len(searched) == 4 and len(reported) == 10 and not searched & reported
+    for step in done:
+        if step.name == "instructions" and step.part != "heldout":
+            assert str(tmp_path / "g" / "heldout" / "instructions.jsonl") in step.command
+        if step.name == "evaluate":
+            want = "search.jsonl" if step.part.startswith("search/") else "report.jsonl"
+            assert step.command[step.command.index("--benchmark") + 1].endswith(want)
+        if step.name == "train generator":  # of the loop and its controls: the setting that was found
+            assert step.command[step.command.index("--rank") + 1] == "16"
+            assert step.command[step.command.index("--learning-rate") + 1] == "0.0003"
+        if step.name == "extend":
+            assert step.command[step.command.index("--rounds") + 1] == "2"
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(UserError, match="--try depth=3"):
+        growth.parse_args(["--try", "depth=3"])
