@@ -12,7 +12,7 @@ What a model wrote may hold markup, terminal escapes and marks that turn the dir
 page except through `visible`, which spells such characters out; the script only ever sets text, never markup; and a
 content security policy allows that one script, by its hash, and no network.
 
-Reads   RUN/iter_K/ and RUN/final/: *.jsonl, *.rejected.jsonl, *.meta.json, {generator,extender}/{meta.json,
+Reads   RUN/iter_K/, RUN/final/ and RUN/controls/*/: *.jsonl, *.rejected.jsonl, *.meta.json, {generator,extender}/{meta.json,
         train_log.jsonl}; RUN/eval/*/{outputs.jsonl,outputs.meta.json,scores.json}; RUN/summary.json
 Writes  RUN/report.html
 """
@@ -334,10 +334,16 @@ def length_rows(models: list[dict]) -> list[dict]:
 # The stages: what was made, what it took
 
 
+def parts_of(files: Files) -> list[str]:
+    """The folders of the run's stages: iterations in their order, final, controls."""
+    iterations = sorted(files.folders("iter_*"), key=lambda p: (iteration(p), p))
+    return [*iterations, *files.folders("final"), *files.folders("controls/*")]
+
+
 def read_stages(files: Files, models: list[dict]) -> list[dict]:
     """One entry per stage that has begun: part, stage, status, seconds, tokens, accepted, the sidecar."""
     stages = []
-    for part in [*sorted(files.folders("iter_*"), key=lambda p: (iteration(p), p)), *files.folders("final")]:
+    for part in parts_of(files):
         for name, stage in STAGES:
             meta = files.object(f"{part}/{Path(name).stem}.meta.json")
             if meta or (files.run / part / name).exists():
@@ -412,7 +418,7 @@ def read_samples(files: Files) -> tuple[list[dict], dict]:
     """The records of the stages without their texts, and where those are; (rows, {part: {kind: numbers}})."""
     rows, numbers = [], {}
     kinds = (("extension", "extended"), ("draft", "responses"), ("demand", "constrained"))
-    for part in [*sorted(files.folders("iter_*"), key=lambda p: (iteration(p), p)), *files.folders("final")]:
+    for part in parts_of(files):
         for kind, stem in kinds:
             mine = []
             for name in (f"{stem}.jsonl", f"{stem}.rejected.jsonl"):
@@ -509,7 +515,7 @@ def gain_rows(extender: list[dict]) -> list[dict]:
 
 def read_losses(files: Files) -> list[dict]:
     losses = []
-    for part in [*sorted(files.folders("iter_*"), key=lambda p: (iteration(p), p)), *files.folders("final")]:
+    for part in parts_of(files):
         for role in ("generator", "extender"):
             curve = loss_curve([entry for _, entry in files.lines(f"{part}/{role}/train_log.jsonl")])
             if curve:
