@@ -38,7 +38,6 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of one request, give o
 LONGEST_WAIT = 120.0  # seconds; a Retry-After beyond it is not waited for
 DOWN_AFTER = 5  # requests in a row that got nothing
 LARGEST_BODY = 2**21  # bytes; a chat completion has a few thousand
-REPLY_TOKENS = 2048  # models that think aloud before they answer need them; others stop by themselves
 SHORTEST = 200  # characters; texts are not cut below it
 OPTIONAL = ("temperature", "seed", "max_tokens")  # fields of a request that a server may refuse
 TOO_LONG = re.compile(r"context|too (long|large|many)|exceed|maximum.{0,20}(length|tokens)", re.IGNORECASE)
@@ -115,8 +114,18 @@ def read_address(name: str) -> tuple[str, str]:
 class Endpoint:
     """One server and one of its models; see the module's docstring."""
 
-    def __init__(self, url: str, model: str = "", *, key: str = "", connections: int = 4, timeout: float = 300.0):
-        self.url, self.connections, self.timeout, self._key = url, connections, timeout, key
+    def __init__(
+        self,
+        url: str,
+        model: str = "",
+        *,
+        key: str = "",
+        connections: int = 4,
+        timeout: float = 300.0,  # seconds
+        reply_tokens: int = 2048,
+    ):
+        self.url, self._key = url, key
+        self.connections, self.timeout, self.reply_tokens = connections, timeout, reply_tokens
         loopback = re.match(r"127\.|localhost$|::1$", urllib.parse.urlsplit(url).hostname or "")
         proxies = [urllib.request.ProxyHandler({})] if loopback else []  # no proxy reaches our own loopback
         self._opener = urllib.request.build_opener(NoRedirect, *proxies)
@@ -201,7 +210,7 @@ class Endpoint:
             "messages": [{"role": "user", "content": content}],
             "temperature": temperature,
             "seed": seed & 0x7FFFFFFF,  # llama.cpp takes 32 bits
-            "max_tokens": REPLY_TOKENS,
+            "max_tokens": self.reply_tokens,
         }
         body = self._request("/chat/completions", request)
         text = body["choices"][0]["message"].get("content")
@@ -280,8 +289,9 @@ class Endpoint:
             if code == 413 or TOO_LONG.search(words):
                 return TooLong()
             return Unanswered(f"HTTP {code}: {short}", after=-1)
-        again = code in (408, 409, 425, 429) or code >= 500
-        return Unanswered(f"HTTP {code}", after=retry_after(error.headers.get("Retry-After")) if again else -1)
+        if code in (408, 409, 425, 429) or code >= 500:
+            return Unanswered(f"HTTP {code}", after=retry_after(error.headers.get("Retry-After")))
+        return Unanswered(f"HTTP {code}: {short}", after=-1)
 
     def _why(self, error: Exception) -> str:
         reason = getattr(error, "reason", error)

@@ -24,9 +24,11 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from lengthen import cli
 from lengthen.chat import fill, template_hashes
@@ -75,14 +77,6 @@ def cut_middle(text: str, limit: int) -> str:
     return f"{text[:head]}\n{note}\n{text[len(text) - limit + head :]}"
 
 
-def fence(texts: Sequence[str]) -> str:
-    """A mark that is in none of the texts, the same in either order of them."""
-    for number in itertools.count():
-        mark = f"#{hash_of(str(number), *sorted(texts))[:8]}"
-        if not any(mark in text for text in texts):
-            return mark
-
-
 @dataclass(frozen=True)
 class Question:
     """One thing to be judged: one answer, or two in the order in which the judge sees them."""
@@ -92,6 +86,13 @@ class Question:
     language: str
     query: str
     answers: tuple[str, ...]
+
+    @cached_property
+    def mark(self) -> str:
+        """What the fence is made of: in none of the texts, cut or whole, and the same in either order of them."""
+        texts = sorted((self.query, *self.answers))
+        marks = (f"#{hash_of(str(number), *texts)[:8]}" for number in itertools.count())
+        return next(mark for mark in marks if not any(mark in text for text in texts))
 
     def longest(self) -> int:
         return max(map(len, (self.query, *self.answers)))
@@ -103,7 +104,7 @@ class Question:
         names = ("query", "answer") if self.kind == "quality" else ("query", "first", "second")
         fields = dict(zip(names, texts, strict=True))
         cut = sum(max(0, len(text) - limit) for text in whole)
-        return fill(self.kind, self.language, mark=fence(texts), **fields), cut
+        return fill(self.kind, self.language, mark=self.mark, **fields), cut
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -121,13 +122,16 @@ def objects(text: str) -> Iterator[dict]:
         yield found
 
 
-def read_verdict(kind: str, text: str) -> tuple[dict, str]:
+def read_verdict(question: Question, text: str) -> tuple[dict, str]:
     """(the verdict, "") or ({}, why there is none).
 
-    Two different verdicts are none: one of them may be quoted from the answer.
+    Two different verdicts are none: one of them may be quoted from the answer. Nor is any in a reply that repeats the
+    fence: a weak judge copies the prompt, and with it what the answer has to say about itself.
     """
     text = text.rpartition("</think>")[2]  # what a reasoning model weighs before is no verdict
-    read = read_scores if kind == "quality" else read_winner
+    if question.mark in text:
+        return {}, "echo"
+    read = read_scores if question.kind == "quality" else read_winner
     found = list(objects(text))
     verdicts = [verdict for verdict in map(read, found) if verdict]
     if not verdicts:
@@ -194,13 +198,15 @@ class LocalJudge:
 
     def _limit(self, question: Question) -> int:
         """Characters of each text that fit. Counted by pieces, so both orders of a pair are cut alike."""
-        count = lambda text: len(self.loaded.chat.encode_text(text)) if text else 0  # noqa: E731
         whole = (question.query, *question.answers)
         bare = Question("", question.kind, question.language, "", ("",) * len(question.answers)).prompt(SHORTEST)[0]
         messages = [{"role": "user", "content": bare}]
         used = len(self.loaded.chat.encode(messages, PREFILL[question.kind])) + LOCAL_TOKENS + MARGIN_TOKENS
         room, limit = self.sampler.context - used, question.longest()
-        while limit > SHORTEST and (needed := sum(count(cut_middle(text, limit)) for text in whole)) > room:
+        while limit > SHORTEST:
+            needed = sum(len(self.loaded.chat.encode_text(cut_middle(text, limit))) for text in whole)
+            if needed <= room:
+                break
             limit = max(SHORTEST, min(limit - 1, int(limit * max(room, 0) / needed)))
         return limit
 
@@ -215,7 +221,14 @@ def open_judge(name: str, args: argparse.Namespace, job: Job) -> LocalJudge | En
     url, model = read_address(name)
     key = key_from_environment()
     try:
-        judge = Endpoint(url, model, key=key, connections=args.judge_connections, timeout=args.judge_timeout)
+        judge = Endpoint(
+            url,
+            model,
+            key=key,
+            connections=args.judge_connections,
+            timeout=args.judge_timeout,
+            reply_tokens=args.judge_tokens,
+        )
     except Unanswered as error:
         raise LowYield(f"{url} does not answer: {error}", AGAIN) from None
     before = {r["model"] for r in (*job.records, *job.rejected) if r["judge"] == name} - {judge.model}
@@ -244,6 +257,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--judge-attempts", type=cli.at_least(1), default=3, help="replies asked for until one is in form, per verdict"
+    )
+    group.add_argument(
+        "--judge-tokens",
+        type=cli.at_least(1),
+        default=2048,
+        help="most tokens in a server's reply: models that think first need thousands, others stop by themselves",
     )
     group.add_argument("--judge-connections", type=cli.at_least(1), default=4, help="requests at a time, per server")
     group.add_argument(
@@ -320,7 +339,7 @@ def ask(name: str, job: Job, todo: dict[str, tuple[dict, Question]], args: argpa
                 record, question = todo[reply.id]
                 text, attempt = reply.text[-LONGEST_REPLY:], attempts[reply.id]
                 record |= {"attempt": attempt, "model": judge.model, "cut": reply.cut, "reply": text}
-                verdict, reason = ({}, "context") if reply.unfit else read_verdict(question.kind, text)
+                verdict, reason = ({}, "context") if reply.unfit else read_verdict(question, text)
                 if verdict:
                     job.accept({**record, **verdict_fields(record, verdict)})
                 else:
@@ -353,7 +372,10 @@ def recorded(folder: Path) -> list[dict]:
     for name in ("judgements.rejected.jsonl", "judgements.jsonl"):
         path = folder / name
         lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-        found += [json.loads(line) for line in lines]
+        try:
+            found += [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}", f"rm {folder}/judgements.*  and judge again") from None
     return found
 
 
@@ -431,17 +453,18 @@ def show_quality(scores: dict[str, dict]) -> None:
     table = Table(title="Quality, 1 to 10 (length ignored)")
     table.add_column("criterion")
     for name in scores:
-        table.add_column(cli.printable(name), justify="right", overflow="fold")
-    for key in (*CRITERIA, "mean"):
-        table.add_row(key, *("-" if one[key] is None else f"{one[key]:.2f}" for one in scores.values()))
-    table.add_row("  95 % interval", *(span(one["interval"], "{:.2f}") for one in scores.values()))
-    for key in ("judged", "failed", "missing", "cut"):
-        table.add_row(key, *(f"{one[key]:,}" for one in scores.values()))
+        table.add_column(Text(cli.printable(name)), justify="right", overflow="fold")  # brackets are no markup
+    rows = [(key, key, "{:.2f}") for key in (*CRITERIA, "mean")] + [("interval", "  95 % interval", "{:.2f}")]
+    for key, name, form in rows + [(key, key, "{:,}") for key in ("judged", "failed", "missing", "cut")]:
+        table.add_row(name, *(told(one[key], form) for one in scores.values()))
     cli.console.print(table)
 
 
-def span(ends: Sequence[float] | None, form: str) -> str:
-    return "-" if ends is None else " to ".join(form.format(end) for end in ends)
+def told(value: float | Sequence[float] | None, form: str) -> str:
+    """A number, an interval or nothing, for a table."""
+    if value is None:
+        return "-"
+    return " to ".join(form.format(end) for end in value) if isinstance(value, list) else form.format(value)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -512,8 +535,11 @@ def preferences(records: Sequence[dict], pairs: Sequence[tuple[dict, dict]], ask
     judges, outcomes = {}, {}
     for name, found in by_judge.items():
         good = {key: r for key, r in found.items() if "reason" not in r}
-        both = [(one, good[one["id"], "ab"]["winner"], good[one["id"], "ba"]["winner"]) for one, _ in pairs
-                if (one["id"], "ab") in good and (one["id"], "ba") in good]  # fmt: skip
+        both = [
+            (one, good[one["id"], "ab"]["winner"], good[one["id"], "ba"]["winner"])
+            for one, _ in pairs
+            if {(one["id"], "ab"), (one["id"], "ba")} <= good.keys()
+        ]
         points = {one["id"]: (POINTS[ab] + POINTS[ba]) / 2 for one, ab, ba in both}
         outcomes[name] = {id_: "b" if p > 0.5 else "a" if p < 0.5 else "tie" for id_, p in points.items()}
         decided = [r["order"][0] == r["winner"] for r in good.values() if r["winner"] != "tie"]
@@ -560,10 +586,10 @@ def kappa(x: Sequence[str], y: Sequence[str]) -> float | None:
 
 def show_preferences(result: dict) -> None:
     """One column per judge, on stderr."""
-    table = Table(title=f"B = {cli.printable(result['run_b'])} against A = {cli.printable(result['run_a'])}")
+    table = Table(title=Text(cli.printable(f"B = {result['run_b']} against A = {result['run_a']}")))
     table.add_column("measure")
     for name in result["judges"]:
-        table.add_column(cli.printable(name), justify="right", overflow="fold")
+        table.add_column(Text(cli.printable(name)), justify="right", overflow="fold")  # brackets are no markup
     rows = (
         ("win_rate", "B preferred (tie = one half)", "{:.1%}"),
         ("interval", "  95 % interval", "{:.1%}"),
@@ -579,10 +605,7 @@ def show_preferences(result: dict) -> None:
         ("cut", "verdicts on cut texts", "{:,}"),
     )
     for key, name, form in rows:
-        values = [one[key] for one in result["judges"].values()]
-        one = (lambda v, form=form: "-" if v is None else form.format(v)) if key != "interval" else (
-            lambda v, form=form: span(v, form))  # fmt: skip
-        table.add_row(name, *map(one, values))
+        table.add_row(name, *(told(one[key], form) for one in result["judges"].values()))
     cli.console.print(table)
     cli.say(f"{result['pairs']} pairs of answers to the same query and sample; without a partner: {result['unpaired']}")
     for pair in result["between_judges"]:

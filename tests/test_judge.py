@@ -187,9 +187,17 @@ NESTED = '{"a":' * 4000
 )
 def test_verdicts(kind, text, expected):
     start = time.monotonic()
-    verdict, reason = read_verdict(kind, text)
+    verdict, reason = read_verdict(Question("", kind, "en", "q", ("a", "b")), text)
     assert (verdict or reason) == expected and bool(verdict) != bool(reason)
     assert time.monotonic() - start < 2  # whatever a reply is made of
+
+
+def test_a_verdict_copied_out_of_the_prompt_is_none():
+    """As SmolLM2 did behind a server: it repeated the prompt, and so the marks that the answer had given itself."""
+    asked = Question("", "quality", "en", "Describe a library.", (GOOD,))
+    prompt, _ = asked.prompt(10**6)
+    assert read_verdict(asked, prompt[prompt.index(asked.mark) :]) == ({}, "echo")
+    assert read_verdict(asked, GOOD) == (SCORES, "")
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -462,29 +470,30 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
     from scripted import Killed, die_at
 
     fake = serve(lambda r: GOOD)
-    path = answers(tmp_path, ["a", "b"])
     flags = ["--judge", fake.url, "--judge-connections", "1"]
-    evaluated(path, tmp_path / "whole" / "out", *flags)
-    want = [{**r, "run_id": "x"} for r in judged(tmp_path / "whole" / "out")]
-    evaluated(path, tmp_path / "plain" / "out")  # judging alone is interrupted, so the answers are there
+    args = evaluate.parse_args(["--outputs", "x", "--output", "x", *flags])
+    evaluated(answers(tmp_path, ["a", "b", "c"]), tmp_path / "answers")
+    outputs = lines(tmp_path / "answers" / "outputs.jsonl")
+
+    def verdicts(folder: Path) -> list[dict]:
+        return [{**r, "run_id": ""} for r in judged(folder)]
+
+    assert judge.judge_answers(tmp_path / "whole", outputs, args) == []
     for step in range(1, 30):
-        out = tmp_path / str(step) / "out"
-        out.mkdir(parents=True)
-        for name in ("outputs.jsonl", "outputs.rejected.jsonl", "outputs.meta.json"):
-            (out / name).write_bytes((tmp_path / "plain" / "out" / name).read_bytes())
+        out = tmp_path / str(step)
         fake.asked.clear()
         with monkeypatch.context() as patch:
             steps = die_at(patch, step)
             try:
-                evaluated(path, out, *flags)
+                judge.judge_answers(out, outputs, args)
                 died = False
             except Killed:
                 died = True
-        on_disk = (out / "judgements.jsonl").read_text().count("\n") if (out / "judgements.jsonl").exists() else 0
-        asked = len(fake.asked)
-        evaluated(path, out, *flags)
-        assert [{**r, "run_id": "x"} for r in judged(out)] == want
-        assert len(fake.asked) == asked + 2 - on_disk
+        path = out / "judgements.jsonl"
+        asked, on_disk = len(fake.asked), path.read_text().count("\n") if path.exists() else 0
+        assert judge.judge_answers(out, outputs, args) == []
+        assert verdicts(out) == verdicts(tmp_path / "whole") and len(verdicts(out)) == 3
+        assert len(fake.asked) == asked + 3 - on_disk
         if not died:
             assert step > steps() > 5
             return
