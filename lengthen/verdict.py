@@ -51,7 +51,7 @@ def verdict(models: list[dict]) -> dict:
     if base["scores"].get("sampling") != last["scores"].get("sampling"):
         limits.append("The two models were sampled with different settings.")
     if not any(table(m["scores"].get("quality")) for m in models):
-        limits.append("Quality was not judged: longer is not better.")
+        limits.append("Quality: nobody judged it, and longer is not better.")
     limits.append("One run with one seed; the median counts only answers that the model itself ended.")
     return {"shows": shows, "not": limits}
 
@@ -78,7 +78,7 @@ def worse_endings(base: dict, last: dict) -> list[str]:
         old, new = (number(m["scores"].get(key)) for m in (base, last))
         if old is not None and new is not None:
             worse = sign * (new - old) > 0.05
-            told.append((worse, f"{name} {100 * new:.0f} % of the answers (base: {100 * old:.0f} %)"))
+            told.append((worse, f"{name} {100 * new:.0f}\u00a0% of the answers (base: {100 * old:.0f}\u00a0%)"))
     if not told:
         return []
     start = "But it" if any(worse for worse, _ in told) else "It"
@@ -91,7 +91,7 @@ def controls_say(models: list[dict], last: dict) -> tuple[bool, str]:
     found = [(words, m) for words, m in found if words is not None]
     mine = number(last["scores"].get("words_median"))
     if not found or mine is None:
-        return False, "No control was evaluated: whether the extensions, and nothing cheaper, made the difference."
+        return False, "Whether the extensions, and nothing cheaper, made the difference: no control was evaluated."
     words, control = max(found, key=lambda pair: pair[0])
     ours, theirs = interval(last["scores"], "words_median"), interval(control["scores"], "words_median")
     told = f"The longest control, {control['name']}, writes {words:,.0f} words in the median"

@@ -4,6 +4,7 @@ The tests of the page itself need Chromium (apt-get install chromium) and are sk
 """
 
 import base64
+import itertools
 import json
 import random
 import re
@@ -15,6 +16,7 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 from browser import CHROMIUM, Browser, Page
 
@@ -253,15 +255,23 @@ SURE, LONGER = scored("base", 300, [280, 320]), scored("final", 450, [400, 500])
     [
         ([], "No model of this run has been evaluated so far.", "Growth"),
         ([BASE], "The base model alone has been evaluated", "Growth"),
-        ([BASE, FINAL], "1.50 times the base model's 300", "Quality was not judged"),
-        ([BASE, FINAL], "no evidence of growth", "No control was evaluated"),
+        ([BASE, FINAL], "1.50 times the base model's 300", "nobody judged it"),
+        ([BASE, FINAL], "no evidence of growth", "no control was evaluated"),
         ([SURE, LONGER], "do not overlap: on these queries its answers are longer", ""),
         ([SURE, scored("final", 200, [180, 220])], "do not overlap: on these queries its answers are shorter", ""),
         ([SURE, scored("final", 450, [310, 500])], "overlap: this does not show that its answers are longer", ""),
         ([BASE, scored("final", 450, rows=8)], "", "8 queries are too few"),
         ([scored("base", None), FINAL], "The base model has no median length", ""),
-        ([BASE, scored("final", 450, eos_share=0.7)], "But it ends by itself in 70 % of the answers (base: 80 %)", ""),
-        ([BASE, scored("final", 450, loop_rate=0.04)], " It ends by itself in 80 % of the answers (base: 80 %)", ""),
+        (
+            [BASE, scored("final", 450, eos_share=0.7)],
+            "But it ends by itself in 70\u00a0% of the answers (base: 80\u00a0%)",
+            "",
+        ),
+        (
+            [BASE, scored("final", 450, loop_rate=0.04)],
+            " It ends by itself in 80\u00a0% of the answers (base: 80\u00a0%)",
+            "",
+        ),
         ([BASE, scored("iteration", 330), FINAL], "before the fine-tune on length demands, it was 1.10", ""),
         ([BASE, scored("iteration", 450)], "Iteration 1 writes 450 words", ""),
         ([SURE, LONGER, scored("control", 440, [390, 480])], "", "440 words in the median: the method is not set"),
@@ -428,6 +438,51 @@ def test_the_command(run):
     assert told["bytes"] == (run / "report.html").stat().st_size
     failed = call(run / "nothing")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "hint:" in failed.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Colours
+
+SEEN = {  # linear RGB as colour-blind people see it: Machado, Oliveira and Fernandes 2009, table 1, severity 1.0
+    "usual": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+TO_XYZ = numpy.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01933, 0.11919, 0.9503]])
+
+
+def linear(colour: str) -> numpy.ndarray:
+    parts = numpy.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return numpy.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: numpy.ndarray) -> numpy.ndarray:
+    """CIELAB of linear RGB: a distance of 2.3 is just noticeable."""
+    xyz = TO_XYZ @ numpy.clip(rgb, 0, 1) / TO_XYZ.sum(axis=1)
+    f = numpy.where(xyz > 0.008856, numpy.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return numpy.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+    low, high = sorted(float(TO_XYZ[1] @ linear(c)) for c in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_colours_are_told_apart_by_everybody(scheme):
+    rules = re.findall(r":root \{(.*?)\}", report.PAGE.read_text("utf-8"), re.DOTALL)[scheme]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", rules))
+    models = [name for name in colours if name in ("base", "final") or name.startswith(("iter-", "control-"))]
+    assert len(models) == 11
+    for sight, matrix in SEEN.items():
+        seen = {name: lab(numpy.array(matrix) @ linear(colours[name])) for name in models}
+        closest = min(numpy.linalg.norm(seen[a] - seen[b]) for a, b in itertools.combinations(models, 2))
+        assert closest > 12, sight
+    assert all(contrast(colours[name], colours["paper"]) >= 3 for name in models)
+    assert all(contrast(colours[name], colours["paper"]) >= 4.5 for name in ("ink", "soft", "link"))
+    assert contrast(colours["mark"], colours["mark-ink"]) >= 4.5
 
 
 # ---------------------------------------------------------------------------------------------------------
