@@ -12,8 +12,9 @@ What a model wrote may hold markup, terminal escapes and marks that turn the dir
 page except through `visible`, which spells such characters out; the script only ever sets text, never markup; and a
 content security policy allows that one script, by its hash, and no network.
 
-Reads   RUN/iter_K/, RUN/final/ and RUN/controls/*/: *.jsonl, *.rejected.jsonl, *.meta.json, {generator,extender}/{meta.json,
-        train_log.jsonl}; RUN/eval/*/{outputs.jsonl,outputs.meta.json,scores.json}; RUN/summary.json
+Reads   RUN/iter_K/, RUN/final/, RUN/controls/NAME/: *.jsonl, *.rejected.jsonl, *.meta.json,
+        {generator,extender}/{meta.json,train_log.jsonl}
+        RUN/eval/NAME/{outputs.jsonl,outputs.meta.json,scores.json}, RUN/summary.json
 Writes  RUN/report.html
 """
 
@@ -334,16 +335,10 @@ def length_rows(models: list[dict]) -> list[dict]:
 # The stages: what was made, what it took
 
 
-def parts_of(files: Files) -> list[str]:
-    """The folders of the run's stages: iterations in their order, final, controls."""
-    iterations = sorted(files.folders("iter_*"), key=lambda p: (iteration(p), p))
-    return [*iterations, *files.folders("final"), *files.folders("controls/*")]
-
-
 def read_stages(files: Files, models: list[dict]) -> list[dict]:
     """One entry per stage that has begun: part, stage, status, seconds, tokens, accepted, the sidecar."""
     stages = []
-    for part in parts_of(files):
+    for part in files.parts():
         for name, stage in STAGES:
             meta = files.object(f"{part}/{Path(name).stem}.meta.json")
             if meta or (files.run / part / name).exists():
@@ -418,7 +413,7 @@ def read_samples(files: Files) -> tuple[list[dict], dict]:
     """The records of the stages without their texts, and where those are; (rows, {part: {kind: numbers}})."""
     rows, numbers = [], {}
     kinds = (("extension", "extended"), ("draft", "responses"), ("demand", "constrained"))
-    for part in parts_of(files):
+    for part in files.parts():
         for kind, stem in kinds:
             mine = []
             for name in (f"{stem}.jsonl", f"{stem}.rejected.jsonl"):
@@ -493,7 +488,7 @@ def pair_rows(numbers: dict) -> list[dict]:
                 kept = [r["words"] for r in good if r["outcome"] == "kept"]
                 dropped = [r["words"] for r in good if r["outcome"] != "kept"]
                 rows.append(
-                    {"name": f"{display(part)}, {name}", "kind": kind, "part": part}
+                    {"name": f"{display(part)}, {name}", "kind": kind, "part": display(part)}
                     | {"solid": kept, "hollow": dropped, "median": median(kept), "interval": None}
                 )
     return rows
@@ -515,7 +510,7 @@ def gain_rows(extender: list[dict]) -> list[dict]:
 
 def read_losses(files: Files) -> list[dict]:
     losses = []
-    for part in parts_of(files):
+    for part in files.parts():
         for role in ("generator", "extender"):
             curve = loss_curve([entry for _, entry in files.lines(f"{part}/{role}/train_log.jsonl")])
             if curve:
@@ -660,11 +655,14 @@ def collect(run: Path) -> tuple[dict, Texts]:
     rows, numbers = read_samples(files)
     extender = extender_data(numbers, stages)
     gains = bins(gain_rows(extender), lowest=0.01)
+    told = verdict(models)
+    if ended := [name for name in map(text, listing(summary.get("controls_without_pairs"))) if name]:
+        told["not"].append(f"Controls that ended without a pair to train on: {', '.join(ended)}.")
     data = {
         "name": run.resolve().name,
         "facts": facts(summary, stages),
         "written": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "verdict": verdict(models),
+        "verdict": told,
         "progress": progress_of(stages),
         "models": [model_data(m) for m in models],
         "lengths": bins(length_rows(models)),

@@ -106,6 +106,11 @@ class Files:
         """Folders of the run that are there; `names` may hold a pattern."""
         return sorted(str(p.relative_to(self.run)) for n in names for p in self.run.glob(n) if p.is_dir())
 
+    def parts(self) -> list[str]:
+        """The folders that stages write: the iterations in their order, the end, the controls."""
+        iterations = sorted(self.folders("iter_*"), key=lambda part: (iteration(part), part))
+        return [*iterations, *self.folders("final"), *self.folders("controls/*")]
+
 
 def iteration(part: str) -> int:
     """3 of "iter_3" and "eval/iter_3", else 0."""
@@ -114,5 +119,7 @@ def iteration(part: str) -> int:
 
 
 def display(part: str) -> str:
-    """Of "iter_2" what people say; other names as they are."""
-    return f"iteration {iteration(part)}" if iteration(part) else part.replace("_", " ")
+    """What people call "iter_2", "eval/iter_2", "control_told" and "controls/told"."""
+    if iteration(part):
+        return f"iteration {iteration(part)}"
+    return re.sub("^controls/", "control ", part).replace("_", " ")

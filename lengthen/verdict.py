@@ -94,7 +94,7 @@ def controls_say(models: list[dict], last: dict) -> tuple[bool, str]:
         return False, "Whether the extensions, and nothing cheaper, made the difference: no control was evaluated."
     words, control = max(found, key=lambda pair: pair[0])
     ours, theirs = interval(last["scores"], "words_median"), interval(control["scores"], "words_median")
-    told = f"The longest control, {control['name']}, writes {words:,.0f} words in the median"
+    told = f"The longest control, {control['name'].removeprefix('control ')}, writes {words:,.0f} words in the median"
     if ours and theirs and ours[0] > theirs[1]:
         return True, f"{told}; the intervals do not overlap."
     return False, f"{told}: the method is not set apart from it."

@@ -42,7 +42,7 @@ def prose(num_words: int, seed: object) -> str:
 # A run, with the files that the stages write
 
 
-def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12, controls: tuple = ("no_extension",)):
+def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12, controls: tuple = ("drafts",)):
     """A whole run: every file of design.md, section 3, but for the weights."""
     made = random.Random(1)
     for k in range(1, iterations + 1):
@@ -50,11 +50,13 @@ def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12
     write_stage("constrain", run / "final/constrained.jsonl", [demand_record(i) for i in range(8)], {})
     make_training(run / "final/generator", 60, 1.6)
     models = {"base": 300, **{f"iter_{k}": 300 * 1.5**k for k in range(1, iterations + 1)}}
-    models |= {"final": 300 * 1.4**iterations, **{control: 330 for control in controls}}
+    models |= {"final": 300 * 1.4**iterations, **{f"control_{name}": 330 for name in controls}}
     for name, words in models.items():
         make_evaluation(run / "eval" / name, queries, words, 0.9 if name == "final" else 0.2)
+    for name in controls:
+        make_training(run / "controls" / name / "generator", 40, 1.8)
     settings = {"model": "smollm2", "iterations": iterations, "seed": 0, "seeds": ["prompts/seeds.en.jsonl"]}
-    (run / "summary.json").write_text(json.dumps({"settings": settings, "seconds": 5000.0}))
+    (run / "summary.json").write_text(json.dumps({"settings": settings, "controls_without_pairs": ["one-stage"]}))
     return run
 
 
@@ -219,7 +221,7 @@ def spoil(value: object) -> object:
 @pytest.fixture(scope="module")
 def hostile(run, tmp_path_factory) -> Path:
     copy = Path(shutil.copytree(run, tmp_path_factory.mktemp("hostile") / "<b>bold & \x1b"))
-    (copy / "eval/no_extension").rename(copy / "eval/<script>hacked=1<")
+    (copy / "eval/control_drafts").rename(copy / "eval/<script>hacked=1<")
     for path in copy.rglob("*.json*"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         path.write_text("".join(json.dumps(spoil(json.loads(line))) + "\n" for line in lines))
@@ -242,7 +244,7 @@ def test_no_text_can_leave_its_place(hostile):
 
 def scored(kind: str, words: float | None, ends: list | None = None, **more: object) -> dict:
     known = {"words_median": words, "rows": 60, "eos_share": 0.8, "loop_rate": 0.0, "intervals": {"words_median": ends}}
-    names = {"iteration": "iteration 1", "control": "no extension"}
+    names = {"iteration": "iteration 1", "control": "control drafts"}
     return {"kind": kind, "name": names.get(kind, kind), "scores": {**known, **more}}
 
 
@@ -296,7 +298,7 @@ def test_the_page_holds_what_the_files_say(run):
     gains = sorted(r["gain"] for r in records + [r for r in rejected if r["reason"] == "length-bias"])
     assert data["extender"][1]["gain_median"] == pytest.approx((gains[len(gains) // 2] + gains[~(len(gains) // 2)]) / 2)
 
-    assert [m["name"] for m in data["models"]] == ["base", "iteration 1", "iteration 2", "final", "no extension"]
+    assert [m["name"] for m in data["models"]] == ["base", "iteration 1", "iteration 2", "final", "control drafts"]
     scores = json.loads((run / "eval/final/scores.json").read_text())
     assert data["models"][3]["scores"] == {key: scores[key] for key in report.HEADLINES}
     answers = [json.loads(line) for line in (run / "eval/final/outputs.jsonl").open()]
@@ -319,9 +321,10 @@ def test_the_page_holds_what_the_files_say(run):
     iteration = data["cost"]["pairs"][0]
     parts = [json.loads((run / f"iter_1/{s}.meta.json").read_text()) for s in ("instructions", "responses", "extended")]
     assert iteration["per_hour"] == pytest.approx(3600 * parts[2]["accepted"] / sum(p["seconds"] for p in parts))
+    assert data["losses"][-1]["part"] == "control drafts" and "one-stage" in data["verdict"]["not"][-1]
     assert not data["progress"] and not data["notes"]
     pairs = [len((run / f"iter_{k}/extended.jsonl").read_text().splitlines()) for k in (1, 1, 2, 2)]
-    assert [loss["steps"] for loss in data["losses"]] == [*(4 * n for n in pairs), 60]
+    assert [loss["steps"] for loss in data["losses"]] == [*(4 * n for n in pairs), 60, 40]
 
 
 def test_bins_count_every_value_once():
