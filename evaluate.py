@@ -224,6 +224,13 @@ def answered(row: dict, response: str, finish: str, response_tokens: int, perple
     }
 
 
+def ask_model(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> dict[str, Any]:
+    """Answers and probes, by a model that is gone when this returns: a judge may need its memory."""
+    loaded, sampler = open_model(args, job)
+    sample_answers(job, rows, args, loaded, sampler)
+    return probe(job, rows, args, loaded, sampler) if not args.no_probes and job.records else {}
+
+
 def sample_answers(
     job: Job, rows: Sequence[dict], args: argparse.Namespace, loaded: "LoadedModel", sampler: "Sampler"
 ) -> None:
@@ -723,10 +730,7 @@ def main(argv: list[str] | None = None) -> None:
                     known = (row[k] for k in ("response", "finish", "response_tokens", "perplexity"))
                     job.accept(answered(row, *known))
         elif not job.complete:
-            loaded, sampler = open_model(args, job)
-            sample_answers(job, rows, args, loaded, sampler)
-            if not args.no_probes and job.records:
-                probes = probe(job, rows, args, loaded, sampler)
+            probes = ask_model(job, rows, args)
         elif not args.no_probes and all(r["base_tokens"] < 0 for r in map(complete, job.records)):
             cli.say("these answers were made without the probes; --overwrite makes them afresh, with them")
         summary = job.finish(**probes)
