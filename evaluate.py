@@ -12,6 +12,11 @@
     5. with --judge, let models score relevance, coherence, ... of each answer, length ignored (lengthen/judge.py); with
        --compare also say which of two runs' answers is better, in both orders
     6. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
+    4. probe with the model that is loaded: is an answer's beginning likelier behind its own query than behind the next
+       one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how likely
+       are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?). COST;
+       --no-probes leaves it out
+    5. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
        number stands its 95 % interval over queries (lengthen/intervals.py), in --compare also that of the difference
 
 Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
@@ -100,6 +105,8 @@ SHORT_TASKS = Path(__file__).parent / "prompts" / "short_tasks.jsonl"
 CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
 GROUPS = ("type", "range", "language")
 AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}  # behind the query: a control
+# On so many tokens own and other query are compared: the more of a text is known, the less either of them tells.
+OPENING_TOKENS = 256
 POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end
 
 # ---------------------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
             sample = row["sample"] if isinstance(row.get("sample"), int) else number
             parent = known["parent_id"] or prompt_id(language, row["query"])
             known |= {k: row[k] for k in ("response_tokens", "base_tokens") if isinstance(row.get(k), int)}
-            losses = ("perplexity", "base_loss", "shuffled_loss")
+            losses = ("perplexity", "own_loss", "shuffled_loss")
             known |= {k: float(row[k]) for k in losses if isinstance(row.get(k), (int, float))}
             if isinstance(row.get("base_losses"), list) and all(
                 isinstance(x, (int, float)) for x in row["base_losses"]
@@ -294,7 +301,7 @@ def short_losses(tasks: Sequence[dict], chat: "Chat", sampler: "Sampler") -> lis
 
 
 def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sampler", batch: int = 8) -> None:
-    """base_tokens, base_loss, base_losses and shuffled_loss of every answer: each batch is on disk when it is done.
+    """base_tokens, base_losses, own_loss and shuffled_loss of every answer: each batch is on disk when it is done.
 
     Texts are encoded afresh, so that an answer read back from disk is measured like one that has just been sampled.
     """
@@ -313,7 +320,7 @@ def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sample
                 own, strange = prompts[query], prompts[other[query]]
                 # Encoded again, or behind a longer prompt, a text may no longer fit: its end is left out.
                 ids = chat.encode_text(row["response"])[: sampler.context - max(len(own), len(strange))]
-                pairs += [(own, ids), (strange, ids)] if other[query] != query else [(own, ids)]
+                pairs += [(own, ids), (strange, ids[:OPENING_TOKENS])] if other[query] != query else [(own, ids)]
             losses = iter([-values for values in sampler.logprobs(pairs)])
             for row in part:
                 query = row["language"], row["query"]
@@ -339,8 +346,8 @@ def probed(own: "Tensor", strange: "Tensor | None") -> dict[str, Any]:
     parts = [own[a:b] for a, b in pairwise(POSITIONS) if a < len(own)]
     return {
         "base_tokens": len(own),
-        "base_loss": round(own.mean().item(), 4),
         "base_losses": [round(part.mean().item(), 4) for part in parts],
+        "own_loss": round(own[:OPENING_TOKENS].mean().item(), 4),
         "shuffled_loss": -1.0 if strange is None else round(strange.mean().item(), 4),
     }
 
@@ -378,8 +385,8 @@ def has_ended(row: dict) -> bool:
 
 
 def own_prompt_gain(row: dict) -> float | None:
-    """Nats per token by which the answer is likelier behind its own query than behind another one."""
-    return row["shuffled_loss"] - row["base_loss"] if row["shuffled_loss"] >= 0 else None
+    """Nats per token by which the answer's beginning is likelier behind its own query than behind another one."""
+    return row["shuffled_loss"] - row["own_loss"] if row["shuffled_loss"] >= 0 else None
 
 
 # key of scores.json -> what it takes of an answer (None: the answer does not count), and what it makes of all of these
@@ -517,7 +524,7 @@ HEADLINES = (  # key of scores.json, name, format
     ("compression", f"zlib compression, first {PREFIX_WORDS} words", "{:.2f}"),
     ("content_words", "query's content words used", "{:.1%}"),
     ("perplexity", "perplexity, median (own answers)", "{:.2f}"),
-    ("own_prompt_gain", "gain by the own query, nats per token", "{:.3f}"),
+    ("own_prompt_gain", f"gain by the own query, first {OPENING_TOKENS} tokens", "{:.3f}"),
     ("own_prompt_share", "  answers for which it is above 0", "{:.1%}"),
     ("short_loss", "short tasks, nats per token", "{:.3f}"),
     ("tokens", "tokens", "{:,.0f}"),

@@ -127,8 +127,8 @@ def test_scores_of_a_handmade_run():
 
 def test_scores_of_probed_answers():
     """Two answers of 100 and 40 tokens: buckets end at 64 and 128, so the second has the last 36 of the long one."""
-    fields = ("base_tokens", "base_loss", "base_losses", "shuffled_loss")
-    known = [(100, 1.64, [2.0, 1.0], 2.0), (40, 3.0, [3.0], 2.5), (-1, -1.0, [], -1.0)]
+    fields = ("base_tokens", "base_losses", "own_loss", "shuffled_loss")
+    known = [(100, [2.0, 1.0], 1.64, 2.0), (40, [3.0], 3.0, 2.5), (-1, [], -1.0, -1.0)]
     outputs = [answer(50, query=f"Query {i}", **dict(zip(fields, k, strict=True))) for i, k in enumerate(known)]
     scores = evaluate.score(outputs, [1.0, 2.0, 6.0])
     assert scores["own_prompt_gain"] == pytest.approx((0.36 - 0.5) / 2) and scores["own_prompt_share"] == 0.5
@@ -460,13 +460,15 @@ def losses_of(model, prompt: list[int], text: list[int]) -> list[float]:
     return torch.nn.functional.cross_entropy(logits, torch.tensor(text), reduction="none").tolist()
 
 
-def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, adapter, bench, tmp_path):
+def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, adapter, bench, tmp_path, monkeypatch):
     """Oracle: transformers' logits, with PEFT's adapter for the short tasks and without it for the answers."""
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lengthen.chat import Chat
 
+    monkeypatch.setattr(evaluate, "OPENING_TOKENS", 20)  # shorter than most answers
+    monkeypatch.setattr(evaluate, "POSITIONS", (0, 16, 1000))
     evaluate.main(flags(writer, bench, tmp_path / "out", "--adapter", str(adapter), "--samples", "2"))
     chat = Chat(AutoTokenizer.from_pretrained(writer))
     base = AutoModelForCausalLM.from_pretrained(writer).eval()
@@ -476,11 +478,11 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
         text = chat.encode_text(record["response"])
         own = losses_of(base, evaluate.prompt_of(chat, record["query"]), text)
         strange = losses_of(base, evaluate.prompt_of(chat, following[record["query"]]), text)
-        assert record["base_tokens"] == len(text) and record["base_loss"] == pytest.approx(numpy.mean(own), abs=1e-3)
-        assert record["shuffled_loss"] == pytest.approx(numpy.mean(strange), abs=1e-3)
-        assert record["base_losses"] == pytest.approx(
-            [numpy.mean(own[:64]), *([numpy.mean(own[64:])] if own[64:] else [])], abs=1e-3
-        )
+        assert record["base_tokens"] == len(text)
+        assert record["own_loss"] == pytest.approx(numpy.mean(own[:20]), abs=1e-3)
+        assert record["shuffled_loss"] == pytest.approx(numpy.mean(strange[:20]), abs=1e-3)
+        parts = [numpy.mean(part) for part in (own[:16], own[16:]) if part]
+        assert record["base_losses"] == pytest.approx(parts, abs=1e-3)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     tasks = [json.loads(line) for line in evaluate.SHORT_TASKS.read_text().splitlines()]
     adapted, want, without = peft.PeftModel.from_pretrained(base, adapter).eval(), [], []
@@ -697,7 +699,7 @@ def test_compare_reads_runs_from_before_there_were_intervals(tmp_path, capsys):
     old = {k: v for k, v in scores.items() if k not in (*new, "short_loss", "short_losses", "short_tasks")}
     (Path(a) / "scores.json").write_text(json.dumps(old))
     records = [json.loads(line) for line in (Path(a) / "outputs.jsonl").read_text().splitlines()]
-    probes = ("base_tokens", "base_loss", "base_losses", "shuffled_loss")
+    probes = ("base_tokens", "base_losses", "own_loss", "shuffled_loss")
     write_lines(Path(a) / "outputs.jsonl", [{k: v for k, v in r.items() if k not in probes} for r in records])
     capsys.readouterr()
     evaluate.main(["--compare", a, b])
