@@ -281,6 +281,21 @@ def run_step(step: Step) -> dict | None:
     return json.loads(output.strip().splitlines()[-1])
 
 
+def execute(steps: Sequence[Step]) -> tuple[list[dict], list[str]]:
+    """Run the stages in order; (their summaries with part and stage, the controls that came out with nothing)."""
+    results, ended = [], []
+    for number, step in enumerate(steps, start=1):
+        if step.control in ended:
+            continue
+        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
+        cli.say(f"$ python {shlex.join(step.command)}")
+        if (result := run_step(step)) is None:
+            ended.append(step.control)
+        else:
+            results.append({**result, "part": step.part, "stage": step.name})
+    return results, ended
+
+
 def summary_of(args: argparse.Namespace, stages: list[dict], ended: list[str], seconds: float) -> dict:
     """What summary.json holds: one row per model that was measured, one per stage, and the settings."""
     scores = {s["part"].removeprefix("eval/"): s for s in stages if s["stage"] == "evaluate"}
@@ -426,19 +441,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.say(f"{len(steps)} stages in {args.run}; stop and start again at any time")
 
     # 2) do it, stage by stage
-    started, results, ended = time.monotonic(), [], set()
-    for number, step in enumerate(steps, start=1):
-        if step.control in ended:
-            continue
-        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-        cli.say(f"$ python {shlex.join(step.command)}")
-        if (result := run_step(step)) is None:
-            ended.add(step.control)
-        else:
-            results.append({**result, "part": step.part, "stage": step.name})
+    started = time.monotonic()
+    results, ended = execute(steps)
 
     # 3) say what came of it
-    summary = summary_of(args, results, sorted(ended), time.monotonic() - started)
+    summary = summary_of(args, results, ended, time.monotonic() - started)
     replace_file(Path(args.run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     report = write_report(Path(args.run))
     show(summary)

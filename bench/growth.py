@@ -20,7 +20,6 @@ the base model's. Killed and started again with the same flags it goes on. Flags
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -55,21 +54,6 @@ Groups = list[list[dict]]  # the answers of one model, by instruction
 # The study
 
 
-def execute(steps: Sequence[loop.Step]) -> list[dict]:
-    """Run the stages, finished ones as no-ops; the summaries of those that came out with something."""
-    results, ended = [], set()
-    for number, step in enumerate(steps, start=1):
-        if step.control in ended:
-            continue
-        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-        cli.say(f"$ python {shlex.join(step.command)}")
-        if (result := loop.run_step(step)) is None:
-            ended.add(step.control)
-        else:
-            results.append({**result, "part": step.part, "stage": step.name})
-    return results
-
-
 def hold_out(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[str, Path, Path]:
     """(file of all held-out instructions, benchmark to search on, benchmark to report on)."""
     folder = Path(args.run) / "heldout"
@@ -77,7 +61,7 @@ def hold_out(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[st
     command = list(step.command)
     for flag, value in (("--count", args.search + args.held_out), ("--output", folder / "instructions.jsonl")):
         command[command.index(flag) + 1] = str(value)
-    execute([loop.Step("heldout", "instructions", command)])
+    loop.execute([loop.Step("heldout", "instructions", command)])
     rows = sorted(read_jsonl(folder / "instructions.jsonl"), key=lambda r: r["sample"])
     benchmarks = folder / "search.jsonl", folder / "report.jsonl"
     for path, some in zip(benchmarks, (rows[: args.search], rows[args.search :]), strict=True):
@@ -112,7 +96,7 @@ def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> t
         training = changed(train.command, output=adapter, **dict(part.split("=") for part in text.split(",")))
         asking = changed(evaluate.command, adapter=adapter, benchmark=benchmark, output=folder / "eval")
         plans += [loop.Step(f"search/{text}", "train", training), loop.Step(f"search/{text}", "evaluate", asking)]
-    scores = {r["part"].removeprefix("search/"): r for r in execute(plans) if r["stage"] == "evaluate"}
+    scores = {r["part"].removeprefix("search/"): r for r in loop.execute(plans)[0] if r["stage"] == "evaluate"}
     base = scores["base"]
 
     def worth(text: str) -> float:
@@ -294,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3) the loop and its controls
     settings.benchmark = str(reported)
-    stages = execute([s for s in loop.plan(settings) if "final" not in s.part])
+    stages, _ = loop.execute([s for s in loop.plan(settings) if "final" not in s.part])
 
     # 4) what came of it
     names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
