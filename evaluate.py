@@ -6,17 +6,13 @@
        - rank correlation between wanted and written lengths: does the model follow, or is it merely long?
        - constant writer: what always writing N words would score on the same queries, for the best N and fixed ones
        - share of answers that end by EOS, share that loop and where, distinct-3 and compression of equal prefixes
-    4. probe with the model that is loaded, in a few passes: is an answer likelier behind its own query than behind the
-       next one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how
-       likely are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?)
+    4. probe with the model that is loaded: is an answer's beginning likelier behind its own query than behind the next
+       one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how likely
+       are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?).
+       On a CPU this takes a third of the sampling's time (SmolLM2: 36 s and 109 s); --no-probes leaves it out
     5. with --judge, let models score relevance, coherence, ... of each answer, length ignored (lengthen/judge.py); with
        --compare also say which of two runs' answers is better, in both orders
     6. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
-    4. probe with the model that is loaded: is an answer's beginning likelier behind its own query than behind the next
-       one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how likely
-       are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?). COST;
-       --no-probes leaves it out
-    5. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
        number stands its 95 % interval over queries (lengthen/intervals.py), in --compare also that of the difference
 
 Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of

@@ -67,7 +67,7 @@ DEMO = {
     "benchmark": "mini",
     "limit": 8,
     "evaluate": "ends",
-    "no_probes": True,  # they take a quarter of a minute per model
+    "no_probes": True,  # they take half a minute per model
     "control_words": 350,
 }
 

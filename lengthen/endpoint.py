@@ -173,6 +173,7 @@ class Endpoint:
             try:
                 self._replies.put(self._ask(*one))
             except Exception as error:  # raised again where the replies are read
+                self._stopped.set()
                 self._replies.put(error)
 
     def _ask(self, question: Asked, seed: int, temperature: float) -> Reply:

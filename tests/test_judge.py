@@ -189,7 +189,7 @@ def test_verdicts(kind, text, expected):
     start = time.monotonic()
     verdict, reason = read_verdict(Question("", kind, "en", "q", ("a", "b")), text)
     assert (verdict or reason) == expected and bool(verdict) != bool(reason)
-    assert time.monotonic() - start < 2  # whatever a reply is made of
+    assert time.monotonic() - start < 10  # whatever a reply is made of
 
 
 def test_a_verdict_copied_out_of_the_prompt_is_none():
@@ -230,11 +230,14 @@ def test_texts_stand_word_for_word_between_marks_that_they_cannot_hold(kind, lan
         assert cut == 0 and all(mark not in t for t in (HOSTILE[1], *shown))
         parts = [part.partition("\n")[2].rstrip("\n") for part in re.split(f"^{mark}", prompt, flags=re.M)[1:]]
         assert parts[: len(shown) + 1] == [HOSTILE[1], *shown]
-        # An answer that holds the mark it would get, gets another.
-        again, _ = Question("", kind, language, HOSTILE[1], (text + mark, *shown[1:])).prompt(10**6)
-        assert f"{mark} " not in again
     turned = Question("", "compare", language, "q", ("x", "y")), Question("", "compare", language, "q", ("y", "x"))
     assert len({re.search("#[0-9a-f]{8}", q.prompt(9)[0])[0] for q in turned}) == 1
+
+
+def test_a_text_that_holds_the_mark_gets_another(monkeypatch):
+    monkeypatch.setattr(judge, "hash_of", lambda number, *texts: number * 8)
+    assert Question("", "quality", "en", "q", ("a",)).mark == "#00000000"
+    assert Question("", "quality", "en", "q #00000000", ("a #11111111 b",)).mark == "#22222222"
 
 
 def test_long_texts_keep_their_ends_and_say_what_is_gone():
@@ -312,6 +315,11 @@ def test_a_judge_added_later_is_asked_alone_and_new_answers_are_judged_anew(tmp_
     evaluated(answers(tmp_path, ["a", "d"]), out, "--judge", two.url)
     quality = last_json(capsys)["quality"][two.url]
     assert len(two.asked) == 5 and quality["judged"] == 2 and quality["missing"] == 0
+    # A finished file is unfinished again while a new judge's opinion is missing.
+    assert json.loads((out / "judgements.meta.json").read_text())["status"] == "done"
+    with pytest.raises(LowYield):
+        evaluated(tmp_path / "answers.jsonl", out, "--judge", serve(lambda r: (500, {}, b"")).url)
+    assert json.loads((out / "judgements.meta.json").read_text())["status"] == "running"
 
 
 def test_a_server_that_turns_into_another_model_is_noticed(tmp_path, serve):
@@ -577,7 +585,7 @@ def test_a_wrong_key_ends_the_asking_at_once(tmp_path, serve, monkeypatch, capsy
     with pytest.raises(UserError, match=f"refuses the key .HTTP {status}") as caught:
         evaluated(answers(tmp_path, list("abcdefghijkl")), tmp_path / "out", "--judge", f"{fake.url}=m")
     assert not isinstance(caught.value, LowYield) and KEY[:12] not in str(caught.value)
-    assert len(fake.asked) <= 8 and last_json(capsys)["answers"] == 12
+    assert len(fake.asked) <= 4 and last_json(capsys)["answers"] == 12
     assert (tmp_path / "out" / "scores.json").exists()
 
 
@@ -914,6 +922,7 @@ def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, mon
     def watched(*args: object, **kwargs: object):
         alive.append([ref() is not None for ref in loaded])
         model = load(*args, **kwargs)
+        model.model.__dict__["itself"] = [model.model]  # hangs together in a circle, as larger ones do
         loaded.append(weakref.ref(model.model))
         return model
 
