@@ -26,7 +26,9 @@ Departures from the paper and its release:
     used them up does not sink the job: what earlier rounds reached counts. The last round must reach --min-gain.
  6. The repetition penalty counts the output and its prefix only: over the draft, it drives the Extender away from the
     draft's own words (--penalty-scope all is the release's way).
- 7. Jobs run side by side, each at its own stage: a finished text's place is taken at once. The longest drafts start
+ 7. --stages takes any number. Stage i of N enriches the first i of N parts of the text, prefilled with two thirds of
+    what each stage before it wrote. 2 is the paper's; 1 is the control, a single call without a prefix.
+ 8. Jobs run side by side, each at its own stage: a finished text's place is taken at once. The longest drafts start
     first, and the slowest are waited for: they are the longest.
 
     python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \\
@@ -67,8 +69,7 @@ from lengthen.text import (
 if TYPE_CHECKING:
     from lengthen.sampler import Sample
 
-FIRST_HALF = (1, 2)  # of the text's paragraphs: what stage 1 is asked to enrich
-KEPT_PREFIX = (2, 3)  # of stage 1's paragraphs: what stage 2 goes on from
+KEPT = (2, 3)  # of the paragraphs that a stage returns: what the next one goes on from
 _TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
 
 # ---------------------------------------------------------------------------------------------------------
@@ -88,15 +89,16 @@ def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
     if one_paragraph:
         parts = [part for part in _SENTENCE_END.split(text) if part.strip()]
     end = 0
-    for part in parts[: len(parts) * share[0] // share[1]]:
+    # of two parts or more at least the first
+    for part in parts[: max(len(parts) * share[0] // share[1], min(1, len(parts) - 1))]:
         end = text.index(part, end) + len(part)
     gap = text[end:][: len(text[end:]) - len(text[end:].lstrip())]
     return text[:end].strip(), "" if not end else "\n" if not one_paragraph and gap.count("\n") == 1 else "\n\n"
 
 
-def first_half(text: str) -> str:
-    """What stage 1 enriches; the whole text where it cannot be divided."""
-    return first_share(text, FIRST_HALF)[0] or text
+def shown(text: str, stage: int, stages: int) -> str:
+    """What a stage enriches: of two stages the first half of the text, then all; all where it cannot be divided."""
+    return text if stage == stages else first_share(text, (stage, stages))[0] or text
 
 
 def speaks_of_task(text: str, given: str) -> bool:
@@ -108,22 +110,25 @@ def speaks_of_task(text: str, given: str) -> bool:
     return bool(_TASK.search(text[:300]) and not _TASK.search(given))
 
 
-def examine_stage_1(text: str, finish: str, language: str) -> tuple[str, str]:
-    """Return (prefix with its break, reason): what stage 2 is prefilled with, or why this output is of no use."""
+def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
+    """Return (prefix with its break, reason): what the next stage is prefilled with, or why this output is of no use.
+
+    The first stage must give one. A later one that ends at once adds nothing, and the next goes on from the same.
+    """
     if finish != "eos":
         return "", finish if finish in ("error", "repetition") else "unfinished"
-    text, _ = strip_chatter(text, language)
-    prefix = "".join(first_share(text, KEPT_PREFIX))
-    if not prefix:
+    text = text.lstrip() if prefix else strip_chatter(text, language)[0]
+    kept = prefix + "".join(first_share(text, KEPT))
+    if not kept:
         return "", "empty"
-    if is_loop(text, language):
+    if is_loop(prefix + text, language):
         return "", "repetition"
-    if has_chatter(prefix):  # it would only be found when stage 2 has been paid for
+    if has_chatter(kept):  # it would only be found when the last stage has been paid for
         return "", "chatter"
-    return (prefix, "") if detect_language(prefix) == language else ("", "language")
+    return (kept, "") if detect_language(kept) == language else ("", "language")
 
 
-def examine_stage_2(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
+def examine_round(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (prefix + continuation without chatter, reason); reason "" = it passes the filters."""
     if finish in ("error", "repetition"):
         return "", finish
@@ -144,20 +149,21 @@ class Extension:
     """
 
     record: dict  # the extended record it will be: ids, prompt, initial, initial_words
-    rules: argparse.Namespace  # rounds, max_attempts, min_gain, one_stage
+    rules: argparse.Namespace  # stages, rounds, max_attempts, min_gain
     text: str = ""  # the draft, then the last accepted round
     round_words: list[int] = field(default_factory=list)  # after each accepted round
     attempt: int = 0  # the try that runs, counted over all rounds
     accepted_attempt: int = -1  # the try that gave `text`
-    prefix: str = ""  # what stage 1 of this try left; "" = stage 1 is still to come
+    stage: int = 1  # of this try
+    prefix: str = ""  # what the stages before it left
     reason: str = ""  # why the last failed try failed
 
     def __post_init__(self) -> None:
         self.text = self.text or self.record["initial"]
 
     @property
-    def stage(self) -> int:
-        return 2 if self.prefix or self.rules.one_stage else 1
+    def last_stage(self) -> bool:
+        return self.stage == self.rules.stages
 
     @property
     def over(self) -> bool:
@@ -169,20 +175,20 @@ class Extension:
 
     def draft(self) -> str:
         """What the next call is asked to enrich."""
-        return self.text if self.stage == 2 else first_half(self.text)
+        return shown(self.text, self.stage, self.rules.stages)
 
     def draw(self) -> tuple[int, int, int]:
         """(attempt, round, stage): what a call's sampling seed is hashed from."""
         return self.attempt, len(self.round_words), self.stage
 
     def examine(self, sample: "Sample") -> dict:
-        """The journal entry of a sample: with reason "", `text` is a prefix (stage 1) or a round (stage 2)."""
+        """The journal entry of a sample: with reason "", `text` is a round (the last stage) or a prefix."""
         language = self.record["language"]
-        if self.stage == 1:
-            text, reason = examine_stage_1(sample.text, sample.finish, language)
-        else:
-            text, reason = examine_stage_2(self.prefix, sample.text, sample.finish, language)
+        if self.last_stage:
+            text, reason = examine_round(self.prefix, sample.text, sample.finish, language)
             reason = reason or self._too_short(count_words(text))
+        else:
+            text, reason = examine_prefix(self.prefix, sample.text, sample.finish, language)
         if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"]):
             reason = "chatter"
         attempt, round_, stage = self.draw()
@@ -203,11 +209,12 @@ class Extension:
             # A draft that does not fit the context never will; a prefix that does not may come out shorter.
             hopeless = entry["reason"] == "error" and not self.prefix
             self.attempt = self.rules.max_attempts if hopeless else self.attempt + 1
-            self.prefix = ""
-        elif self.stage == 1:
-            self.prefix = entry["text"]
+            self.stage, self.prefix = 1, ""
+        elif not self.last_stage:
+            self.stage, self.prefix = self.stage + 1, entry["text"]
         else:
-            self.text, self.prefix, self.accepted_attempt = entry["text"], "", self.attempt
+            self.text, self.accepted_attempt = entry["text"], self.attempt
+            self.stage, self.prefix = 1, ""
             self.round_words.append(count_words(self.text))
             self.record["response_tokens"] = entry.get("response_tokens", -1)
             self.attempt += 1
@@ -299,7 +306,7 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
             entry = extension.examine(sample)
             if sample.finish == "error":
                 cli.say(f"  {entry['id']}, stage {entry['stage']}: {sample.error}")
-            if entry["stage"] == 2 and not entry["reason"]:
+            if extension.last_stage and not entry["reason"]:
                 entry["response_tokens"] = len(chat.encode_answer(entry["text"]))
             job.note(entry)
             entries.append(entry)
@@ -312,10 +319,10 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
     return entries
 
 
-def statistics_of(entries: list[dict], job: Job) -> dict:
+def statistics_of(entries: list[dict], stages: int, job: Job) -> dict:
     """The Extender in numbers, before the length bias takes its share."""
-    tries = sum(e["stage"] == 2 or bool(e["reason"]) for e in entries)  # one that failed in stage 1 is a whole try
-    passed = sum(e["stage"] == 2 and not e["reason"] for e in entries)
+    tries = sum(e["stage"] == stages or bool(e["reason"]) for e in entries)  # one that failed early is a whole try
+    passed = sum(e["stage"] == stages and not e["reason"] for e in entries)
     gains = [r["gain"] for r in job.records]
     return {
         "jobs": len(job.done_ids),
@@ -325,7 +332,7 @@ def statistics_of(entries: list[dict], job: Job) -> dict:
         "tries": tries,
         "tries_passed": passed,
         "tokens": sum(e["tokens"] for e in entries),
-        "stage_1_tokens": sum(e["tokens"] for e in entries if e["stage"] == 1),
+        "prefix_tokens": sum(e["tokens"] for e in entries if e["stage"] < stages),
     }
 
 
@@ -347,7 +354,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="output",
         help="what the repetition penalty counts: output and prefix, or the draft too",
     )
-    group.add_argument("--one-stage", action="store_true", help="the control: one call for the whole text, no prefix")
+    group.add_argument(
+        "--stages",
+        type=cli.at_least(1),
+        default=2,
+        help="calls a round, each over one more part of the text: 2 = the paper's; 1 = one call, the control; "
+        "more: for a model that summarizes what is long",
+    )
     group.add_argument("--no-length-bias", action="store_true", help="keep the short texts too")
     cli.add_model_flags(parser)
     cli.add_sampling_flags(parser)
@@ -357,7 +370,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     extensions = make_extensions(read_drafts(args.input, args.language), args)
-    own = ("samples", "rounds", "max_attempts", "min_gain", "penalty_scope", "one_stage", "no_length_bias")
+    own = ("samples", "rounds", "max_attempts", "min_gain", "penalty_scope", "stages", "no_length_bias")
     settings = {**{k: getattr(args, k) for k in own}, "templates": template_hashes("extend")}
     with open_job("extend", args, args.input, settings) as job:
         stats = {}
@@ -366,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
             entries = extend_all(args, job, extensions)
             for reason, times in Counter(e["reason"] for e in entries if e["reason"]).items():
                 job.count(reason, times)
-            stats = statistics_of(entries, job)
+            stats = statistics_of(entries, args.stages, job)
             # 2) the shortest go, once all are there
             if not args.no_length_bias:
                 job.drop(length_bias_drops(job.records, args.seed))

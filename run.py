@@ -51,7 +51,7 @@ DEMO = {
     "final_instructions": 6,
     "instruction_tokens": 192,  # one draw that writes an essay instead holds up those behind it
     "samples": 2,
-    "draft_tokens": 360,  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
+    "draft_tokens": [360],  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
     "extend_samples": 6,  # likewise
     "extend_attempts": 1,
@@ -122,8 +122,9 @@ def plan(args: argparse.Namespace) -> list[Step]:
         add(part, "instructions", command)
         return output
 
-    def drafts(part: str, source: str, adapter: str, bias: list[str]) -> str:
-        return responses(part, source, adapter, args.draft_tokens, [*flags(samples=args.samples), *bias])
+    def drafts(part: str, k: int, adapter: str, bias: list[str]) -> str:
+        tokens = args.draft_tokens[min(k, len(args.draft_tokens)) - 1]
+        return responses(part, asked[k - 1], adapter, tokens, [*flags(samples=args.samples), *bias])
 
     def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
         output = f"{run / part}/responses.jsonl"
@@ -132,12 +133,13 @@ def plan(args: argparse.Namespace) -> list[Step]:
         add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
         return output
 
-    def extend(part: str, source: str, adapter: str, more: list[str]) -> str:
+    def extend(part: str, source: str, adapter: str, bias: list[str], stages: int = args.stages) -> str:
         output = f"{run / part}/extended.jsonl"
         command = ["extend.py", *common, *flags(adapter=adapter), *sampling, "--input", source]
-        command += flags(samples=args.extend_samples, rounds=args.rounds, max_attempts=args.extend_attempts)
+        command += flags(samples=args.extend_samples, rounds=args.rounds, stages=stages)
+        command += flags(max_attempts=args.extend_attempts)
         command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=output)
-        add(part, "extend", [*command, *more])
+        add(part, "extend", [*command, *bias])
         return output
 
     def train(part: str, role: str, inputs: list[str], adapter: str, more: list[str]) -> str:
@@ -159,7 +161,6 @@ def plan(args: argparse.Namespace) -> list[Step]:
         return train(part, role, pairs[-1:] if go_on else list(pairs), before if go_on else "", more)
 
     lines = ["--no-line-removal"] if args.no_line_removal else []
-    stages = ["--one-stage"] if args.one_stage else []
     go_on = args.adapter_mode == "continue"
     asked, drafted, extended, generators, extenders = (
         [],
@@ -171,8 +172,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
     for k in range(1, args.iterations + 1):
         part = f"iter_{k}"
         asked.append(instructions(part, args.instructions, asked))
-        drafted.append(drafts(part, asked[-1], generators[-1], bias))
-        extended.append(extend(part, drafted[-1], extenders[-1], [*bias, *stages]))
+        drafted.append(drafts(part, k, generators[-1], bias))
+        extended.append(extend(part, drafted[-1], extenders[-1], bias))
         generators.append(fine_tune(part, "generator", extended, generators[-1], go_on, []))
         extenders.append(fine_tune(part, "extender", extended, extenders[-1], go_on, lines))
 
@@ -209,18 +210,18 @@ def plan(args: argparse.Namespace) -> list[Step]:
                 own, adapter = drafted[:1], ""
                 for k in range(1, last + 1):
                     if k > 1:  # from here on it drafts by itself
-                        own.append(drafts(f"controls/drafts_{k}", asked[k - 1], adapter, bias))
+                        own.append(drafts(f"controls/drafts_{k}", k, adapter, bias))
                     adapter = generator_of(f"drafts_{k}", k, own, adapter)
-            case "one-stage" if not args.one_stage:
-                generator_of("one-stage", 1, [extend("controls/one-stage", drafted[0], "", [*bias, "--one-stage"])], "")
+            case "one-stage" if args.stages > 1:
+                generator_of("one-stage", 1, [extend("controls/one-stage", drafted[0], "", bias, stages=1)], "")
             case "no-bias" if not args.no_length_bias:
-                kept = drafts("controls/no-bias", asked[0], "", ["--no-length-bias"])
-                longer = extend("controls/no-bias", kept, "", ["--no-length-bias", *stages])
+                kept = drafts("controls/no-bias", 1, "", ["--no-length-bias"])
+                longer = extend("controls/no-bias", kept, "", ["--no-length-bias"])
                 generator_of("no-bias", 1, [longer], "")
             case "no-removal" if last > 1 and not args.no_line_removal:
                 whole = ["--no-line-removal", *flags(budget_of=extenders[-2])]
                 trained = fine_tune("controls/no-removal", "extender", extended[:-1], extenders[-3], go_on, whole)
-                longer = extend("controls/no-removal", drafted[-1], trained, [*bias, *stages])
+                longer = extend("controls/no-removal", drafted[-1], trained, bias)
                 generator_of("no-removal", last, [*extended[:-1], longer], generators[-2])
             case "other-mode" if last > 1:
                 generator_of("other-mode", last, extended, generators[-2], not go_on)
@@ -229,8 +230,11 @@ def plan(args: argparse.Namespace) -> list[Step]:
 
 def flags(**values: object) -> list[str]:
     """rank=8 -> ["--rank", "8"]; "auto" and "" leave the flag out, so that the stage's own default holds."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in ("", "auto")]
-    return [part for pair in pairs for part in pair]
+    parts = []
+    for name, value in values.items():
+        if value not in ("", "auto"):
+            parts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return parts
 
 
 def as_shell(steps: list[Step]) -> str:
@@ -378,7 +382,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-attempts", type=cli.at_least(1), default=20, help="draws per draft before it is given up")
     add("--extend-samples", type=cli.at_least(1), default=2, help="extensions per draft")
     add("--extend-attempts", type=cli.at_least(1), default=20, help="two-stage draws per extension")
-    add("--rounds", type=cli.at_least(1), default=3, help="two-stage rounds per extension")
+    add("--rounds", type=cli.at_least(1), default=3, help="rounds per extension")
+    add("--stages", type=cli.at_least(1), default=2, help="calls per round: 2 = the paper's, 1 = control")
     add(
         "--min-gain",
         type=cli.at_least(0, float),
@@ -387,7 +392,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--penalty-scope", choices=("output", "all"), default="output", help="the Extender's repetition penalty covers")
     add("--max-new-tokens", type=cli.at_least(0), default=0, help="tokens a draw; 0 = min(16384, context - prompt)")
-    add("--draft-tokens", type=cli.at_least(0), default=0, help="tokens of a draft; 0 = as --max-new-tokens")
+    limits = "tokens of a draft, one limit per iteration (the last one holds on); 0 = as --max-new-tokens"
+    add("--draft-tokens", type=cli.at_least(0), nargs="+", default=[0], help=limits)
     add("--max-rows", type=cli.at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes")
     # fine-tuning
     add("--adapter-mode", choices=("continue", "restart"), default="continue", help="see the README, departures")
@@ -408,7 +414,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluate", choices=("all", "ends"), default="all", help="ends = only the base and the final model")
     add("--no-probes", action="store_true", help="do not ask the models about their answers (see evaluate.py)")
     # controls
-    add("--one-stage", action="store_true", help="control: extend in one call instead of two stages")
     add("--no-length-bias", action="store_true", help="control: keep the short ones too")
     add("--no-line-removal", action="store_true", help="control: show the Extender whole drafts in training")
     names = "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())

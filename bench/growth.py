@@ -37,10 +37,13 @@ from lengthen.text import is_loop  # noqa: E402
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
 SMOLLM2 = {
-    "instructions": 48,
+    "instructions": 96,
+    "draft_tokens": [360, 560],  # what the Extender of that iteration can still lengthen
     "extend_samples": 2,
-    "extend_attempts": 2,
+    "extend_attempts": 3,
+    "rounds": 2,
     "max_new_tokens": 1024,
+    "control_words": 450,
     "limit": 0,
     "evaluate": "all",
 }

@@ -15,7 +15,7 @@ from lengthen.jobs import read_sidecar
 from lengthen.records import LowYield, UserError, read_jsonl
 from lengthen.text import count_words
 
-RULES = Namespace(rounds=2, max_attempts=4, min_gain=1.2, one_stage=False)
+RULES = Namespace(rounds=2, max_attempts=4, min_gain=1.2, stages=2)
 PARAGRAPHS = "One is here.\n\nTwo is here.\n\nThree is here.\n\nFour is here."
 
 
@@ -51,6 +51,8 @@ def sample(text: str, finish: str = "eos"):
         ("One two. Three.", (2, 3), ("One two.", "\n\n")),
         ("Only one sentence here.", (2, 3), ("", "")),
         ("", (1, 2), ("", "")),
+        ("A one.\n\nB two.\n\nC three.", (1, 5), ("A one.", "\n\n")),  # never nothing of what can be divided
+        ("One two. Three.", (1, 5), ("One two.", "\n\n")),
         ("The same.\n\nThe same.\n\nThe same.", (2, 3), ("The same.\n\nThe same.", "\n\n")),
     ],
 )
@@ -61,13 +63,13 @@ def test_first_share_is_verbatim_with_its_break(text, share, expected):
 def test_defect_10_nothing_is_empty_and_nothing_is_glued():
     """A one-paragraph draft gave an empty first half, a one-paragraph stage 1 an empty prefix, and no separator."""
     one_paragraph = prose(1, 60, paragraphs=1)
-    half = extend.first_half(one_paragraph)
+    half = extend.shown(one_paragraph, 1, 2)
     assert 0 < count_words(half) < 60 and one_paragraph.startswith(half)
-    assert extend.first_half("One sentence only.") == "One sentence only."
-    prefix, reason = extend.examine_stage_1(one_paragraph, "eos", "en")
+    assert extend.shown("One sentence only.", 1, 2) == "One sentence only."
+    prefix, reason = extend.examine_prefix("", one_paragraph, "eos", "en")
     assert not reason and prefix.endswith(".\n\n") and one_paragraph.startswith(prefix.strip())
     for continuation in ("Then more came.", " Then more came.", "\n\nThen more came."):
-        text, reason = extend.examine_stage_2(prefix, continuation, "eos", "en")
+        text, reason = extend.examine_round(prefix, continuation, "eos", "en")
         assert (text, reason) == (prefix + "Then more came.", "")
 
 
@@ -85,12 +87,12 @@ def test_defect_10_nothing_is_empty_and_nothing_is_glued():
     ],
 )
 def test_what_stage_1_must_be(text, finish, reason):
-    assert extend.examine_stage_1(text, finish, "en")[1] == reason
+    assert extend.examine_prefix("", text, finish, "en")[1] == reason
 
 
 def test_chatter_does_not_get_into_the_prefix():
     text = "Here is the rewritten version:\n\n" + prose(1, 60)
-    prefix, reason = extend.examine_stage_1(text, "eos", "en")
+    prefix, reason = extend.examine_prefix("", text, "eos", "en")
     assert not reason and prose(1, 60).startswith(prefix.strip())
 
 
@@ -108,7 +110,7 @@ def test_chatter_does_not_get_into_the_prefix():
     ],
 )
 def test_defect_7_what_stage_2_must_be(text, finish, reason):
-    assert extend.examine_stage_2(prose(1, 30) + "\n\n", text, finish, "en")[1] == reason
+    assert extend.examine_round(prose(1, 30) + "\n\n", text, finish, "en")[1] == reason
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def play(job: extend.Extension, *samples) -> list[dict]:
 
 def test_a_job_goes_through_two_stages_a_round():
     job = extend.Extension(draft_record(), RULES)
-    assert job.stage == 1 and job.draft() == extend.first_half(job.record["initial"])
+    assert job.stage == 1 and job.draft() == extend.shown(job.record["initial"], 1, 2)
     play(job, sample(prose(2, 60)))
     assert job.stage == 2 and job.draft() == job.record["initial"] and job.prefix.endswith("\n\n")
     prefix = job.prefix
@@ -169,7 +171,7 @@ def test_a_text_that_opens_with_talk_about_the_outline_is_chatter():
     assert play(job, sample(later), sample(prose(3, 60)))[-1]["reason"] == ""
     job = extend.Extension(draft_record(prompt="Write an outline of a novel."), RULES)
     assert play(job, sample("This outline has four parts. " + prose(2, 60)))[0]["reason"] == ""
-    one_stage = Namespace(**{**vars(RULES), "one_stage": True})
+    one_stage = Namespace(**{**vars(RULES), "stages": 1})
     assert play(extend.Extension(draft_record(), one_stage), sample(talk))[0]["reason"] == "chatter"
 
 
@@ -198,10 +200,35 @@ def test_a_draft_that_does_not_fit_is_given_up_at_once_a_prefix_is_not():
 
 
 def test_one_stage_is_the_control_without_a_prefix():
-    job = extend.Extension(draft_record(), Namespace(**{**vars(RULES), "one_stage": True, "rounds": 1}))
-    assert job.stage == 2 and job.draft() == job.record["initial"]
+    job = extend.Extension(draft_record(), Namespace(**{**vars(RULES), "stages": 1, "rounds": 1}))
+    assert job.last_stage and job.draft() == job.record["initial"]
     play(job, sample(prose(2, 90)))
     assert job.over and job.outcome()[0]["response"] == prose(2, 90)
+
+
+def test_every_stage_sees_one_more_part_and_goes_on_from_two_thirds_of_what_each_before_it_wrote():
+    draft = "\n\n".join(f"Part {i} says {prose(i, 9, 1)}" for i in range(1, 5))
+    job = extend.Extension(draft_record(initial=draft), Namespace(**{**vars(RULES), "stages": 4, "rounds": 1}))
+    written, seen = [prose(10 + i, 90, 3) for i in range(4)], []
+    for text in written:
+        seen.append((job.draft(), job.prefix))
+        play(job, sample(text))
+    kept = ["\n\n".join(text.split("\n\n")[:2]) + "\n\n" for text in written]
+    parts = draft.split("\n\n")
+    assert seen == [("\n\n".join(parts[: i + 1]), "".join(kept[:i])) for i in range(4)]
+    assert job.over and job.text == "".join(kept[:3]) + written[3] and job.outcome()[1] == ""
+
+
+def test_a_later_stage_that_ends_at_once_adds_nothing_and_one_that_loops_over_all_fails_the_try():
+    job = extend.Extension(draft_record(), Namespace(**{**vars(RULES), "stages": 3}))
+    play(job, sample(prose(2, 60)))
+    prefix = job.prefix
+    assert play(job, sample(""))[0]["reason"] == "" and (job.stage, job.prefix) == (3, prefix)
+    play(job, sample("x", "length"))
+    assert (job.stage, job.prefix, job.attempt) == (1, "", 1)
+    play(job, sample(prose(2, 60)))
+    again = "\n\n".join([job.prefix.strip()] * 3)
+    assert play(job, sample(again))[0]["reason"] == "repetition" and job.stage == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -308,7 +335,7 @@ def test_stage_1_sees_half_the_draft_and_stage_2_all_of_it(monkeypatch, tmp_path
     )
     draft = read_jsonl(path)[0]["response"]
     first, second = (prompt_of(r) for r in sampler.requests[:2])
-    assert extend.first_half(draft) in first and draft not in first and draft in second
+    assert extend.shown(draft, 1, 2) in first and draft not in first and draft in second
 
 
 def test_the_longest_drafts_start_first_and_seeds_differ(monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ def value(step: run.Step, flag: str) -> str:
     [
         [],
         ["--model", "m", "--iterations", "3"],
-        ["--model", "m", "--adapter-mode", "restart", "--one-stage", "--no-length-bias", "--no-line-removal"],
+        ["--model", "m", "--adapter-mode", "restart", "--stages", "1", "--no-length-bias", "--no-line-removal"],
         ["--controls", "--iterations", "2", "--answers", "3"],
         ["--controls", "drafts", "other-mode", "--iterations", "3", "--adapter-mode", "restart"],
         ["--limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
@@ -107,11 +107,9 @@ def test_without_a_model_it_is_the_demo_and_flags_still_override():
 
 
 def test_controls_reach_their_stages():
-    steps = steps_of("--one-stage", "--no-length-bias", "--no-line-removal")
-    has = {
-        f: {s.name for s in steps if f in s.command} for f in ("--one-stage", "--no-length-bias", "--no-line-removal")
-    }
-    assert has["--one-stage"] == {"extend"}
+    steps = steps_of("--stages", "3", "--no-length-bias", "--no-line-removal")
+    has = {f: {s.name for s in steps if f in s.command} for f in ("--stages", "--no-length-bias", "--no-line-removal")}
+    assert has["--stages"] == {"extend"} and {value(s, "--stages") for s in steps if s.name == "extend"} == {"3"}
     assert has["--no-length-bias"] == {"responses", "extend"}
     assert has["--no-line-removal"] == {"train extender"}
 
@@ -133,7 +131,8 @@ def test_controls_stand_beside_the_method_and_share_its_files():
     assert value(second, "--adapter") == "r/controls/drafts_1/generator"
     # one thing differs from the method's command of the same stage, and the output
     theirs, ours = ({(s.part, s.name): s for s in method}["iter_1", "extend"], by["controls/one-stage", "extend"])
-    assert set(ours.command) - set(theirs.command) == {"--one-stage", "r/controls/one-stage/extended.jsonl"}
+    assert set(ours.command) - set(theirs.command) == {"1", "r/controls/one-stage/extended.jsonl"}
+    assert (value(theirs, "--stages"), value(ours, "--stages")) == ("2", "1")
     assert "--no-length-bias" in by["controls/no-bias", "responses"].command
     assert "--no-length-bias" in by["controls/no-bias", "extend"].command
     removal = by["controls/no-removal", "train extender"]
@@ -151,6 +150,19 @@ def test_controls_stand_beside_the_method_and_share_its_files():
             assert value(step, "--budget-of") == want, part
     generators = {part for part, name in by if name == "train generator"}
     assert {f"eval/control_{part.removeprefix('controls/')}" for part in generators} <= {part for part, _ in by}
+
+
+def test_each_iteration_has_its_own_limit_on_drafts_and_the_last_one_holds_on():
+    steps = steps_of("--iterations", "3", "--draft-tokens", "360", "560", "--controls", "drafts")
+    limits = {s.part: value(s, "--max-new-tokens") for s in steps if s.name == "responses"}
+    assert (
+        [limits[f"iter_{k}"] for k in (1, 2, 3)]
+        == ["360", "560", "560"]
+        == [
+            "360",
+            *(limits[f"controls/drafts_{k}"] for k in (2, 3)),
+        ]
+    )
 
 
 def test_controls_of_one_iteration_and_by_name(capsys):
