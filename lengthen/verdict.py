@@ -1,10 +1,15 @@
 """What the scores of a run show and what they do not, in sentences.
 
 Growth is the median length of the last trained model over that of the base model, counting answers that the model
-itself ended. It is called shown only where the intervals of both do not overlap; everything that weakens it is named:
-few queries, other queries or settings, worse endings, a control that does as well, quality that nobody judged.
+itself ended. It is called shown only where the 95 % interval of that ratio, drawn over queries and paired where both
+models answered the same, leaves out 1; everything that weakens it is named: few queries, other queries or settings,
+worse endings, a control that does as well, quality that nobody judged.
 """
 
+import statistics
+from collections.abc import Sequence
+
+from lengthen.intervals import Interval, paired, unpaired
 from lengthen.rundir import amount, listing, number, table
 
 FEW_QUERIES = 30  # below that, luck and growth look alike
@@ -32,7 +37,7 @@ def verdict(models: list[dict]) -> dict:
     if old and new is not None:
         ratio = f"{new / old:.2f} times the base model's {old:,.0f}"
         shows.append(f"{sentence_name(last)} writes {new:,.0f} words in the median, {ratio}.")
-        shows.append(told_apart(base, last, new >= old))
+        shows.append(told_apart(base, last))
     else:
         empty = sentence_name(base if not old else last)
         shows.append(f"{empty} has no median length to compare: growth is not defined.")
@@ -61,14 +66,38 @@ def sentence_name(model: dict) -> str:
     return names.get(model["kind"], model["name"][:1].upper() + model["name"][1:])
 
 
-def told_apart(base: dict, last: dict, longer: bool) -> str:
-    before, after = (interval(m["scores"], "words_median") for m in (base, last))
-    if not before or not after:
-        return "No intervals were computed, so this is no evidence of growth."
-    spans = f"The 95 % intervals, {before[0]:,.0f} to {before[1]:,.0f} and {after[0]:,.0f} to {after[1]:,.0f} words,"
-    if before[1] < after[0] or after[1] < before[0]:
-        return f"{spans} do not overlap: on these queries its answers are {'longer' if longer else 'shorter'}."
-    return f"{spans} overlap: this does not show that its answers are {'longer' if longer else 'shorter'}."
+def growth(before: dict, after: dict) -> tuple[Interval | None, str]:
+    """The 95 % interval of (median words of `after` / `before`), answers ended by EOS; how its queries were drawn."""
+    groups = [words_by_query(model) for model in (before, after)]
+    same = groups[0].keys() == groups[1].keys()
+    queries = [sorted(g) for g in groups]
+    draw, how = (paired, "paired by query") if same else (unpaired, "not paired: other queries")
+    return draw(*([g[q] for q in names] for g, names in zip(groups, queries, strict=True)), ratio_of_medians), how
+
+
+def words_by_query(model: dict) -> dict[str, list[float]]:
+    """{query: words of its answers that ended by EOS}; a query without one keeps its place, empty."""
+    groups: dict[str, list[float]] = {}
+    for answer in model.get("answers", ()):
+        words = groups.setdefault(answer["query"], [])
+        if answer["ended"] and answer["words"] is not None:
+            words.append(answer["words"])
+    return groups
+
+
+def ratio_of_medians(before: Sequence[float], after: Sequence[float]) -> float | None:
+    low = statistics.median(before) if before else 0
+    return statistics.median(after) / low if low and after else None
+
+
+def told_apart(base: dict, last: dict) -> str:
+    ends, how = growth(base, last)
+    if not ends:
+        return "There is no interval of that ratio (too few answers), so this is no evidence of growth."
+    span = f"The 95\u00a0% interval of that ratio, {ends[0]:.2f} to {ends[1]:.2f} ({how}),"
+    if ends[0] > 1 or ends[1] < 1:
+        return f"{span} leaves out 1: on these queries its answers are {'longer' if ends[0] > 1 else 'shorter'}."
+    return f"{span} holds 1: this does not show that the lengths differ."
 
 
 def worse_endings(base: dict, last: dict) -> list[str]:
@@ -93,8 +122,8 @@ def controls_say(models: list[dict], last: dict) -> tuple[bool, str]:
     if not found or mine is None:
         return False, "Whether the extensions, and nothing cheaper, made the difference: no control was evaluated."
     words, control = max(found, key=lambda pair: pair[0])
-    ours, theirs = interval(last["scores"], "words_median"), interval(control["scores"], "words_median")
     told = f"The longest control, {control['name'].removeprefix('control ')}, writes {words:,.0f} words in the median"
-    if ours and theirs and ours[0] > theirs[1]:
-        return True, f"{told}; the intervals do not overlap."
+    ends, how = growth(control, last)
+    if ends and ends[0] > 1:
+        return True, f"{told}; the method's is {ends[0]:.2f} to {ends[1]:.2f} times that (95\u00a0%, {how})."
     return False, f"{told}: the method is not set apart from it."

@@ -242,14 +242,21 @@ def test_no_text_can_leave_its_place(hostile):
 # What it says
 
 
-def scored(kind: str, words: float | None, ends: list | None = None, **more: object) -> dict:
-    known = {"words_median": words, "rows": 60, "eos_share": 0.8, "loop_rate": 0.0, "intervals": {"words_median": ends}}
+def scored(kind: str, words: float | None, queries: int = 0, shift: int = 0, **more: object) -> dict:
+    """A model as read_models gives it: `queries` queries with an answer each, their median `words`, and one cut short.
+
+    Lengths differ from query to query by up to 80 %, and in the same way for every model.
+    """
+    known = {"words_median": words, "rows": 60, "eos_share": 0.8, "loop_rate": 0.0}
     names = {"iteration": "iteration 1", "control": "control drafts"}
-    return {"kind": kind, "name": names.get(kind, kind), "scores": {**known, **more}}
+    lengths = [words * (0.2 + 1.6 * i / max(1, queries - 1)) + i % 3 for i in range(queries)]
+    answers = [{"query": f"q{i + shift}", "words": n, "ended": True} for i, n in enumerate(lengths)]
+    answers += [{"query": f"q{shift}", "words": 9000, "ended": False}] if queries else []
+    return {"kind": kind, "name": names.get(kind, kind), "scores": {**known, **more}, "answers": answers}
 
 
 BASE, FINAL = scored("base", 300), scored("final", 450)
-SURE, LONGER = scored("base", 300, [280, 320]), scored("final", 450, [400, 500])
+SURE, LONGER = scored("base", 300, 41), scored("final", 450, 41)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +266,9 @@ SURE, LONGER = scored("base", 300, [280, 320]), scored("final", 450, [400, 500])
         ([BASE], "The base model alone has been evaluated", "Growth"),
         ([BASE, FINAL], "1.50 times the base model's 300", "nobody judged it"),
         ([BASE, FINAL], "no evidence of growth", "no control was evaluated"),
-        ([SURE, LONGER], "do not overlap: on these queries its answers are longer", ""),
-        ([SURE, scored("final", 200, [180, 220])], "do not overlap: on these queries its answers are shorter", ""),
-        ([SURE, scored("final", 450, [310, 500])], "overlap: this does not show that its answers are longer", ""),
+        ([SURE, LONGER], "(paired by query), leaves out 1: on these queries its answers are longer", ""),
+        ([SURE, scored("final", 200, 41)], "leaves out 1: on these queries its answers are shorter", ""),
+        ([SURE, scored("final", 330, 41, shift=90)], "(not paired: other queries), holds 1: this does not show", ""),
         ([BASE, scored("final", 450, rows=8)], "", "8 queries are too few"),
         ([scored("base", None), FINAL], "The base model has no median length", ""),
         (
@@ -276,8 +283,8 @@ SURE, LONGER = scored("base", 300, [280, 320]), scored("final", 450, [400, 500])
         ),
         ([BASE, scored("iteration", 330), FINAL], "before the fine-tune on length demands, it was 1.10", ""),
         ([BASE, scored("iteration", 450)], "Iteration 1 writes 450 words", ""),
-        ([SURE, LONGER, scored("control", 440, [390, 480])], "", "440 words in the median: the method is not set"),
-        ([SURE, LONGER, scored("control", 340, [300, 380])], "340 words in the median; the intervals do not", ""),
+        ([SURE, LONGER, scored("control", 450, 41)], "", "450 words in the median: the method is not set"),
+        ([SURE, LONGER, scored("control", 340, 41)], "340 words in the median; the method's is 1.3", ""),
         ([SURE, LONGER, scored("control", 340)], "", "340 words in the median: the method is not set apart"),
         ([scored("base", 300, queries_hash="a"), scored("final", 450, queries_hash="b")], "", "different queries"),
     ],
