@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from lengthen.text import IDEOGRAPHS, LOOP_COUNT, NGRAM, tokens
 
 PREFIX_WORDS = 200
+# On so many tokens own and other query are compared: the more of a text is known, the less either of them tells.
+OPENING_TOKENS = 256
 
 # ---------------------------------------------------------------------------------------------------------
 # Numbers

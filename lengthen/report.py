@@ -36,6 +36,7 @@ from lengthen.cli import ACTING
 from lengthen.demands import TYPES, full_marks
 from lengthen.records import UserError, replace_file
 from lengthen.rundir import Files, amount, counts, display, iteration, listing, number, table, text
+from lengthen.scores import HEADLINES
 from lengthen.verdict import interval, verdict
 
 PAGE = Path(__file__).with_name("page.html")
@@ -52,32 +53,7 @@ STAGES = (  # file, stage, what it counts
     ("extended.jsonl", "extend"),
     ("constrained.jsonl", "constrain"),
 )
-HEADLINES = ("words_median", "eos_share", "loop_rate", "length_score", "rank_correlation")
-MEASURES = (  # key of scores.json, name, format
-    ("rows", "queries", "{:,.0f}"),
-    ("answers", "answers", "{:,.0f}"),
-    ("words_median", "words, median (ended by EOS)", "{:,.0f}"),
-    ("words_p90", "words, 90th percentile (ended by EOS)", "{:,.0f}"),
-    ("words_median_all", "words, median (all answers)", "{:,.0f}"),
-    ("words_p90_all", "words, 90th percentile (all answers)", "{:,.0f}"),
-    ("eos_share", "ended by EOS", "%"),
-    ("loop_rate", "loops", "%"),
-    ("length_score", "length score, of 100", "{:.1f}"),
-    ("length_score_eos", "length score (ended by EOS)", "{:.1f}"),
-    ("longbench_score", "LongBench-Write's length score", "{:.1f}"),
-    ("constant_best", "the best constant writer's length score", "{:.1f}"),
-    ("rank_correlation", "rank correlation, wanted and written", "{:+.2f}"),
-    ("distinct_3", "distinct-3 (first 200 words)", "{:.3f}"),
-    ("compression", "compression", "{:.3f}"),
-    ("content_words", "share of the query's content words used", "%"),
-    ("perplexity", "perplexity of its own answers, median", "{:.2f}"),
-    ("own_prompt_gain", "own against another query's prompt, nats per token", "{:+.3f}"),
-    ("own_prompt_share", "answers that fit their own query better", "%"),
-    ("short_loss", "loss on a held-out short task, nats per token", "{:.3f}"),
-    ("tokens", "tokens", "{:,.0f}"),
-    ("seconds", "seconds", "{:,.0f}"),
-)
-
+CHARTED = ("words_median", "eos_share", "loop_rate", "length_score", "rank_correlation")
 # ---------------------------------------------------------------------------------------------------------
 # What is shown is text
 
@@ -248,22 +224,19 @@ def value_of(scores: dict, key: str) -> float | None:
 
 
 def written(value: float | None, form: str) -> str:
-    """A number in a format of str.format; "%" is a share."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" if form == "%" else form.format(value)
+    return "–" if value is None else form.format(value)
 
 
 def measure_table(models: list[dict]) -> dict | None:
     """All scores, a row per measure, a column per model; measures that no model has are left out."""
     scored = [m for m in models if m["scores"]]
     rows = []
-    for key, name, form in MEASURES:
+    for key, name, form in HEADLINES:
         values = [value_of(m["scores"], key) for m in scored]
         if any(v is not None for v in values):
             ranges = [interval(m["scores"], key) for m in scored]
             spans = [f"{written(r[0], form)} to {written(r[1], form)}" if r else "" for r in ranges]
-            rows.append([name, *([written(v, form), s] for v, s in zip(values, spans, strict=True))])
+            rows.append([name.strip(), *([written(v, form), s] for v, s in zip(values, spans, strict=True))])
     return {"columns": ["measure", *(m["name"] for m in scored)], "rows": rows} if rows else None
 
 
@@ -302,8 +275,8 @@ def model_data(model: dict) -> dict:
         "scored": bool(scores),
         "answers": amount(scores.get("answers")) if scores else len(answers),
         "queries": amount(scores.get("rows")) if scores else len({a["query"] for a in answers}),
-        "scores": {key: number(scores.get(key)) for key in HEADLINES},
-        "intervals": {key: interval(scores, key) for key in HEADLINES},
+        "scores": {key: number(scores.get(key)) for key in CHARTED},
+        "intervals": {key: interval(scores, key) for key in CHARTED},
         "points": thinned(points, MAX_POINTS),
         "num_points": len(points),
         "loop_by_tenth": [number(x) for x in listing(scores.get("loop_by_tenth"))][:10],

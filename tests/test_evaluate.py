@@ -15,6 +15,7 @@ import evaluate
 from lengthen.demands import length_score, parse_demand
 from lengthen.measures import spearman
 from lengthen.records import LowYield, UserError, new_record
+from lengthen.scores import HEADLINES
 
 ROOT = Path(__file__).parent.parent
 LONGEN = ROOT.parent / "shared" / "data" / "LonGen.jsonl"  # as published; not part of this project
@@ -116,7 +117,7 @@ def test_scores_of_a_handmade_run():
     assert scores["by_type"]["about"]["answers"] == 4 and scores["by_type"]["below"]["length_score"] == 100
     assert scores["by_range"]["a"]["length_score"] == pytest.approx(50) and scores["by_range"]["a"]["eos_share"] == 1
     assert list(scores["by_language"]) == ["en"]
-    assert set(scores["intervals"]) == {*evaluate.MEASURES, "short_loss"} <= {key for key, _, _ in evaluate.HEADLINES}
+    assert set(scores["intervals"]) == {*evaluate.MEASURES, "short_loss"} <= {key for key, _, _ in HEADLINES}
     # Loops: 330 of 330 words in one answer of five, none elsewhere. Score by LongBench-Write of 1000/1000, 600/1000,
     # 300/1000, 900/500 and 330/300 (the middle of full marks) words.
     assert scores["loop_by_tenth"] == [0.2] * 10

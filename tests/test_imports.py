@@ -20,6 +20,7 @@ LEAVES = {
     "lengthen.intervals",
     "lengthen.cli",
     "lengthen.rundir",
+    "lengthen.scores",
     "lengthen.verdict",
     "lengthen.report",
 }  # these never need torch
