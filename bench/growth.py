@@ -20,6 +20,7 @@ the base model's. Killed and started again with the same flags it goes on. Flags
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -93,11 +94,14 @@ def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> t
     root = Path(settings.run) / "search"
     plans = [*iteration, loop.Step("search/base", "evaluate", changed(evaluate.command, benchmark=benchmark))]
     plans[-1].command = changed(plans[-1].command, output=root / "base" / "eval")
+
+    def folder_of(text: str) -> Path:
+        return root / text.replace(",", "_").replace("=", "-") / "generator"
+
     for text in tries:
-        folder = root / text.replace(",", "_").replace("=", "-")
-        adapter = folder / "generator"
+        adapter = folder_of(text)
         training = changed(train.command, output=adapter, **dict(part.split("=") for part in text.split(",")))
-        asking = changed(evaluate.command, adapter=adapter, benchmark=benchmark, output=folder / "eval")
+        asking = changed(evaluate.command, adapter=adapter, benchmark=benchmark, output=adapter.parent / "eval")
         plans += [loop.Step(f"search/{text}", "train", training), loop.Step(f"search/{text}", "evaluate", asking)]
     scores = {r["part"].removeprefix("search/"): r for r in loop.execute(plans)[0] if r["stage"] == "evaluate"}
     base = scores["base"]
@@ -107,8 +111,15 @@ def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> t
         worse = one["eos_share"] < base["eos_share"] - TOLERATED or one["loop_rate"] > base["loop_rate"] + TOLERATED
         return -1 if worse or one["words_median"] is None else one["words_median"]
 
+    chosen = max(tries, key=worth)
+    trained = Path(settings.run) / "iter_1" / "generator"
+    if not trained.exists():  # by the command that iteration 1 would run: what is trained is not trained again
+        half = trained.with_name(".generator")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(folder_of(chosen), half)
+        half.rename(trained)
     names = ("words_median", "words_median_all", "eos_share", "loop_rate")
-    return max(tries, key=worth), [{"setting": t, **{n: s[n] for n in names}} for t, s in scores.items()]
+    return chosen, [{"setting": t, **{n: s[n] for n in names}} for t, s in scores.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -95,6 +95,10 @@ def stage(step: loop.Step) -> dict:
         median = words if finish == "eos" else None
         figures = {"words_median": median, "words_median_all": words, "eos_share": float(finish == "eos")}
         return {"seconds": 1, **figures, "loop_rate": 0.0}
+    if command[0] == "train.py":
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / "meta.json").exists():  # done is done, as with train.py
+            (output / "meta.json").write_text(json.dumps(command))
     return {"seconds": 1, "tokens": 10, **({"pairs": 7} if command[0] == "train.py" else {})}
 
 
@@ -109,6 +113,8 @@ def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys)
     assert result["models"]["iter_2"]["answers"] == 30 and result["verdict"].startswith("goal reached")
     assert {"base", "iter_1", "iter_2", "control_told", "control_drafts_2"} <= set(result["models"])
     assert result["pairs"]["iter_1 generator"] == 7 and not any("final" in step.part for step in done)
+    trained = tmp_path / "g" / "search" / "rank-16_learning_rate-3e-4" / "generator" / "meta.json"
+    assert (tmp_path / "g" / "iter_1" / "generator" / "meta.json").read_text() == trained.read_text()  # not done twice
     assert (tmp_path / "g" / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "g" / "growth.json").read_text()) == result
 
