@@ -399,7 +399,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     cli.say(
         f"{args.role}: {len(pairs)} pairs, {sum(len(p.ids) for p in pairs):,} tokens, {total} steps; "
         f"rank {args.rank}, alpha {args.alpha:g}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; "
-        f"{abilities.token_bytes / 1e6:.2f} MB of activations a token, recomputed in rows beyond "
+        f"{recompute.token_bytes / 1e6:.2f} MB of activations a token, recomputed in rows beyond "
         f"{recompute.free_tokens:,} tokens"
     )
     folder.save_meta(

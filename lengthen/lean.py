@@ -87,21 +87,24 @@ def kept_bytes(config, settings: Settings, itemsize: int) -> int:
 def working_bytes(config, tokens: int, settings: Settings, itemsize: int, quantized: bool, cuda: bool) -> int:
     """Bytes that one layer's backward pass takes at its peak, beyond what is kept on the device and dy.
 
-    The MLP's tiles come first, attention second; what both hold is do, [T, Hq D].
+    The MLP's tiles come first, attention second; both hold do, [T, Hq D]. LoRA's matrices are left out: they are small.
     """
-    H, q, kv, inner, heads = _sizes(config)
-    R = min(settings.tile_rows or tokens, tokens)
-    # One tile: h, n and dn; g, u and da or a (of "none" g and u are kept). torch's own passes need four more of these.
-    wide = 1 if settings.checkpoint == "none" else 3
-    mlp = R * ((2 if settings.checkpoint == "none" else 3) * H + (wide + (0 if cuda else 1)) * inner) * itemsize
-    attention = tokens * 2 * (q + 2 * kv) * itemsize  # q, k, v and their gradients
-    if settings.checkpoint == "none":
-        attention -= tokens * (q + 2 * kv) * itemsize
+    H, q, kv, inner, _ = _sizes(config)
+    none, full = settings.checkpoint == "none", settings.checkpoint == "full"
+    normed = q + kv if config.get_text_config().model_type == "qwen3" else 0  # queries and keys behind their norms
+    # One tile: h, n; g, u, da and then a in its place. torch's own passes hold a and silu(g) beside them.
+    mlp = min(settings.tile_rows or tokens, tokens) * (
+        (1 if none else 2) * H + ((1 if none else 3) + (not cuda) * 2) * inner
+    )
+    attention = tokens * ((0 if none else q + 2 * kv) + normed)
+    if full:  # q, k, v and o are computed first, and wait
+        mlp += tokens * (2 * q + 2 * kv)
+        attention += tokens * q
+    # The gradients, those of keys and values first for every query head; torch on a CPU repeats keys and values too.
+    attention += tokens * (3 * q + 2 * kv + (0 if cuda else 2 * q))
+    mlp, attention = mlp * itemsize, attention * itemsize
     if cuda:
-        attention += tokens * (4 * q + 2 * q * itemsize)  # FlashAttention-2: dq in fp32, dk and dv of every query head
-    if settings.checkpoint == "full":
-        mlp += tokens * (2 * q + 2 * kv) * itemsize  # q, k, v and o are computed first, and wait
-        attention += tokens * q * itemsize
+        attention += 4 * tokens * q  # FlashAttention-2 adds dq up in fp32
     if quantized:
         mlp += (3 * H * inner + H * q) * itemsize
         attention += (q + 2 * kv) * H * itemsize
@@ -299,8 +302,7 @@ def attend_backward(
             window_size_left=window - 1 if 0 < window < row.longest else -1,
             window_size_right=0,
         )
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    groups = q.shape[1] // k.shape[1]
+    parts, groups = [], q.shape[1] // k.shape[1]
     for part, band in _samples(row, window, q):
         dout, some_q, out = (x[part].transpose(0, 1)[None] for x in (do, q, o))
         # torch's backward pass on a CPU knows no grouped heads: keys and values are repeated, their gradients summed
@@ -308,14 +310,9 @@ def attend_backward(
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(dout, some_q, some_k, some_v, out, lse[None, :, part], 0.0, band is None), attn_mask=band, scale=scaling
         )
-        for grad, one in zip(grads, found, strict=True):
-            one = one[0].transpose(0, 1)  # [n, Hq, D]
-            grad[part] = one if grad.shape == q.shape and groups == 1 else _sum_groups(one, grad.shape[1])
-    return tuple(grads)
-
-
-def _sum_groups(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(1, (heads, -1)).sum(2)
+        dq, dk, dv = (one[0].transpose(0, 1) for one in found)  # [n, Hq, D]
+        parts.append((dq, *(one.unflatten(1, (-1, groups)).sum(2) for one in (dk, dv))))
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _samples(row: Row, window: int, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:

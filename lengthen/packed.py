@@ -247,7 +247,7 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # an operation that keeps its own output would else keep itself alive, and all before it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         out = decoder(**inputs, use_cache=False).last_hidden_state  # holding it keeps the storages, and their addresses
