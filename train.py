@@ -377,7 +377,9 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     budget = 1e9 * args.activation_gb or (
         CPU_ACTIVATION_GB * 1e9 if model.device.type == "cpu" else 0.8 * torch.cuda.mem_get_info()[0]
     )
-    recompute = Recompute(model, abilities.token_bytes, budget, lean.apply(model))
+    lent = lean.apply(model)
+    abilities.notes += lent.notes()
+    recompute = Recompute(model, abilities.token_bytes, budget, lent)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     # 3) go on from the last checkpoint, if there is one

@@ -126,12 +126,17 @@ def flops_per_token(config, length: int, settings: Settings, rank: int = 16, tar
     # LoRA. A: forward, once more, its gradient and its input's; B: forward, its gradient and z's. Once more with W.
     lora_a, lora_b = rank * sum(a for a, _ in shapes), rank * sum(b for _, b in shapes)
     lora = 4 * lora_a + 3 * lora_b + (lora_a - rank * inner + lora_b - rank * H if again else 0)
-    window = getattr(text, "sliding_window", None) or length
-    seen = length / 2 if window >= length else window * (1 - window / (2 * length))  # keys a token sees on average
-    attention = 2 * q * seen * (1 + 2.5 + (settings.checkpoint == "full"))
-    return 2 * (
-        text.num_hidden_layers * (2 * linear + again + lora + attention) + 2 * target_share * H * text.vocab_size
-    )
+    attention = 2 * q * (1 + 2.5 + (settings.checkpoint == "full")) * _keys_seen(text, length)
+    layers = text.num_hidden_layers * (2 * linear + again + lora) + attention
+    return 2 * (layers + 2 * target_share * H * text.vocab_size)
+
+
+def _keys_seen(config, length: int) -> float:
+    """Keys that a token sees on average, summed over the layers."""
+    window = min(getattr(config, "sliding_window", None) or length, length)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    windows = [window if kind == "sliding_attention" else length for kind in kinds]
+    return sum(w * (1 - w / (2 * length)) for w in windows)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -269,13 +274,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: Row, scaling: float, window: in
     Causal, within each sample; window: a token sees itself and the window - 1 before it, 0 = all.
     """
     if q.is_cuda:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(q, k, v, row.cu_seq_lens, row.cu_seq_lens, row.longest, row.longest, 0.0, True, False),
-            scale=scaling,
-            window_size_left=window - 1 if 0 < window < row.longest else -1,
-            window_size_right=0,
-        )
-        return out, lse
+        return flash_attend(q, k, v, row, scaling, window)
     outs, sums = [], []
     for part, band in _samples(row, window, q):
         some = (x[part].transpose(0, 1)[None] for x in (q, k, v))
@@ -294,14 +293,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq [T, Hq, D], dk and dv [T, Hkv, D]."""
     if q.is_cuda:
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
-        return torch.ops.aten._flash_attention_backward(
-            *(do, q, k, v, o, lse, row.cu_seq_lens, row.cu_seq_lens, row.longest, row.longest, 0.0, True),
-            *(unused, torch.empty(0, device=q.device)),
-            scale=scaling,
-            window_size_left=window - 1 if 0 < window < row.longest else -1,
-            window_size_right=0,
-        )
+        return flash_attend_backward(do, q, k, v, o, lse, row, scaling, window)
     parts, groups = [], q.shape[1] // k.shape[1]
     for part, band in _samples(row, window, q):
         dout, some_q, out = (x[part].transpose(0, 1)[None] for x in (do, q, o))
@@ -313,6 +305,32 @@ def attend_backward(
         dq, dk, dv = (one[0].transpose(0, 1) for one in found)  # [n, Hq, D]
         parts.append((dq, *(one.unflatten(1, (-1, groups)).sum(2) for one in (dk, dv))))
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def flash_attend(q: Tensor, k: Tensor, v: Tensor, row: Row, scaling: float, window: int) -> tuple[Tensor, Tensor]:
+    """The same by the FlashAttention inside torch, on a GPU: it takes packed samples, windows and grouped heads."""
+    left = window - 1 if 0 < window < row.longest else -1
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(q, k, v, row.cu_seq_lens, row.cu_seq_lens, row.longest, row.longest, 0.0, left < 0, False),
+        scale=scaling,
+        window_size_left=left,
+        window_size_right=0,
+    )
+    return out, lse
+
+
+def flash_attend_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, row: Row, scaling: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    left = window - 1 if 0 < window < row.longest else -1
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        *(do, q, k, v, o, lse, row.cu_seq_lens, row.cu_seq_lens, row.longest, row.longest, 0.0, left < 0),
+        *no_dropout,
+        scale=scaling,
+        window_size_left=left,
+        window_size_right=0,
+    )
 
 
 def _samples(row: Row, window: int, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
@@ -337,7 +355,6 @@ class Parcel:
     like: list[tuple[torch.Size, torch.dtype]]
     slabs: list[Tensor]
     before: "weakref.ref[Parcel] | None"  # the parcel that the backward pass will want next
-    left: object = None  # event: the copy to the host is done
     fetched: list[Tensor] | None = None  # back on the device
     arrived: object = None  # event: the copy back is done
 
@@ -353,7 +370,7 @@ class Host:
         self.device, self.limit = device, limit  # limit: bytes, 0 = none
         self.free: list[Tensor] = []
         self.taken = 0  # slabs there are
-        self.stayed = 0  # bytes a pass that found no room, most so far
+        self.full = False  # the limit was reached: some tensors stayed on the device
         self.pinned = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leaving: deque = deque()  # (event, the tensors it copies): alive until the compute stream has waited
@@ -367,7 +384,7 @@ class Host:
         """Copies them out; None where the limit leaves no room: they stay where they are."""
         slabs = self._slabs(-(-sum(map(_bytes, tensors)) // SLAB))
         if slabs is None:
-            self.stayed += sum(map(_bytes, tensors))
+            self.full = True
             return None
         parcel = Parcel([(t.shape, t.dtype) for t in tensors], slabs, self.last)
         weakref.finalize(parcel, self._release, slabs)  # of a forward pass that has no backward pass
@@ -379,8 +396,7 @@ class Host:
         self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream):
             _copy(tensors, slabs, out=True)
-            parcel.left = self.stream.record_event()
-        self.leaving.append((parcel.left, tensors))
+            self.leaving.append((self.stream.record_event(), tensors))
         while len(self.leaving) > 2:
             now.wait_event(self.leaving.popleft()[0])
         return parcel
@@ -401,6 +417,13 @@ class Host:
         self._release(parcel.slabs)  # whatever is written to them next is copied by the same stream, so later
         tensors, parcel.fetched = parcel.fetched, None
         return tensors
+
+    def settle(self) -> None:
+        """Before a step: nothing of the last one is under way, even where it broke off (out of memory)."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self.leaving.clear()
+        self.last = None
 
     def _fetch(self, parcel: Parcel) -> None:
         if parcel.fetched is not None:
@@ -570,7 +593,7 @@ class Layer:
             o = o.reshape(len(x), -1)
             del q, k
         else:
-            raw, o, lse = None, kept["o"], kept["lse"]
+            raw, o, lse = [kept[name] for name in "qkv"] if "q" in kept else None, kept["o"], kept["lse"]
         # 1) the MLP and the output projection, by tiles: dy becomes dh
         out, gate_up, down = (Products(group, kind) for group in self.groups[1:])
         do = torch.empty_like(o)
@@ -601,11 +624,8 @@ class Layer:
             opened.weights = []  # dequantised copies: not needed by attention
         # 2) attention
         qkv = Products(self.qkv, kind)
-        if raw is None:
-            raw = [kept[name] for name in "qkv"] if "q" in kept else self._project(x, qkv, rows, seed)
-            placed = "q" in kept and not self.head_norms  # positions were applied in place, in what was kept
-        else:
-            placed = not self.head_norms
+        placed = raw is not None and not self.head_norms  # positions were applied in place, in what was kept
+        raw = self._project(x, qkv, rows, seed) if raw is None else raw
         q, k = raw[:2] if placed else self._positions(*raw[:2], row)
         shape = (len(x), -1, self.head)
         dq, dk, dv = attend_backward(
@@ -674,11 +694,13 @@ class Lean:
         self.config, self.layers, self.host, self.why = config, layers, host, why
 
     def set(self, settings: Settings | Sequence[Settings]) -> None:
-        """For all layers, or for each its own. Holds from the next forward pass on."""
+        """For all layers, or for each its own, before a forward pass (a step that broke off is cleared away)."""
         if isinstance(settings, Settings):
             settings = [settings] * len(self.layers)
         for layer, one in zip(self.layers, settings, strict=True):
             layer.settings = one
+        if self.layers:
+            self.host.settle()
 
     def keep_less(self, count: int) -> None:
         """The first `count` layers keep "attention", the others everything."""
@@ -696,13 +718,16 @@ class Lean:
         self.layers = []
 
     def notes(self) -> list[str]:
-        """What happened to the kept tensors, for people."""
-        if not self.layers or not self.host.taken:
-            return []
-        said = [f"{self.host.bytes / 1e9:.2f} GB of kept tensors in {'pinned ' if self.host.pinned else ''}host memory"]
+        """Which code runs, and what happened to the kept tensors, for people."""
+        if not self.layers:
+            return [f"layers: the model's own code, which takes more memory: {self.why or 'restored'}"]
+        said = [f"layers: {len(self.layers)} lean ones, whose results are the model's own"]
+        if self.host.taken:
+            where = "pinned host memory" if self.host.pinned else "host memory"
+            said.append(f"{self.host.bytes / 1e9:.2f} GB of kept tensors in {where}")
         if self.host.device.type == "cuda" and not self.host.pinned:
             said.append("the system refused to pin more host memory: copies run slower")
-        if self.host.stayed:
+        if self.host.full:
             said.append("the limit of host memory was reached: the rest stayed on the device")
         return said
 

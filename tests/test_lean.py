@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lengthen import lean, lora
 from lengthen.lean import CHECKPOINTS, Host, Settings
-from lengthen.packed import examine, pack
+from lengthen.packed import Recompute, examine, pack
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
 LENGTHS = (41, 1, 30, 9)  # tokens of the samples of a row; two are longer than tiny Mistral's window of 24
@@ -420,6 +420,18 @@ def test_tiles_keep_the_mlp_from_growing_with_the_sequence():
     assert tiled < 0.6 * whole
 
 
+def test_as_few_layers_as_fit_keep_less():
+    model, lent = lean_model("llama")
+    all_kept = 2 * lean.kept_bytes(model.config, Settings("none"), 4)
+    recompute = Recompute(model, 1, 1000 * all_kept, lent)
+    assert recompute.free_tokens == 1000 and recompute.token_bytes == all_kept
+    for tokens, count in ((1000, 0), (1001, 2), (10, 0), (100_000, 2)):
+        assert recompute.set(tokens) == count
+        levels = [layer.settings.checkpoint for layer in lent.layers]
+        assert levels == ["attention"] * count + ["none"] * (2 - count)
+        assert not any(layer.module.gradient_checkpointing for layer in lent.layers)
+
+
 # ---- host memory ----------------------------------------------------------------------------------------
 
 
@@ -435,7 +447,7 @@ def test_beyond_the_limit_tensors_stay(monkeypatch):
         again, others = gradients(model)
         assert torch.equal(again, loss) and all(map(torch.equal, others, grads))
         assert 0 < lent.host.bytes <= limit and len(lent.host.free) == lent.host.taken
-    assert lent.host.stayed and any("limit" in line for line in lent.notes())
+    assert lent.host.full and any("limit" in line for line in lent.notes())
 
 
 def test_memory_that_cannot_be_pinned_is_taken_pageable(monkeypatch):
@@ -531,6 +543,7 @@ def test_what_stands_against_it_is_said():
         m.model.layers[0].mlp.up_proj.base.__class__ = Other
 
     assert "linear" in why(replace)
+    assert lean.apply(tiny_model("gemma2")).notes()[0].startswith("layers: the model's own")
 
 
 def test_what_is_no_packed_row_takes_the_models_own_code():
@@ -545,6 +558,18 @@ def test_what_is_no_packed_row_takes_the_models_own_code():
         assert torch.equal(
             model.generate(ids, max_new_tokens=5, do_sample=False), own.generate(ids, max_new_tokens=5, do_sample=False)
         )
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_flash_attention_is_called_by_its_signature(window):
+    """On tensors without data: torch checks the arguments, and says the shapes. The kernels need a GPU."""
+    device = torch.device("meta")
+    q, k, v = (torch.empty(30, heads, 16, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    row = lean.Row(None, None, torch.empty(3, device=device, dtype=torch.int32), 20)
+    out, lse = lean.flash_attend(q, k, v, row, 0.25, window)
+    assert out.shape == q.shape and lse.shape == (4, 30) and lse.dtype == torch.float32
+    found = lean.flash_attend_backward(out, q, k, v, out, lse, row, 0.25, window)
+    assert [one.shape for one in found] == [q.shape, k.shape, v.shape]
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------
