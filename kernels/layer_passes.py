@@ -28,8 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def _fast(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return HAS_TRITON and x.is_cuda and x.dtype != torch.float64
 
 
 def _wide(x: Tensor) -> Tensor:
