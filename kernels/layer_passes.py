@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
