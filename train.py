@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from lengthen import cli, lora
+from lengthen import cli, lean, lora
 from lengthen.chat import Chat, fill, template_hashes
 from lengthen.checkpoint import TrainingFolder
 from lengthen.jobs import read_sidecar
@@ -377,7 +377,9 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     budget = 1e9 * args.activation_gb or (
         CPU_ACTIVATION_GB * 1e9 if model.device.type == "cpu" else 0.8 * torch.cuda.mem_get_info()[0]
     )
-    recompute = Recompute(model, abilities.token_bytes, budget)
+    lent = lean.apply(model)
+    abilities.notes += lent.notes()
+    recompute = Recompute(model, abilities.token_bytes, budget, lent)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     # 3) go on from the last checkpoint, if there is one
@@ -399,7 +401,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     cli.say(
         f"{args.role}: {len(pairs)} pairs, {sum(len(p.ids) for p in pairs):,} tokens, {total} steps; "
         f"rank {args.rank}, alpha {args.alpha:g}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; "
-        f"{abilities.token_bytes / 1e6:.2f} MB of activations a token, recomputed in rows beyond "
+        f"{recompute.token_bytes / 1e6:.2f} MB of activations a token, recomputed in rows beyond "
         f"{recompute.free_tokens:,} tokens"
     )
     folder.save_meta(

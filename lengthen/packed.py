@@ -247,7 +247,7 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # an operation that keeps its own output would else keep itself alive, and all before it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         out = decoder(**inputs, use_cache=False).last_hidden_state  # holding it keeps the storages, and their addresses
@@ -256,18 +256,27 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
 
 
 class Recompute:
-    """Gradient checkpointing of as few layers as fit: the first k of them keep only their input."""
+    """As few layers as fit keep less than all for the backward pass: the first k of them.
 
-    def __init__(self, model, token_bytes: int, budget: float):
+    Lean layers (lean.py) then keep their input and their attention; all other layers their input, by checkpointing.
+    """
+
+    def __init__(self, model, token_bytes: int, budget: float, lean=None):
         config = model.config.get_text_config()
-        if model.supports_gradient_checkpointing:
-            # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
-            prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-            enable = getattr(model, f"{prefix}_checkpointing_enable")
-            enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
-        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.layer_bytes = token_bytes / config.num_hidden_layers
-        self.input_bytes = config.hidden_size * model.dtype.itemsize
+        self.lean = lean if lean and lean.layers else None
+        if self.lean:
+            self.layers = [layer.module for layer in lean.layers]
+            self.layer_bytes, self.input_bytes = lean.kept_bytes("none"), lean.kept_bytes("attention")
+            token_bytes = self.layer_bytes * len(self.layers)
+        else:
+            if model.supports_gradient_checkpointing:
+                # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
+                prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+                enable = getattr(model, f"{prefix}_checkpointing_enable")
+                enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+            self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+            self.layer_bytes = token_bytes / config.num_hidden_layers
+            self.input_bytes = config.hidden_size * model.dtype.itemsize
         self.budget, self.token_bytes = budget, token_bytes
 
     @property
@@ -281,6 +290,9 @@ class Recompute:
         saved_per_layer = tokens * (self.layer_bytes - self.input_bytes)
         # + 1: while a layer is recomputed, its own activations are alive again
         k = 0 if over <= 0 else min(len(self.layers), math.ceil(over / saved_per_layer) + 1)
-        for i, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = i < k
+        if self.lean:
+            self.lean.keep_less(k)
+        else:
+            for i, layer in enumerate(self.layers):
+                layer.gradient_checkpointing = i < k
         return k

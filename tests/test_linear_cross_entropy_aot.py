@@ -38,9 +38,11 @@ def compile_one(kernel, meta: dict, arch: int, warps: int, stages: int) -> dict:
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in fp32 else "*i64" if name in int64 else "*bf16"
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "eps") else "i32"
     aligned = [
-        i for i, n in enumerate(signature) if signature[n][0] == "*" or n in ("V", "H") or n.startswith("stride")
+        i
+        for i, n in enumerate(signature)
+        if signature[n][0] == "*" or n in ("V", "H", "N", "half", "n") or n.startswith("stride")
     ]
     source = ASTSource(
         kernel, signature=signature, constexprs=meta, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}

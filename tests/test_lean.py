@@ -1,0 +1,596 @@
+"""The lean decoder layer against transformers + PEFT, against itself, and by what it computes and keeps.
+
+pytest tests/test_lean.py
+"""
+
+import weakref
+from collections import Counter
+from itertools import product
+
+import peft
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from lengthen import lean, lora
+from lengthen.lean import CHECKPOINTS, Host, Settings
+from lengthen.packed import Recompute, examine, pack
+
+LEAN = ("llama", "qwen2", "qwen3", "mistral")
+LENGTHS = (41, 1, 30, 9)  # tokens of the samples of a row; two are longer than tiny Mistral's window of 24
+EVERY_WAY = [Settings(c, o, t) for c, o, t in product(CHECKPOINTS, (False, True), (0, 16))]
+
+
+def random_model(family: str, **changes):
+    """Norm weights and biases random as well: a new model's are ones and zeros, which would hide mistakes."""
+    if family == "llama":
+        changes = {"attention_bias": True, "mlp_bias": True, **changes}
+    model = tiny_model(family, **{"initializer_range": 0.1, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.2, 0.2)
+    return model.requires_grad_(False)
+
+
+def give_lora(model, **options) -> list[torch.nn.Parameter]:
+    """LoRA layers whose B is not zero, so that all of their gradients count."""
+    parameters = lora.attach(model, **{"rank": 4, "alpha": 6, **options})
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.lora_layers(model).values():
+        layer.B.data.normal_(0, 0.2, generator=generator)
+    return parameters
+
+
+def lean_model(family: str, settings=None, limit: int = 0, **options):
+    """-> (model in training mode, what was lent to it)."""
+    model = random_model(family)
+    give_lora(model, **options)
+    assert examine(model).packs
+    lent = lean.apply(model, settings or Settings(), limit)
+    assert not lent.why and len(lent.layers) == 2
+    return model.train(), lent
+
+
+def some_ids(seed: int = 0, vocab: int = 400) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def loss_of(model, samples: list[list[int]]) -> torch.Tensor:
+    """The sum over all tokens but each sample's first, of one packed row."""
+    logits = model(**pack(samples, model.device).keywords(), use_cache=False).logits[0]
+    index, targets, start = [], [], 0
+    for ids in samples:
+        index += range(start, start + len(ids) - 1)
+        targets += ids[1:]
+        start += len(ids)
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(logits[index].to(kind), torch.tensor(targets), reduction="sum")
+
+
+def gradients(model, samples=None, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(seed)
+    parameters = lora.lora_parameters(model)
+    for p in parameters:
+        p.grad = None
+    loss = loss_of(model, samples or some_ids())
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in parameters]
+
+
+def alone(model, samples: list[list[int]]) -> torch.Tensor:
+    """The oracle: transformers' own loss, one sample at a time."""
+    total = 0.0
+    for ids in samples:
+        if len(ids) > 1:
+            row = torch.tensor([ids])
+            total = total + model(input_ids=row, labels=row, use_cache=False).loss * (len(ids) - 1)
+    return total
+
+
+def peft_gradients(base, folder, samples, dtype=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    theirs = peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+    theirs = theirs if dtype is None else theirs.to(dtype)
+    loss = alone(theirs, samples)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+
+
+def by_pefts_names(model, grads: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = [f"base_model.model.{n}.lora_{part}.default.weight" for n in lora.lora_layers(model) for part in "AB"]
+    return dict(zip(names, grads, strict=True))
+
+
+def apart(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest distance of a tensor relative to its norm."""
+    return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- equality -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("family", LEAN)
+@pytest.mark.parametrize("options", [{}, {"rslora": True, "targets": ["q_proj", "up_proj", "o_proj"]}])
+def test_loss_and_gradients_are_pefts(tmp_path, family, options, checkpoint):
+    model, _ = lean_model(family, Settings(checkpoint, tile_rows=32), **options)
+    lora.save_adapter(model, tmp_path, "base")
+    loss, grads = gradients(model)
+    expected_loss, expected = peft_gradients(random_model(family), tmp_path, some_ids())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    ours = by_pefts_names(model, grads)
+    assert ours.keys() == expected.keys()
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item())
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_every_way_gives_the_same_numbers(family, monkeypatch):
+    """What is kept, where, and in which tiles changes no more than the order of sums; packed is each sample alone."""
+    monkeypatch.setattr(lean, "SLAB", 4096)  # many slabs, and tensors across their borders
+    model, lent = lean_model(family, Settings("none"))
+    loss, grads = gradients(model)
+    for settings in EVERY_WAY:
+        lent.set(settings)
+        again, others = gradients(model)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=0, msg=str(settings))
+        assert apart(others, grads) < (1e-7 if not settings.tile_rows else 2e-6), settings
+    lent.set([Settings("full", tile_rows=7), Settings("attention", offload=True)])  # each layer its own
+    assert apart(gradients(model)[1], grads) < 2e-6
+    one_by_one = [gradients(model, [ids])[1] for ids in some_ids() if len(ids) > 1]
+    assert apart([sum(parts) for parts in zip(*one_by_one, strict=True)], grads) < 2e-6
+
+
+def test_offloaded_numbers_are_the_same_bits():
+    model, lent = lean_model("qwen2", Settings("attention", tile_rows=16))
+    kept = gradients(model)
+    lent.set(Settings("attention", offload=True, tile_rows=16))
+    loss, grads = gradients(model)
+    assert torch.equal(loss, kept[0]) and all(map(torch.equal, grads, kept[1]))
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+def error_ratio(tmp_path, family: str, quantize: bool) -> tuple[float, float]:
+    """Errors of loss and gradients against float64, ours as a multiple of PEFT's, over several rows of samples."""
+    torch.set_num_threads(1)
+    random_model(family, **WIDE).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+    def load():
+        config_now = config if quantize else None
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", dtype=torch.bfloat16, quantization_config=config_now
+        )
+        return model.requires_grad_(False)
+
+    ours = load()
+    give_lora(ours)
+    lora.save_adapter(ours, tmp_path / "adapter", "base")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64).requires_grad_(False)
+    for name, linear in lora.decoder_linears(ours).items():
+        exact.get_submodule(name).weight.data = lean.dense(linear).double()
+    exact = peft.PeftModel.from_pretrained(exact, tmp_path / "adapter", is_trainable=True).eval().double()
+    theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter", is_trainable=True).eval()
+    assert examine(ours).packs and not lean.apply(ours, Settings("attention", tile_rows=32)).why
+    errors = {"loss": [0.0, 0.0], "gradients": [0.0, 0.0]}
+    for seed in range(4):
+        samples = some_ids(seed)
+        truth_loss = alone(exact, samples)
+        exact.zero_grad()
+        truth_loss.backward()
+        truth = {n: p.grad for n, p in exact.named_parameters() if p.grad is not None}
+        theirs.zero_grad()
+        their_loss = alone(theirs, samples)
+        their_loss.backward()
+        found = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        our_loss, grads = gradients(ours, samples)
+        for i, (loss, named) in enumerate([(our_loss, by_pefts_names(ours, grads)), (their_loss.detach(), found)]):
+            errors["loss"][i] += (loss.double() - truth_loss.detach()).abs().item()
+            errors["gradients"][i] += sum((named[n].double() - g).square().sum().item() for n, g in truth.items())
+    return tuple(a / b for a, b in errors.values())
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("family", LEAN)
+def test_rounded_numbers_are_no_worse_than_pefts(tmp_path, family, quantize):
+    loss, squares = error_ratio(tmp_path, family, quantize)
+    assert squares**0.5 <= 1.2, (loss, squares**0.5)
+    assert loss <= 1.2, loss
+
+
+@pytest.mark.parametrize("settings", [Settings("none"), Settings("attention", tile_rows=16), Settings("full", True)])
+def test_dropout_draws_one_mask_for_forward_and_backward(settings, monkeypatch):
+    """float64 differences along a random direction, under a fixed seed, are the gradient's."""
+    monkeypatch.setattr(lean, "MASK_ROWS", 8)  # masks cross the borders of tiles
+    model, lent = lean_model("qwen3", settings, dropout=0.3)
+    lent.restore()
+    lent = lean.apply(model.double(), settings)
+    row, parameters = pack(some_ids()), lora.lora_parameters(model)
+    x, upstream = torch.randn(2, 1, sum(LENGTHS), 64, dtype=torch.float64)
+    positions = [one.double() for one in model.model.rotary_emb(x, row.position_ids)]
+
+    def value(seed: int) -> torch.Tensor:
+        """Through the layers alone: transformers' last norm computes in fp32 whatever it is given."""
+        torch.manual_seed(seed)
+        y = x
+        for layer in lent.layers:
+            y = layer(y, positions, row.cu_seq_lens, row.longest)
+        return (y * upstream).sum()
+
+    grads = torch.autograd.grad(value(5), parameters)
+    directions = [torch.randn_like(g) for g in grads]
+    assert value(5) == value(5) != value(6)
+    step, ends = 1e-5, []
+    for sign in (1, -2):
+        for p, d in zip(parameters, directions, strict=True):
+            p.data += sign * step * d
+        ends.append(value(5))
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-6, atol=0)
+
+
+def test_dropout_is_the_same_in_every_way():
+    model, lent = lean_model("llama", Settings("none"), dropout=0.3)
+    loss, grads = gradients(model)
+    for settings in EVERY_WAY:
+        lent.set(settings)
+        again, others = gradients(model)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+        assert apart(others, grads) < 2e-6, settings
+    mask = lean.dropout_mask(1, 0, 2000, 50, 0.3, torch.empty(0))
+    assert set(mask.unique().tolist()) == {0.0, mask.max().item()} and mask.max().item() == pytest.approx(1 / 0.7)
+    assert abs((mask == 0).float().mean() - 0.3) < 0.01  # 100,000 draws: 7 standard deviations
+    assert torch.equal(lean.dropout_mask(1, 900, 300, 50, 0.3, torch.empty(0)), mask[900:1200])
+
+
+# ---- what is computed -----------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the weight in them, and floating-point operations; attention counts half (causal)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters()}
+        self.counts, self.flops = Counter(), 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            if layer := self.names.get(right.untyped_storage().data_ptr()):
+                forward = right.stride(0) == 1 and right.shape[0] == right.stride(1)  # x W^T, not dy W
+                self.counts[layer.split(".")[-3 if ".base." in layer else -2], "forward" if forward else "dx"] += 1
+        if "flash_attention" in name:
+            back = "backward" in name
+            query = args[1] if back else args[0]
+            _, heads, n, width = query.shape
+            self.counts["attention", "backward" if back else "forward"] += 1
+            self.flops += (2.5 if back else 1) * 2 * heads * width * n * n
+        return func(*args, **(kwargs or {}))
+
+
+def counted(model, samples) -> Products:
+    """Forward and backward of the decoder alone, without the head."""
+    row, decoder = pack(samples), model.get_decoder()
+    hidden = decoder(**row.keywords(), use_cache=False).last_hidden_state
+    upstream = torch.randn_like(hidden)
+    with Products(model) as seen:
+        decoder(**row.keywords(), use_cache=False).last_hidden_state.backward(upstream)
+    return seen
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_nothing_is_computed_three_times(family):
+    """The leanest plan that recomputes little: the down-projection once forward, attention once, the rest twice."""
+    model, lent = lean_model(family, Settings("attention", offload=True))
+    samples, layers = some_ids()[:1], 2
+    counts = counted(model, samples).counts
+    rest = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    assert counts["down_proj", "forward"] == layers == counts["attention", "forward"] == counts["attention", "backward"]
+    assert {counts[name, "forward"] for name in rest} == {2 * layers}
+    assert {counts[name, "dx"] for name in (*rest[3:], "down_proj")} == {layers}
+    assert {counts[name, "dx"] for name in rest[:3]} == {layers - 1}  # nobody asks for the embeddings' gradient
+    lent.set(Settings("none"))
+    counts = counted(model, samples).counts
+    assert {counts[name, "forward"] for name in (*rest, "down_proj", "attention")} == {layers}
+    lent.set(Settings("full"))
+    assert counted(model, samples).counts["attention", "forward"] == 2 * layers
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_formula_counts_what_is_computed(checkpoint):
+    model, lent = lean_model("qwen2", Settings(checkpoint))
+    samples = [torch.arange(3, 67).tolist()]
+    seen = counted(model, samples).flops / 64
+    formula = lean.flops_per_token(model.config, 64, Settings(checkpoint), rank=4, target_share=0)
+    # the first layer's input has no gradient: three products and LoRA's part of them that the formula counts
+    first = 2 * (64 * (64 + 32 + 32) + 3 * 4 * 64)
+    assert seen + first == pytest.approx(formula, rel=1e-6)
+
+
+def test_operations_of_the_models_people_train():
+    """The bar: 49.5 GFLOP a token for Qwen2.5-7B at 16K, where checkpointing takes 56.5 and keeping all 40."""
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    config = AutoConfig.for_model("qwen2", vocab_size=152_064, num_hidden_layers=28, **sizes)
+    found = {c: lean.flops_per_token(config, 16_384, Settings(c)) / 1e9 for c in CHECKPOINTS}
+    assert 49.0 < found["attention"] <= 49.5
+    assert 39.5 < found["none"] < 40.5 and 52.0 < found["full"] < 53.0
+    window = AutoConfig.for_model("mistral", sliding_window=4096)
+    assert lean.flops_per_token(window, 4096, Settings()) < lean.flops_per_token(window, 65_536, Settings())
+    whole = AutoConfig.for_model("mistral", sliding_window=None)
+    assert lean.flops_per_token(window, 65_536, Settings()) < 0.6 * lean.flops_per_token(whole, 65_536, Settings())
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------
+
+
+def saved_bytes(model, samples) -> int:
+    """What autograd keeps for the decoder's backward pass, each storage once, the model's own not."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x.detach()  # an operation that keeps its own output would else keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = model.get_decoder()(**pack(samples).keywords(), use_cache=False).last_hidden_state
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_each_level_keeps_what_its_formula_says(family, monkeypatch):
+    monkeypatch.setattr(lean, "SLAB", 64)
+    model, lent = lean_model(family)
+    samples, tokens = some_ids(), sum(LENGTHS)
+    lent.set(Settings("full", offload=True))
+    rest = saved_bytes(model, samples)  # the final norm's
+    for checkpoint in CHECKPOINTS:
+        wanted = 2 * tokens * lean.kept_bytes(model.config, Settings(checkpoint), 4)
+        lent.set(Settings(checkpoint))
+        assert saved_bytes(model, samples) - rest == wanted
+        assert lent.kept_bytes(checkpoint) == lean.kept_bytes(model.config, Settings(checkpoint), 4)
+        lent.set(Settings(checkpoint, offload=True))
+        lent.host = lent.layers[0].host = lent.layers[1].host = Host(model.device)
+        assert saved_bytes(model, samples) == rest
+        assert wanted <= lent.host.bytes < wanted + 2 * 64
+        assert len(lent.host.free) == lent.host.taken  # the graph is gone: everything is free again
+
+
+def peak_bytes(work) -> int:
+    """Most memory allocated at a time by `work`, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+BROAD = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("settings", [Settings("none"), Settings("attention"), Settings("full", tile_rows=64)])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_backward_pass_takes_what_its_formula_says(family, settings):
+    model = random_model(family, **BROAD)
+    give_lora(model)
+    examine(model)
+    lent = lean.apply(model, settings)
+    ids = torch.randint(3, 400, (4096,)).tolist()
+    decoder, row = model.get_decoder(), pack([ids])
+
+    def forward():
+        x = decoder.embed_tokens(row.input_ids).requires_grad_()
+        positions = decoder.rotary_emb(x, row.position_ids)
+        y = lent.layers[0](x, positions, row.cu_seq_lens, row.longest)
+        return x, y, torch.randn_like(y)
+
+    x, y, dy = forward()
+    torch.autograd.grad(y, x, dy)
+    x, y, dy = forward()
+    grads = []
+    taken = peak_bytes(lambda: grads.append(torch.autograd.grad(y, [x, *lora.lora_parameters(model)], dy)))
+    formula = lean.working_bytes(model.config, 4096, settings, 4, quantized=False, cuda=False)
+    assert 0.92 * formula < taken < 1.08 * formula, (taken, formula)
+
+
+def test_tiles_keep_the_mlp_from_growing_with_the_sequence():
+    config = AutoConfig.for_model("qwen2", hidden_size=3584, intermediate_size=18944, num_attention_heads=28)
+    whole, tiled = (lean.working_bytes(config, 65_536, Settings(tile_rows=t), 2, True, True) for t in (0, 4096))
+    assert tiled < 0.6 * whole
+
+
+def test_as_few_layers_as_fit_keep_less():
+    model, lent = lean_model("llama")
+    all_kept = 2 * lean.kept_bytes(model.config, Settings("none"), 4)
+    recompute = Recompute(model, 1, 1000 * all_kept, lent)
+    assert recompute.free_tokens == 1000 and recompute.token_bytes == all_kept
+    for tokens, count in ((1000, 0), (1001, 2), (10, 0), (100_000, 2)):
+        assert recompute.set(tokens) == count
+        levels = [layer.settings.checkpoint for layer in lent.layers]
+        assert levels == ["attention"] * count + ["none"] * (2 - count)
+        assert not any(layer.module.gradient_checkpointing for layer in lent.layers)
+
+
+# ---- host memory ----------------------------------------------------------------------------------------
+
+
+def test_beyond_the_limit_tensors_stay(monkeypatch):
+    monkeypatch.setattr(lean, "SLAB", 4096)
+    model, lent = lean_model("llama", Settings("attention"))
+    loss, grads = gradients(model)
+    one = sum(LENGTHS) * lean.kept_bytes(model.config, Settings("attention"), 4)  # bytes of one layer
+    limit = (one // 4096 + 1) * 4096
+    lent.host.limit = limit
+    lent.set(Settings("attention", offload=True))
+    for _ in range(2):  # the slabs come back: a second step offloads as much
+        again, others = gradients(model)
+        assert torch.equal(again, loss) and all(map(torch.equal, others, grads))
+        assert 0 < lent.host.bytes <= limit and len(lent.host.free) == lent.host.taken
+    assert lent.host.full and any("limit" in line for line in lent.notes())
+
+
+def test_memory_that_cannot_be_pinned_is_taken_pageable(monkeypatch):
+    """As on WSL2, where the system pins a part of the memory only."""
+    host, real = Host(torch.device("cpu")), torch.empty
+    host.pinned, asked = True, []
+
+    def empty(*args, pin_memory=False, **more):
+        asked.append(pin_memory)
+        if pin_memory and len(asked) > 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*args, **more)
+
+    monkeypatch.setattr(lean.torch, "empty", empty)
+    tensors = [torch.randn(3, 1 << 21), torch.arange(5.0)]  # 24 MiB: two slabs
+    parcel = host.put(tensors)
+    assert not host.pinned and asked == [True, True, False]
+    assert all(map(torch.equal, host.get(parcel), tensors))
+
+
+def test_a_parcel_is_handed_out_once_and_never_lost():
+    host = Host(torch.device("cpu"))
+    parcels = [host.put([torch.full((4,), float(i))]) for i in range(3)]
+    assert host.taken == 3 and parcels[2].before() is parcels[1]
+    assert host.get(parcels[2])[0].tolist() == [2.0] * 4 and len(host.free) == 1
+    with pytest.raises(AssertionError, match="second backward"):
+        host.get(parcels[2])
+    gone = weakref.ref(parcels.pop())
+    del parcels[0]  # a forward pass that was given up
+    assert gone() is None and len(host.free) == 2 and host.get(parcels[0])[0].tolist() == [1.0] * 4
+
+
+def test_a_second_backward_pass_is_refused():
+    for settings in (Settings("none"), Settings("attention", offload=True)):
+        model, _ = lean_model("llama", settings)
+        loss = loss_of(model, some_ids())
+        loss.backward(retain_graph=True)
+        with pytest.raises((RuntimeError, AssertionError), match="in-?place|second backward"):
+            loss.backward()
+
+
+# ---- lending --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_lent_to_the_families_it_is_written_for(family):
+    model = random_model(family)
+    give_lora(model)
+    examine(model)
+    lent = lean.apply(model)
+    assert bool(lent.layers) == (family in LEAN) and bool(lent.why) == (family not in LEAN)
+    loss, grads = gradients(model)
+    own = random_model(family)
+    give_lora(own)
+    examine(own)
+    expected = gradients(own)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    assert apart(grads, expected[1]) < 1e-5
+    lent.restore()
+    assert not [m for m in model.modules() if "forward" in vars(m)] and torch.equal(gradients(model)[0], expected[0])
+
+
+def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
+    model = random_model("llama")
+    give_lora(model)
+    examine(model)
+    own = type(model.model.layers[1]).forward
+    monkeypatch.setattr(type(model.model.layers[1]), "forward", lambda self, x, **named: 1.01 * own(self, x, **named))
+    lent = lean.apply(model)
+    assert "differs" in lent.why and not lent.layers and "forward" not in vars(model.model.layers[0])
+
+
+def test_what_stands_against_it_is_said():
+    def why(change) -> str:
+        model = random_model("qwen2")
+        give_lora(model)
+        examine(model)
+        change(model)
+        lent = lean.apply(model)
+        assert not lent.layers
+        return lent.why
+
+    assert "packed" in why(lambda m: m.set_attn_implementation("sdpa"))
+    assert "changed" in why(lambda m: m.model.layers[1].mlp.register_forward_hook(lambda *_: None))
+    assert "more than LoRA" in why(lambda m: m.model.layers[0].input_layernorm.requires_grad_(True))
+    assert "SiLU" in why(lambda m: setattr(m.config, "hidden_act", "gelu"))
+    assert "dropout" in why(lambda m: setattr(next(iter(lora.lora_layers(m).values())), "dropout", 0.5))
+
+    class Other(torch.nn.Linear):
+        pass
+
+    def replace(m):
+        m.model.layers[0].mlp.up_proj.base.__class__ = Other
+
+    assert "linear" in why(replace)
+    assert lean.apply(tiny_model("gemma2")).notes()[0].startswith("layers: the model's own")
+
+
+def test_what_is_no_packed_row_takes_the_models_own_code():
+    """Evaluation, generation: anything but a row of a training step."""
+    model, _ = lean_model("qwen3")
+    ids = torch.randint(3, 400, (2, 7))
+    own = random_model("qwen3")
+    give_lora(own)
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(input_ids=ids).logits, own(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=5, do_sample=False), own.generate(ids, max_new_tokens=5, do_sample=False)
+        )
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_flash_attention_is_called_by_its_signature(window):
+    """On tensors without data: torch checks the arguments, and says the shapes. The kernels need a GPU."""
+    device = torch.device("meta")
+    q, k, v = (torch.empty(30, heads, 16, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    row = lean.Row(None, None, torch.empty(3, device=device, dtype=torch.int32), 20)
+    out, lse = lean.flash_attend(q, k, v, row, 0.25, window)
+    assert out.shape == q.shape and lse.shape == (4, 30) and lse.dtype == torch.float32
+    found = lean.flash_attend_backward(out, q, k, v, out, lse, row, 0.25, window)
+    assert [one.shape for one in found] == [q.shape, k.shape, v.shape]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("family", LEAN)
+def test_on_a_gpu_every_way_gives_the_models_numbers(family):
+    model = random_model(family).to("cuda", torch.bfloat16)
+    give_lora(model)
+    examine(model)
+
+    def found() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        hidden = model.get_decoder()(**pack(some_ids(), "cuda").keywords(), use_cache=False).last_hidden_state
+        return torch.autograd.grad(hidden, lora.lora_parameters(model), torch.randn_like(hidden))
+
+    own = found()
+    lent = lean.apply(model)
+    assert not lent.why
+    for settings in EVERY_WAY:
+        lent.set(settings)
+        assert apart(found(), own) < 5e-2, settings
+    torch.cuda.synchronize()
