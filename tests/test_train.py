@@ -64,9 +64,9 @@ def run(tmp_path, model_folder, capsys):
     return call
 
 
-def with_lora(family: str = "llama", **options) -> torch.nn.Module:
+def with_lora(family: str = "llama", sizes: dict | None = None, **options) -> torch.nn.Module:
     """A tiny model in training mode; B is not zero, so that both A and B have gradients."""
-    model = tiny_model(family)
+    model = tiny_model(family, **sizes or {})
     lora.attach(model, **{"rank": 4, "alpha": 8, **options})
     generator = torch.Generator().manual_seed(2)
     for layer in lora.lora_layers(model).values():
