@@ -12,12 +12,12 @@ A step's peak (GB = 1e9 bytes) is the sum of
 and all but the activations are known from the shapes. For transformers' own layers, of any model, the activations are
 not derived but counted: the decoder runs, one and two layers deep, on torch's meta device (shapes without data), where
 `Live` sees each tensor appear and vanish; both grow linearly with the tokens and the layers. For the memory-lean layer
-(the Llama family) they follow from a list of vectors, `LEAN_*` below; per token and layer, with H the hidden size,
+(the Llama family) they are added up vector by vector, `lean_kept` and `lean_backward`; per token and layer, with H the hidden size,
 Q and K the widths of the queries and of the keys, I the MLP's, n the attention heads:
 
     level       kept                                                  recomputed
-    none        X, norm, q, k, v, out, lse, X', norm', gate, up       nothing
-    attention   X, out, lse                                           norms, q, k, v, o, gate, up; attention not
+    none        X, q, k, v, out, lse, X', gate, up                    norms and activation, in one pass each
+    attention   X, out, lse                                           q, k, v, o, gate, up; attention not
     full        X                                                     the same, and attention
 
 --offload moves what is kept to pinned host memory, but for the two layers on their way; --tile-rows works through the
@@ -35,7 +35,7 @@ with a frozen base, FlashAttention and a loss without logits.
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,7 +121,7 @@ class Facts:
 
 
 def facts_of(
-    config: PretrainedConfig,
+    model: nn.Module,
     *,
     rank: int,
     targets: str | list[str] = "all-linear",
@@ -129,18 +129,17 @@ def facts_of(
     nf4: bool = False,
     cuda: bool = True,
 ) -> Facts:
-    """The sizes of the model that `config` describes: built on the meta device, in a second, without memory."""
-    model = meta_model(config, dtype)
+    """The sizes of a model, loaded or on the meta device, and of the LoRA layers that it has or would get."""
     linears = lora.decoder_linears(model)
-    weights = {name: layer.weight.numel() for name, layer in linears.items()}
+    weights = {name: layer.in_features * layer.out_features for name, layer in linears.items()}
     down = {name for name in weights if name.endswith("down_proj")}
-    tables = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
-    total = sum(p.numel() for p in model.parameters())
+    tables = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    counted = tables | {layer.weight for layer in linears.values()} | set(lora.lora_parameters(model))
     trained = {
         name: rank * (linears[name].in_features + linears[name].out_features)
         for name in lora.select_targets(model, targets)
     }
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Facts(
         layers=text.num_hidden_layers,
@@ -153,8 +152,8 @@ def facts_of(
         linear=sum(weights.values()),
         down=sum(weights[name] for name in down),
         largest=max(weights.values()),
-        embedding=sum(tables.values()),
-        rest=total - sum(weights.values()) - sum(tables.values()),
+        embedding=sum(w.numel() for w in tables),
+        rest=sum(p.numel() for p in model.parameters() if p not in counted),
         lora=sum(trained.values()),
         lora_down=sum(n for name, n in trained.items() if name in down),
         item=dtype.itemsize,
@@ -189,7 +188,7 @@ class Live(TorchDispatchMode):
     Works on any device; on "meta" nothing is computed. `known`: tensors that were there before and do not count.
     """
 
-    def __init__(self, known: Iterator[Tensor] = ()):
+    def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
         self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
@@ -254,6 +253,12 @@ class Traced:
     backward: Linear  # the most that the backward pass of a layer holds beside what is kept
 
 
+def from_saved_bytes(facts: Facts, token_bytes: float) -> Traced:
+    """For a model that does not run without data: what examine() saw the loaded one keep, bytes a token."""
+    layer = Linear(0.0, token_bytes / facts.layers)
+    return Traced(layer, Linear(0.0, 0.0), layer)
+
+
 def trace(config: PretrainedConfig, *, rank: int, targets: str | list[str], dtype: torch.dtype) -> Traced:
     """Run the decoder forward and backward on the meta device and count. UserError where it does not run there."""
 
@@ -292,21 +297,34 @@ def trace(config: PretrainedConfig, *, rank: int, targets: str | list[str], dtyp
 def lean_kept(facts: Facts, checkpoint: str) -> float:
     """Bytes a token that the memory-lean layer keeps."""
     h, q, k, i = (facts.item * n for n in (facts.hidden, facts.query, facts.key, facts.intermediate))
-    lse = 4 * facts.heads
-    return {"none": 4 * h + 2 * q + 2 * k + 2 * i + lse, "attention": h + q + lse, "full": h}[checkpoint]
+    lse = max(4, facts.item) * facts.heads
+    return {"none": 2 * h + 2 * q + 2 * k + 2 * i + lse, "attention": h + q + lse, "full": h}[checkpoint]
 
 
-def lean_backward(facts: Facts, tokens: int, tile_rows: int) -> float:
-    """Bytes that its backward pass works with: attention's or the MLP's, whichever is more.
+def lean_backward(facts: Facts, tokens: int, settings: Settings) -> float:
+    """Bytes that its backward pass works with beside what is kept: the MLP's tiles, or attention, whichever is more.
 
-    Attention: X, norm, X', dY, dO and dX beside q, k, v, out and their gradients; FlashAttention 2 sums dQ in fp32 and
-    writes dK and dV once a query head. MLP: gate, up and their product, replaced by the gradients, beside six vectors.
+    Through both goes dY [T, H] and dO [T, Q]. MLP, a tile: X', its norm and the gradient of that; gate, up and one
+    gradient, written over. Attention: q, k, v and their gradients; FlashAttention 2 sums dQ in fp32 and writes dK and
+    dV once a query head. NF4: the weights of the half that is at work, dequantised.
     """
-    h, q, k, i = (facts.item * n for n in (facts.hidden, facts.query, facts.key, facts.intermediate))
-    fp32_dq = 4 * facts.query if facts.item < 4 else 0
-    expanded = 2 * q if facts.key < facts.query else 0
-    attention = tokens * (4 * h + 4 * q + 4 * k + fp32_dq + expanded)
-    return max(attention, 6 * h * tokens + 3 * i * min(tokens, tile_rows or tokens))
+    f, level = facts, settings.checkpoint
+    h, q, k, i = (f.item * n for n in (f.hidden, f.query, f.key, f.intermediate))
+    rows = min(tokens, settings.tile_rows or tokens)
+    if level == "none":
+        mlp, attention = rows * (2 * h + i), tokens * (q + 2 * k)
+    else:
+        mlp, attention = rows * (3 * h + 3 * i), tokens * 2 * (q + 2 * k)
+    if level == "full":  # attention runs once more, first
+        mlp, attention = mlp + tokens * (2 * q + 2 * k), attention + tokens * q
+    if f.cuda:
+        attention += tokens * (4 * f.query + 2 * q)
+    else:
+        mlp += rows * i  # torch's own passes are not in place
+    if f.nf4:
+        mlp += 3 * f.hidden * i + f.hidden * q
+        attention += f.hidden * (q + 2 * k)
+    return max(mlp, attention) + tokens * (h + q)
 
 
 def loss_bytes(facts: Facts, targets: int) -> float:
@@ -334,7 +352,7 @@ class Budget:
             "embedding and head": float(f.embedding * f.item),
             "norms and biases": float(f.rest * f.item),
         }
-        if f.nf4:
+        if f.nf4 and self.traced:  # the memory-lean layer counts its own
             parts["dequantised weight"] = float(f.largest * f.item)
         for name, each in LORA_BYTES.items():
             parts[name] = float(f.lora * each)
@@ -364,7 +382,7 @@ class Budget:
             kept = plain * lean_kept(f, "none") * tokens + lean * each
             if settings.offload:
                 offloaded = max(0, lean - BUFFERED_LAYERS) * each
-            work = lean_backward(f, tokens, settings.tile_rows)
+            work = lean_backward(f, tokens, settings)
         loss = loss_bytes(f, targets)
         parts = {"kept activations": kept - offloaded}
         parts["working set of a layer's backward" if work >= loss else "loss"] = max(work, loss)
@@ -405,17 +423,14 @@ class Budget:
     def longest(self, wanted: "Wanted", room: float) -> int:
         """The most tokens of a row that fit with any of the settings left open, 0 = none."""
 
-        def fits(tokens: int) -> bool:
-            return any(self.card_bytes(s, tokens) <= room for s in some)
-
         some = self.candidates(wanted, 1)
-        low, high = 0, 1
-        while fits(high) and high < 1 << 30:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return _most(lambda tokens: any(self.card_bytes(s, tokens) <= room for s in some))
+
+    def flops(self, lengths: list[int], targets: list[int], settings: Settings) -> float:
+        """FLOPs of a step over samples of these lengths, of which so many tokens are learned."""
+        return sum(
+            n * self.flops_per_token(n, settings, learned / n) for n, learned in zip(lengths, targets, strict=True)
+        )
 
     def flops_per_token(self, length: float, settings: Settings, target_share: float = 1.0) -> float:
         """FLOPs per token of a step whose samples have `length` tokens; target_share of them are learned."""
@@ -463,6 +478,11 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
         found = next((card for card in CARDS if card in name), "")
         return (CARDS[found][0] * 1e12, f"{name}, dense bf16 by its data sheet") if found else (0.0, name)
     return measured_flops(), f"one matrix product on {torch.get_num_threads()} threads, measured"
+
+
+def cards_of(gigabytes: float) -> dict[str, float]:
+    """Name -> FLOP/s of the cards with about so much memory."""
+    return {name: 1e12 * tflops for name, (tflops, size) in CARDS.items() if abs(size - gigabytes) <= 0.1 * size}
 
 
 def measured_flops(size: int = 1024) -> float:
@@ -535,7 +555,9 @@ def table(budget: Budget, wanted: Wanted, tokens: int, room: float) -> tuple[lis
 
 def time_lines(flops: float, peaks: dict[str, float]) -> list[str]:
     """The floor of a step of so many FLOPs, one line a card (name -> FLOP/s)."""
-    return [f"at least {flops / peak:,.2f} s a step on {name} ({peak / 1e12:,.3g} TFLOP/s)" for name, peak in peaks.items()]
+    return [
+        f"at least {flops / peak:,.2f} s a step on {name} ({peak / 1e12:,.3g} TFLOP/s)" for name, peak in peaks.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -543,56 +565,61 @@ def time_lines(flops: float, peaks: dict[str, float]) -> list[str]:
 
 
 class Memory:
-    """Chooses the settings of each row, and a leaner choice once memory ran out.
+    """Chooses the settings of each row, and leaner ones once memory ran out.
 
     longest: tokens of the longest row to come. `apply` makes the model's layers follow the settings.
     """
 
-    def __init__(
-        self, budget: Budget, wanted: Wanted, room: float, longest: int, apply: Callable[[Settings], None]
-    ):
-        self.budget, self.wanted, self.room, self.apply = budget, wanted, room, apply
+    def __init__(self, budget: Budget, wanted: Wanted, room: float, longest: int, apply: Callable[[Settings], None]):
+        self.budget, self.room, self.apply = budget, room, apply
         self.candidates, self.least = budget.candidates(wanted, longest), 0
-        self.settings = self.candidates[0]
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of a row that the first candidate left takes; 1 where it takes none."""
-        low, high = 1, 2
+        """Tokens of a row that fit with the first candidate left, 1 at the least."""
         first = self.candidates[self.least]
-        while self.budget.card_bytes(first, high) <= self.room and high < 1 << 30:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.budget.card_bytes(first, middle) <= self.room else (low, middle)
-        return low
+        return max(1, _most(lambda tokens: self.budget.card_bytes(first, tokens) <= self.room))
 
-    def set(self, tokens: int) -> Settings:
-        """Choose for a row of so many tokens, and apply."""
+    def choice(self, tokens: int) -> Settings:
+        """The settings for a row of so many tokens; the smallest where none fits."""
         left = self.candidates[self.least :]
         fitting = (s for s in left if self.budget.card_bytes(s, tokens) <= self.room)
-        self.settings = next(fitting, None) or min(left, key=lambda s: self.budget.card_bytes(s, tokens))
-        self.apply(self.settings)
-        return self.settings
+        return next(fitting, None) or min(left, key=lambda s: self.budget.card_bytes(s, tokens))
+
+    def set(self, tokens: int) -> Settings:
+        settings = self.choice(tokens)
+        self.apply(settings)
+        return settings
 
     def shrink(self, tokens: int) -> bool:
-        """Rule out all candidates that need as much as the present one for such a row; False = there is none left."""
-        need = 0.95 * self.budget.card_bytes(self.settings, tokens)
+        """A row of so many tokens did not fit: rule out all that does not save a tenth; False = nothing is left."""
+        need = 0.9 * self.budget.card_bytes(self.choice(tokens), tokens)
         for i in range(self.least, len(self.candidates)):
             if self.budget.card_bytes(self.candidates[i], tokens) < need:
                 self.least = i
+                self.room = min(self.room, need)
                 return True
         return False
 
 
-def room_for(vram: float, activation_gb: float, budget: Budget, device: torch.device, cpu_gb: float) -> float:
-    """Bytes that a step may take in all: --activation-gb beside what is static, --vram, or what the device has free."""
+def _most(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits (0 = not even 1), where all below a number that fits do; at most 2^30."""
+    low, high = 0, 1
+    while fits(high) and high < 1 << 30:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def room_for(budget: Budget, device: torch.device, *, vram_gb: float, activation_gb: float, cpu_gb: float) -> float:
+    """Bytes that a step may take in all: --activation-gb beside what is static, --vram, or what the device has."""
     static = sum(budget.static().values())
     if activation_gb:
         return static + 1e9 * activation_gb + (CONTEXT_BYTES if budget.facts.cuda else 0)
-    if vram:
-        return 1e9 * vram
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
+    if vram_gb:
+        return 1e9 * vram_gb
+    if device.type == "cuda":  # its context exists already: CONTEXT_BYTES counts it once more, for cuBLAS
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     return static + 1e9 * cpu_gb
-

@@ -5,13 +5,11 @@ import torch
 from test_train import some_pairs, with_lora
 from tiny import tiny_config
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig
 
 import train
-from lengthen import lora, plan
+from lengthen import plan
 from lengthen.packed import Recompute, examine
-from lengthen.plan import Budget, Settings, Wanted
-from lengthen.records import UserError
+from lengthen.plan import Budget, Settings
 
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "head_dim": 64}
 

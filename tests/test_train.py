@@ -19,8 +19,8 @@ import train
 from lengthen import checkpoint, lora, packed
 from lengthen.chat import Chat
 from lengthen.packed import Recompute, examine
+from lengthen.pairs import Pair
 from lengthen.records import LowYield, UserError, new_record, read_jsonl
-from train import Pair
 
 ROOT = Path(__file__).parent.parent
 EOS = 2
@@ -174,7 +174,7 @@ def test_one_step_is_pefts(tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0) for p in (lora.lora_parameters(ours), trained)]
     abilities = examine(ours)
-    loss, norm, _ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
+    loss, norm, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
 
     expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
     expected.backward()
@@ -198,7 +198,7 @@ def test_accumulated_is_one_big_batch(per_row, budget):
         abilities = examine(model)
         optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
         recompute = Recompute(model, abilities.token_bytes, memory)
-        loss, norm, _ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
+        loss, norm, *_ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
         results.append((loss, norm, lora.lora_parameters(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
@@ -258,7 +258,7 @@ def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
     assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
     assert len(abilities.notes) == 1
     optimizer = torch.optim.SGD(lora.lora_parameters(ours), lr=0.0)
-    loss, norm, accuracy = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
+    loss, norm, accuracy, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
     num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
     assert loss == pytest.approx(alone(theirs, pairs).item() / num_targets, rel=1e-5)
     assert accuracy == pytest.approx(sum(likeliest(theirs, pair) for pair in pairs) / num_targets)
