@@ -69,6 +69,7 @@ SKIPS_ALLOWED = 2  # steps in a row that are skipped; one more stops the run
 # A spike is a loss above three times the median of the last losses, and one nat above it: where a model knows its
 # pairs by heart, their losses differ by more than three times. Pairs of real runs stay within twice the median.
 SPIKE, SPIKE_NATS, SPIKE_WINDOW, SPIKE_FROM = 3.0, 1.0, 32, 16
+PATIENCE = 5.0  # seconds
 BLOCK = 64  # records that are encoded at a time
 CPU_ACTIVATION_GB = 3.0  # kept for the backward pass before layers are recomputed: SmolLM2 then stays below 6 GB in all
 
@@ -356,7 +357,7 @@ def shrink_or_stop(memory: Memory, tokens: int, auto_shrink: bool) -> None:
         return
     name, size, helps = plan.largest_component(memory.budget, settings, tokens)
     raise UserError(
-        f"out of memory in a row of {tokens:,} tokens with {settings}; the largest part is: {name}, {size / 1e9:.2f} GB",
+        f"out of memory in a row of {tokens:,} tokens with {settings}; the largest part: {name}, {size / 1e9:.2f} GB",
         (helps if auto_shrink else f"--auto-shrink tries leaner settings; or {helps}")
         + "; the last checkpoint is kept",
     )
@@ -486,7 +487,15 @@ SETTINGS = (  # what changes the result
 def main(argv: list[str] | None = None) -> None:
     processes = parallel.start()
     cli.console.quiet = not processes.first  # one voice: what concerns all is said by the first
-    args = parse_args(argv)
+    try:
+        run(parse_args(argv), processes)
+    except UserError:
+        if not processes.first:  # torchrun ends all when one ends: the first must have said why
+            time.sleep(PATIENCE)
+        raise
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
     if args.plan:
         show_plan(args)
         return

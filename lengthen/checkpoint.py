@@ -50,7 +50,8 @@ class TrainingFolder(OneWriter):
             self.take(self.folder, self.folder)
         else:
             self.meta = read_sidecar(self.folder)
-            self.complete = self.meta.get("status") == "done"
+            self.settings = self.meta["settings"]  # with the inputs' hashes, which the first has taken
+            self.complete = self.meta["status"] == "done"
         return self
 
     def _open(self) -> None:

@@ -1,4 +1,4 @@
-"""What a training step takes in memory and time, known before a weight is loaded, and the least recomputation that fits.
+"""What a training step takes in memory and time, before a weight is loaded, and the least recomputation that fits.
 
 A step's peak (GB = 1e9 bytes) is the sum of
 
@@ -11,9 +11,8 @@ A step's peak (GB = 1e9 bytes) is the sum of
 
 and all but the activations are known from the shapes. For transformers' own layers, of any model, the activations are
 not derived but counted: the decoder runs, one and two layers deep, on torch's meta device (shapes without data), where
-`Live` sees each tensor appear and vanish; both grow linearly with the tokens and the layers. For the memory-lean layer
-(the Llama family) they are added up vector by vector, `lean_kept` and `lean_backward`; per token and layer, with H the hidden size,
-Q and K the widths of the queries and of the keys, I the MLP's, n the attention heads:
+`Live` sees each tensor appear and vanish; both grow linearly with the tokens and the layers. For a memory-lean layer
+(the Llama family) they are added up vector by vector, `lean_kept` and `lean_backward`; per token and layer:
 
     level       kept                                                  recomputed
     none        X, q, k, v, out, lse, X', gate, up                    norms and activation, in one pass each
@@ -533,7 +532,7 @@ def table(budget: Budget, wanted: Wanted, tokens: int, room: float) -> tuple[lis
     for name in dict.fromkeys(n for p in parts for n in p):
         lines.append(f"  {name:34}" + "".join(f"{p.get(name, 0) / 1e9:11.2f}" for p in parts))
     totals = [budget.card_bytes(c, tokens) for c in columns]
-    lines.append(f"  {'on the card':34}" + "".join(f"{t / 1e9:11.2f}" for t in totals))
+    lines.append(f"  {'in all':34}" + "".join(f"{t / 1e9:11.2f}" for t in totals))
     longest, need = budget.longest(wanted, room), budget.card_bytes(chosen, tokens)
     fits = need <= room
     lines.append(f"chosen: {chosen}, {need / 1e9:.1f} of {room / 1e9:.1f} GB" + ("" if fits else ": DOES NOT FIT"))
@@ -556,7 +555,7 @@ def table(budget: Budget, wanted: Wanted, tokens: int, room: float) -> tuple[lis
 def time_lines(flops: float, peaks: dict[str, float]) -> list[str]:
     """The floor of a step of so many FLOPs, one line a card (name -> FLOP/s)."""
     return [
-        f"at least {flops / peak:,.2f} s a step on {name} ({peak / 1e12:,.3g} TFLOP/s)" for name, peak in peaks.items()
+        f"at least {flops / peak:,.2f} s a step at {peak / 1e12:,.3g} TFLOP/s: {name}" for name, peak in peaks.items()
     ]
 
 
@@ -573,12 +572,14 @@ class Memory:
     def __init__(self, budget: Budget, wanted: Wanted, room: float, longest: int, apply: Callable[[Settings], None]):
         self.budget, self.room, self.apply = budget, room, apply
         self.candidates, self.least = budget.candidates(wanted, longest), 0
+        self.most_tokens = 1 << 30
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of a row that fit with the first candidate left, 1 at the least."""
+        """Tokens that samples may fill a row with: what fits with the first candidate left, 1 at the least."""
         first = self.candidates[self.least]
-        return max(1, _most(lambda tokens: self.budget.card_bytes(first, tokens) <= self.room))
+        fitting = _most(lambda tokens: self.budget.card_bytes(first, tokens) <= self.room)
+        return min(max(1, fitting), self.most_tokens)
 
     def choice(self, tokens: int) -> Settings:
         """The settings for a row of so many tokens; the smallest where none fits."""
@@ -594,6 +595,7 @@ class Memory:
     def shrink(self, tokens: int) -> bool:
         """A row of so many tokens did not fit: rule out all that does not save a tenth; False = nothing is left."""
         need = 0.9 * self.budget.card_bytes(self.choice(tokens), tokens)
+        self.most_tokens = self.free_tokens  # rows never become longer by it
         for i in range(self.least, len(self.candidates)):
             if self.budget.card_bytes(self.candidates[i], tokens) < need:
                 self.least = i
