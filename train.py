@@ -130,7 +130,7 @@ def encoded_blocks(
     args: argparse.Namespace, chat: Chat, most: int, rejected: Path, facts: dict
 ) -> Iterator[list[Pair]]:
     """The pairs, some at a time, so that memory stays flat; those left out go to `rejected`, the counts to `facts`."""
-    temporary = rejected.with_name(f".{rejected.name}.tmp")
+    temporary = rejected.with_name(f".{rejected.name}.tmp")  # left by a kill, it goes with the next start
     facts.update(records=0, left_out=0)
     try:
         with open(temporary, "wb") as handle:
@@ -613,8 +613,20 @@ def follow(layers: list, settings: Settings) -> None:
 
 
 def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes) -> None:
-    # 1) model -> pairs
+    # 1) pairs -> model
     board = open_tensorboard(folder.folder) if args.tensorboard and processes.first else None
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    context, _ = context_length(load_config(args.model, args.trust_remote_code), tokenizer)
+    most = min(args.max_length or MAX_LENGTH[args.role], context)
+    pairs = pairs_of(args, folder, Chat(tokenizer), most, processes)
+    for line in pairs.facts["notes"]:
+        cli.say(line)
+    if len(pairs) < max(1, args.min_yield):
+        raise LowYield(
+            f"{len(pairs)} of {pairs.facts['records']} records can be trained on, --min-yield asks for "
+            f"{max(1, args.min_yield)}",
+            f"--max-length is {most} tokens; see {folder.folder / 'rejected.jsonl'}",
+        )
     loaded = load_model(
         args.model,
         device=processes.device if args.device == "auto" and processes.device else args.device,
@@ -624,18 +636,8 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
         train=True,
     )
     model = loaded.model
-    most = min(args.max_length or MAX_LENGTH[args.role], loaded.context)
     for line in loaded.notes:
         cli.say(line)
-    pairs = pairs_of(args, folder, loaded.chat, most, processes)
-    for line in pairs.facts["notes"]:
-        cli.say(line)
-    if len(pairs) < max(1, args.min_yield):
-        raise LowYield(
-            f"{len(pairs)} of {pairs.facts['records']} records can be trained on, --min-yield asks for "
-            f"{max(1, args.min_yield)}",
-            f"--max-length is {most} tokens; see {folder.folder / 'rejected.jsonl'}",
-        )
 
     # 2) LoRA: fresh, or the adapter of the iteration before
     base_hash = lora.base_hash(model)
@@ -647,7 +649,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     abilities = examine(model)
     model.train()
     per_step = args.batch_size * args.accumulate
-    longest = int(pairs.lengths.max()) * (args.batch_size if abilities.packs else 1)
+    longest = int(pairs.lengths.max())  # of a row, too: short pairs share one only where that costs nothing
     memory = memory_of(args, loaded, model, abilities, longest, processes)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
 

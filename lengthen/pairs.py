@@ -91,8 +91,9 @@ def write_pairs(path: Path, blocks: Iterator[list[Pair]], key: dict, facts: dict
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise no_room(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # there only where something was raised
 
 
 def read_pairs(path: Path, key: dict) -> tuple[PairFile | None, str]:
