@@ -497,7 +497,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, processes: Processes) -> None:
     if args.plan:
-        show_plan(args)
+        if processes.first:
+            show_plan(args)
         return
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter)}
@@ -505,8 +506,6 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         settings["target_tokens"] = target_tokens_of(args.budget_of)
     settings["templates"] = template_hashes("extend") if args.role == "extender" else {}
     check_processes(args, processes)
-    if processes.count > 1:
-        settings["processes"] = processes.count
     io = {"inputs": args.input, "overwrite": args.overwrite, "allow_partial": args.allow_partial}
     if not processes.first:
         processes.wait()  # until the first has opened the folder
@@ -516,6 +515,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         if folder.complete:
             cli.say(f"{args.output} is done: nothing to train")
         else:
+            folder.save_meta("running", processes=processes.count)
             train(args, folder, processes)
         if processes.first:
             summary = dict(folder.meta["summary"])
@@ -535,8 +535,8 @@ def check_processes(args: argparse.Namespace, processes: Processes) -> None:
             f"--accumulate {math.ceil(processes.count / args.batch_size)}: a step's pairs are divided among them",
         )
     before = {} if args.overwrite or not Path(args.output).is_dir() else read_sidecar(args.output)
-    count = before.get("settings", {}).get("processes", 1)
-    if before and before.get("status") != "done" and count != processes.count:
+    count = before.get("processes", processes.count)
+    if before.get("status") != "done" and count != processes.count:
         raise UserError(
             f"{args.output} was begun by {count} process{'es' * (count > 1)}, this command runs {processes.count}",
             f"torchrun --nproc-per-node {count} train.py …, or --overwrite",
@@ -690,7 +690,6 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
             "device": str(model.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "packed": abilities.packs,
-            "processes": processes.count,
         },
         pairs=len(pairs),
         left_out=pairs.facts["left_out"],

@@ -87,7 +87,8 @@ def random_model(shape: str, device: torch.device, nf4: bool) -> PreTrainedModel
                 ones = parameter.dim() == 1 and name == "weight"  # norms
                 setattr(module, name, nn.Parameter(torch.ones_like(value) if ones else value, requires_grad=False))
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config, device=device)  # its buffers were on meta, too
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # its buffers were on meta, too
     return model.eval().requires_grad_(False)
 
 

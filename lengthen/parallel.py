@@ -5,6 +5,7 @@ pairs, and each pair the same weight, however many processes there are: the loss
 whole step before it is summed. One process ("the first") writes. Without torchrun all of this does nothing.
 """
 
+import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lengthen.records import UserError
+
+PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first encodes the pairs, or merges
 
 
 @dataclass(frozen=True)
@@ -81,5 +84,6 @@ def start() -> Processes:
         )
     if gpus:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpus else "gloo")
+    device = torch.device("cuda", local) if gpus else None
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=PATIENCE, device_id=device)
     return Processes(rank, count, f"cuda:{local}" if gpus else "")

@@ -652,7 +652,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(run, tmp_pa
 
 def test_three_in_a_row_stop_the_run(run, tmp_path, monkeypatch):
     not_finite_at(monkeypatch, {7, 8, 9})
-    with pytest.raises(UserError, match="3 steps in a row .last: step 9") as raised:
+    with pytest.raises(UserError, match="3 steps in a row were skipped: not finite .last: step 9") as raised:
         run()
     assert "--learning-rate" in raised.value.hint and (tmp_path / "out" / "checkpoint" / "state.json").exists()
     assert not (tmp_path / "out" / lora.WEIGHTS).exists()
