@@ -559,7 +559,7 @@ def show_plan(args: argparse.Namespace) -> None:
     nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
     model = plan.meta_model(config, dtype)
     facts = plan.facts_of(model, rank=args.rank, targets=args.targets, dtype=dtype, nf4=nf4, cuda=cuda)
-    traced = plan.trace(config, rank=args.rank, targets=args.targets, dtype=dtype)
+    traced = plan.trace(config, rank=args.rank, targets=args.targets, dtype=dtype, dropout=args.dropout)
     wanted = Wanted(args.checkpoint, args.offload, args.tile_rows)
     plan.check_served(wanted, traced)
     budget = Budget(facts, traced)
@@ -588,7 +588,7 @@ def memory_of(args: argparse.Namespace, loaded, model, abilities: Abilities, lon
     cuda = model.device.type == "cuda"
     facts = plan.facts_of(model, nf4=loaded.quantize == "nf4", cuda=cuda, **shape)
     try:
-        traced = plan.trace(model.config, **shape)
+        traced = plan.trace(model.config, dropout=args.dropout, **shape)
     except UserError as error:
         cli.say(f"{error.message}: its activations are measured instead")
         traced = plan.from_saved_bytes(facts, abilities.token_bytes)

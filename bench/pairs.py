@@ -36,14 +36,14 @@ from lengthen.records import each_record  # noqa: E402
 
 
 def write_records(path: Path, args: argparse.Namespace) -> None:
-    """Answers of two thirds of the tokens, drafts of one third; about one token a word."""
+    """Answers of two thirds of the tokens, drafts of one third."""
     tokenizer = load_tokenizer(args.model)
     vocabulary = [tokenizer.decode([i]).strip() for i in range(1000, min(20_000, len(tokenizer)))]
     words = [w for w in vocabulary if w.isalpha() and len(w) > 2]
     rng = random.Random(0)
 
     def text(count: int) -> str:
-        lines = [" ".join(rng.choices(words, k=12)) + "." for _ in range(count // 13)]
+        lines = [" ".join(rng.choices(words, k=12)) + "." for _ in range(count // 16)]  # 16 tokens a line
         return "\n\n".join("\n".join(lines[i : i + 4]) for i in range(0, len(lines), 4))
 
     with open(path, "w") as handle:

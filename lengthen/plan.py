@@ -258,13 +258,15 @@ def from_saved_bytes(facts: Facts, token_bytes: float) -> Traced:
     return Traced(layer, Linear(0.0, 0.0), layer)
 
 
-def trace(config: PretrainedConfig, *, rank: int, targets: str | list[str], dtype: torch.dtype) -> Traced:
+def trace(
+    config: PretrainedConfig, *, rank: int, targets: str | list[str], dtype: torch.dtype, dropout: float = 0.0
+) -> Traced:
     """Run the decoder forward and backward on the meta device and count. UserError where it does not run there."""
 
     def measure(layers: int, tokens: int) -> tuple[float, float]:
         model = meta_model(config, dtype, layers)
         model.set_attn_implementation(TRACED)
-        lora.attach(model, rank, 1.0, targets=targets)
+        lora.attach(model, rank, 1.0, dropout, targets)
         model.train()
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         with Live([*model.parameters(), *model.buffers(), ids]) as live:
