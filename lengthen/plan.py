@@ -366,23 +366,22 @@ class Budget:
         """
         f = self.facts
         targets = tokens if targets < 0 else targets
-        lean = f.layers if settings.layers < 0 else settings.layers
-        lean = 0 if settings.checkpoint == "none" else lean
-        plain = f.layers - lean
+        some = f.layers if settings.layers < 0 else settings.layers  # layers that follow `checkpoint`
         offloaded = 0.0
         if self.traced:
             each, all_kept = f.hidden * f.item * tokens, self.traced.layer(tokens)
-            kept = self.traced.outside(tokens) + plain * all_kept + lean * each
+            some = 0 if settings.checkpoint == "none" else some
+            kept = self.traced.outside(tokens) + (f.layers - some) * all_kept + some * each
             work = self.traced.backward(tokens)
             if f.cuda:  # inside FlashAttention's backward pass, where the count does not see it
                 work += tokens * (4 * f.query + 2 * f.item * f.query * (f.key < f.query))
-            if lean == f.layers:
+            if some == f.layers:
                 work += all_kept  # the layer that is recomputed is whole again
         else:
             each = lean_kept(f, settings.checkpoint) * tokens
-            kept = plain * lean_kept(f, "none") * tokens + lean * each
+            kept = (f.layers - some) * lean_kept(f, "none") * tokens + some * each
             if settings.offload:
-                offloaded = max(0, lean - BUFFERED_LAYERS) * each
+                offloaded = max(0, some - BUFFERED_LAYERS) * each
             work = lean_backward(f, tokens, settings)
         loss = loss_bytes(f, targets)
         parts = {"kept activations": kept - offloaded}
@@ -409,8 +408,10 @@ class Budget:
         if not self.traced:
             tiles = (wanted.tile_rows,) if wanted.tile_rows else (0, TILE_ROWS)
             some = [replace(s, tile_rows=rows) for s in some for rows in tiles]
-            moved = [replace(s, offload=True) for s in some if s.checkpoint != "none" and s.layers < 0]
-            some = moved if wanted.offload and moved else some + moved
+            # All that "none" keeps is more than a bus can carry while a layer computes: only where it is asked for.
+            movable = [s for s in some if s.layers < 0 and (s.checkpoint != "none" or wanted.checkpoint == "none")]
+            moved = [replace(s, offload=True) for s in movable]
+            some = moved if wanted.offload else some + moved
         return sorted(some, key=lambda s: (self.flops_per_token(tokens, s), s.offload, bool(s.tile_rows)))
 
     def choose(self, wanted: "Wanted", tokens: int, room: float, targets: int = -1) -> Settings:
@@ -423,7 +424,6 @@ class Budget:
 
     def longest(self, wanted: "Wanted", room: float) -> int:
         """The most tokens of a row that fit with any of the settings left open, 0 = none."""
-
         some = self.candidates(wanted, 1)
         return _most(lambda tokens: any(self.card_bytes(s, tokens) <= room for s in some))
 
@@ -516,6 +516,8 @@ def largest_component(budget: Budget, settings: Settings, tokens: int) -> tuple[
     """(name, bytes, what helps) of what takes most of a step."""
     parts = {**budget.static(), **budget.activations(settings, tokens)}
     name = max((n for n in parts if n in HELPS), key=parts.__getitem__)
+    if name == "kept activations" and settings.checkpoint == "full":
+        return name, parts[name], HELPS["reserve"]
     return name, parts[name], HELPS[name]
 
 
@@ -573,21 +575,17 @@ class Memory:
 
     def __init__(self, budget: Budget, wanted: Wanted, room: float, longest: int, apply: Callable[[Settings], None]):
         self.budget, self.room, self.apply = budget, room, apply
-        self.candidates, self.least = budget.candidates(wanted, longest), 0
-        self.most_tokens = 1 << 30
+        self.candidates = budget.candidates(wanted, longest)
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that samples may fill a row with: what fits with the first candidate left, 1 at the least."""
-        first = self.candidates[self.least]
-        fitting = _most(lambda tokens: self.budget.card_bytes(first, tokens) <= self.room)
-        return min(max(1, fitting), self.most_tokens)
+        """Tokens that samples may fill a row with: what fits with the first candidate, 1 at the least."""
+        return max(1, _most(lambda tokens: self.budget.card_bytes(self.candidates[0], tokens) <= self.room))
 
     def choice(self, tokens: int) -> Settings:
         """The settings for a row of so many tokens; the smallest where none fits."""
-        left = self.candidates[self.least :]
-        fitting = (s for s in left if self.budget.card_bytes(s, tokens) <= self.room)
-        return next(fitting, None) or min(left, key=lambda s: self.budget.card_bytes(s, tokens))
+        fitting = (s for s in self.candidates if self.budget.card_bytes(s, tokens) <= self.room)
+        return next(fitting, None) or min(self.candidates, key=lambda s: self.budget.card_bytes(s, tokens))
 
     def set(self, tokens: int) -> Settings:
         settings = self.choice(tokens)
@@ -595,15 +593,12 @@ class Memory:
         return settings
 
     def shrink(self, tokens: int) -> bool:
-        """A row of so many tokens did not fit: rule out all that does not save a tenth; False = nothing is left."""
-        need = 0.9 * self.budget.card_bytes(self.choice(tokens), tokens)
-        self.most_tokens = self.free_tokens  # rows never become longer by it
-        for i in range(self.least, len(self.candidates)):
-            if self.budget.card_bytes(self.candidates[i], tokens) < need:
-                self.least = i
-                self.room = min(self.room, need)
-                return True
-        return False
+        """A row of so many tokens did not fit: there is a tenth less room than was thought; False = nothing fits that."""
+        room = 0.9 * self.budget.card_bytes(self.choice(tokens), tokens)
+        if all(self.budget.card_bytes(s, tokens) > room for s in self.candidates):
+            return False
+        self.room = min(self.room, room)
+        return True
 
 
 def _most(fits: Callable[[int], bool]) -> int:

@@ -204,7 +204,8 @@ def test_flags_override_the_choice():
     budget = seven_b("qwen", 16)
     assert budget.choose(Wanted("none"), 100_000, 24e9).checkpoint == "none"
     assert {s.checkpoint for s in budget.candidates(Wanted("full"), 1)} == {"full"}
-    assert all(s.offload for s in budget.candidates(Wanted("attention", offload=True), 1))
+    for checkpoint in ("none", "attention"):
+        assert all(s.offload for s in budget.candidates(Wanted(checkpoint, offload=True), 1))
     assert {s.tile_rows for s in budget.candidates(Wanted(tile_rows=512), 1)} == {512}
 
 
@@ -212,6 +213,8 @@ def test_offloading_moves_bytes_to_the_host():
     budget = seven_b("llama", 32)
     here, moved = (budget.activations(Settings("full", offload=o), 100_000) for o in (False, True))
     assert moved["offloaded (host memory)"] == 30 * 2 * 4096 * 100_000  # all layers but the two on their way
+    everything = budget.activations(Settings("none", offload=True), 100_000)["offloaded (host memory)"]
+    assert everything == 30 / 32 * budget.activations(Settings("none"), 100_000)["kept activations"]
     assert here["kept activations"] - moved["kept activations"] == moved["offloaded (host memory)"]
 
 
@@ -234,8 +237,8 @@ def test_rows_are_planned_one_by_one_and_shrink_when_told():
     sizes = [budget.card_bytes(memory.choice(1000), 1000)]
     while memory.shrink(1000):
         sizes.append(budget.card_bytes(memory.choice(1000), 1000))
-        assert sizes[-1] < 0.9 * sizes[-2]
-    assert len(sizes) > 2 and memory.free_tokens <= 1000
+        assert sizes[-1] <= 0.9 * sizes[-2]
+    assert len(sizes) > 2 and memory.free_tokens < 1000
 
 
 def test_a_model_that_does_not_run_without_data_is_refused(monkeypatch):
