@@ -593,8 +593,12 @@ class Memory:
         return settings
 
     def shrink(self, tokens: int) -> bool:
-        """A row of so many tokens did not fit: there is a tenth less room than was thought; False = nothing fits that."""
-        room = 0.9 * self.budget.card_bytes(self.choice(tokens), tokens)
+        """A row of so many tokens did not fit: plan for a tenth less than it took, the static part aside.
+
+        False = no candidate is so small.
+        """
+        static = sum(self.budget.static().values())
+        room = static + 0.9 * (self.budget.card_bytes(self.choice(tokens), tokens) - static)
         if all(self.budget.card_bytes(s, tokens) > room for s in self.candidates):
             return False
         self.room = min(self.room, room)
