@@ -28,12 +28,9 @@ Example (SmolLM2-135M on a CPU: ~3 GB of memory for rows of 1,000 tokens):
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
-import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,9 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from lengthen import cli, lora, parallel, plan
+from lengthen import cli, lora, parallel, plan, steplog
 from lengthen.chat import Chat, fill, template_hashes
-from lengthen.checkpoint import TrainingFolder
+from lengthen.checkpoint import TrainingFolder, restore_state, training_state
 from lengthen.jobs import read_sidecar
 from lengthen.model import DTYPES, NF4_BELOW, context_length, load_config, load_model, load_tokenizer
 from lengthen.packed import Abilities, Recompute, examine, pack
@@ -152,7 +149,7 @@ def pairs_of(args: argparse.Namespace, folder: TrainingFolder, chat: Chat, most:
     """The pairs of this run: those in the folder where they are of the same files, templates and tokenizer."""
     path, rejected = folder.folder / PAIRS, folder.folder / "rejected.jsonl"
     names = ("inputs", "templates", "role", "language", "keep_lines", "seed")
-    key = {name: folder.settings[name] for name in names} | {"tokenizer": tokenizer_hash(chat), "max_length": most}
+    key = {name: folder.settings[name] for name in names} | {"tokenizer": chat.hash, "max_length": most}
     if processes.first:
         found, why = read_pairs(path, key)
         if not found or not rejected.exists():
@@ -165,14 +162,6 @@ def pairs_of(args: argparse.Namespace, folder: TrainingFolder, chat: Chat, most:
             cli.say(f"encoded {len(found)} pairs, {found.lengths.sum():,} tokens, in {seconds:.1f} s: kept in {path}")
     processes.wait()
     return found if processes.first else read_pairs(path, key)[0]
-
-
-def tokenizer_hash(chat: Chat) -> str:
-    """16 hex digits over vocabulary, merges and chat template."""
-    tokenizer = chat.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{rules}\x1f{tokenizer.chat_template}".encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -372,54 +361,6 @@ def spike_ceiling(losses: list[float]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# State of a run
-
-
-def training_state(model, optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name: all that a step changes. The order and the random draws follow from the step."""
-    tensors = {}
-    for i, parameter in enumerate(lora.lora_parameters(model)):
-        tensors[f"{i}.weight"] = parameter
-        for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{i}.{name}"] = value
-    return tensors
-
-
-def restore_state(model, optimizer, tensors: dict[str, Tensor]) -> None:
-    for i, parameter in enumerate(lora.lora_parameters(model)):
-        parameter.data.copy_(tensors[f"{i}.weight"])
-        if f"{i}.step" in tensors:  # not yet there where every step so far was skipped
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {name: tensors[f"{i}.{name}"].to(parameter.device) for name in moments}
-
-
-def plot_loss(entries: list[dict], path: Path, title: str) -> None:
-    """The loss of each step and its running mean, as a small PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [e["step"] for e in entries if not e["skipped"]]
-    losses = [e["loss"] for e in entries if not e["skipped"]]
-    window = len(losses) // 20
-    if window < 5:  # few steps: an epoch, in which every pair counts once
-        window = max(1, sum(e["epoch"] == 0 for e in entries))
-    smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    figure, axis = plt.subplots(figsize=(6, 3.5), dpi=110)
-    axis.plot(steps, losses, color="#9ecae1", linewidth=1, label="step")
-    axis.plot(steps, smooth, color="#08519c", linewidth=1.8, label=f"mean of {window}")
-    axis.set(xlabel="step", ylabel="loss, nats per target token", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-
-
-# ---------------------------------------------------------------------------------------------------------
 
 
 CHECKPOINT_HELP = "recompute nothing, all but attention, or whole layers; auto = the least that fits, row by row"
@@ -557,14 +498,8 @@ def show_plan(args: argparse.Namespace) -> None:
     vram = args.vram or (torch.cuda.get_device_properties(device).total_memory / 1e9 if has_gpu else 0.0)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
-    model = plan.meta_model(config, dtype)
-    facts = plan.facts_of(model, rank=args.rank, targets=args.targets, dtype=dtype, nf4=nf4, cuda=cuda)
-    traced = plan.trace(config, rank=args.rank, targets=args.targets, dtype=dtype, dropout=args.dropout)
-    wanted = Wanted(args.checkpoint, args.offload, args.tile_rows)
-    plan.check_served(wanted, traced)
-    budget = Budget(facts, traced)
-    limits = {"vram_gb": vram, "activation_gb": args.activation_gb, "cpu_gb": CPU_ACTIVATION_GB}
-    room = plan.room_for(budget, device, **limits)
+    budget = budget_of(args, plan.meta_model(config, dtype), dtype, nf4, cuda)
+    room, wanted = room_of(args, budget, device, vram), wanted_of(args)
     tokens = args.max_length or min(MAX_LENGTH[args.role], context)
     where = f"a card of {vram:g} GB" if cuda else "this CPU"
     kind = str(dtype).removeprefix("torch.")
@@ -582,23 +517,40 @@ def show_plan(args: argparse.Namespace) -> None:
     cli.emit({"stage": "plan", "model": args.model, "rank": args.rank, "quantize": "nf4" if nf4 else "none", **record})
 
 
-def memory_of(args: argparse.Namespace, loaded, model, abilities: Abilities, longest: int, processes) -> Memory:
+def memory_of(args: argparse.Namespace, loaded, abilities: Abilities, longest: int, processes: Processes) -> Memory:
     """What decides, row by row, what is kept and what is computed again."""
-    shape = {"rank": args.rank, "targets": args.targets, "dtype": loaded.dtype}
-    cuda = model.device.type == "cuda"
-    facts = plan.facts_of(model, nf4=loaded.quantize == "nf4", cuda=cuda, **shape)
+    model, cuda = loaded.model, loaded.device.type == "cuda"
+    budget = budget_of(args, model, loaded.dtype, loaded.quantize == "nf4", cuda, abilities.token_bytes)
+    room = -processes.most(-room_of(args, budget, loaded.device, args.vram), loaded.device)  # the least of all
+    layers = Recompute(model, abilities.token_bytes, math.inf).layers
+    return Memory(budget, wanted_of(args), room, longest, functools.partial(follow, layers))
+
+
+def budget_of(args: argparse.Namespace, model, dtype: torch.dtype, nf4: bool, cuda: bool, token_bytes=0) -> Budget:
+    """The sizes of the model, loaded or on the meta device, and the activations of its layers.
+
+    token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
+    """
+    shape = {"rank": args.rank, "targets": args.targets, "dtype": dtype}
+    facts = plan.facts_of(model, nf4=nf4, cuda=cuda, **shape)
     try:
         traced = plan.trace(model.config, dropout=args.dropout, **shape)
     except UserError as error:
+        if not token_bytes:
+            raise
         cli.say(f"{error.message}: its activations are measured instead")
-        traced = plan.from_saved_bytes(facts, abilities.token_bytes)
-    wanted = Wanted(args.checkpoint, args.offload, args.tile_rows)
-    plan.check_served(wanted, traced)
-    budget = Budget(facts, traced)
-    limits = {"vram_gb": args.vram, "activation_gb": args.activation_gb, "cpu_gb": CPU_ACTIVATION_GB}
-    room = -processes.most(-plan.room_for(budget, model.device, **limits), model.device)  # the least of all
-    layers = Recompute(model, abilities.token_bytes, math.inf).layers
-    return Memory(budget, wanted, room, longest, functools.partial(follow, layers))
+        traced = plan.from_saved_bytes(facts, token_bytes)
+    plan.check_served(wanted_of(args), traced)
+    return Budget(facts, traced)
+
+
+def wanted_of(args: argparse.Namespace) -> Wanted:
+    return Wanted(args.checkpoint, args.offload, args.tile_rows)
+
+
+def room_of(args: argparse.Namespace, budget: Budget, device: torch.device, vram: float) -> float:
+    limits = {"vram_gb": vram, "activation_gb": args.activation_gb, "cpu_gb": CPU_ACTIVATION_GB}
+    return plan.room_for(budget, device, **limits)
 
 
 def follow(layers: list, settings: Settings) -> None:
@@ -614,7 +566,7 @@ def follow(layers: list, settings: Settings) -> None:
 
 def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes) -> None:
     # 1) pairs -> model
-    board = open_tensorboard(folder.folder) if args.tensorboard and processes.first else None
+    board = steplog.open_tensorboard(folder.folder) if args.tensorboard and processes.first else None
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     context, _ = context_length(load_config(args.model, args.trust_remote_code), tokenizer)
     most = min(args.max_length or MAX_LENGTH[args.role], context)
@@ -650,7 +602,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     model.train()
     per_step = args.batch_size * args.accumulate
     longest = int(pairs.lengths.max())  # of a row, too: short pairs share one only where that costs nothing
-    memory = memory_of(args, loaded, model, abilities, longest, processes)
+    memory = memory_of(args, loaded, abilities, longest, processes)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     # 3) go on from the last checkpoint, if there is one
@@ -665,8 +617,9 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     if tensors:
         restore_state(model, optimizer, tensors)
         cli.say(f"resuming behind step {done} of {total}")
-    processes.wait()  # all have read what the first is about to write to
-    entries = folder.open_log(done)
+    entries = folder.open_log(done) if processes.first else []
+    processes.wait()  # the first cuts the log to the steps that count, the others read what it left
+    entries = entries if processes.first else folder.open_log(done)
     for line in abilities.notes:
         cli.say(line)
     need = memory.budget.card_bytes(memory.choice(longest), longest)
@@ -717,14 +670,16 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
             if not result.skipped:
                 losses.append(result.loss)
             seconds = time.monotonic() - started
-            entry = log_entry(step, per_epoch, result, rate, batch, seconds, peak_flops * processes.count, model.device)
+            entry = steplog.log_entry(
+                step, per_epoch, result, rate, batch, seconds, peak_flops * processes.count, model.device
+            )
             folder.log(entry)
             entries.append(entry)
             if board:
                 for name in ("loss", "accuracy", "lr", "grad_norm", "tokens_per_second", "peak_percent", "peak_gb"):
                     board.add_scalar(name, entry[name], step + 1)
             left = statistics.fmean(e["seconds"] for e in entries[-20:]) * (total - step - 1)
-            cli.say(f"step {step + 1}/{total} | {step_line(result, entry)} | {left:.0f} s left")
+            cli.say(f"step {step + 1}/{total} | {steplog.step_line(result, entry)} | {left:.0f} s left")
             if bar:
                 bar.update(step + 1)
             if skips > SKIPS_ALLOWED:
@@ -741,7 +696,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     if not processes.first:
         return
     lora.save_adapter(model, folder.folder, loaded.name)
-    plot_loss(entries, folder.folder / "loss.png", f"{args.role}, {Path(args.output).parent.name}")
+    steplog.plot_loss(entries, folder.folder / "loss.png", f"{args.role}, {Path(args.output).parent.name}")
     tenth = max(1, len(losses) // 10)
     summary = {
         "stage": "train",
@@ -760,55 +715,6 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     }
     folder.save_meta("done", summary=summary)
     folder.drop_checkpoints()
-
-
-def log_entry(
-    step: int, per_epoch: int, result: Step, rate: float, batch: list[Pair], seconds: float, peak: float, device
-) -> dict:
-    """One line of train_log.jsonl; -1 = not known, or skipped."""
-    tokens, finite = sum(len(p.ids) for p in batch), result.skipped != "not finite"
-    share = 100 * result.flops / seconds / peak if peak else -1.0
-    return {
-        "step": step + 1,
-        "epoch": step // per_epoch,
-        "loss": result.loss if finite else -1.0,
-        "accuracy": round(result.accuracy, 4) if finite else -1.0,  # share of the targets that were the likeliest token
-        "lr": rate,
-        "grad_norm": result.norm if finite else -1.0,
-        "tokens": tokens,
-        "target_tokens": tokens - sum(p.num_prompt for p in batch),
-        "seconds": round(seconds, 4),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "peak_percent": round(share, 2),  # of what the device's matrix products reach, by the plan's FLOPs
-        "peak_gb": round(peak_bytes(device) / 1e9, 3),  # memory of this process so far; on a GPU the allocator's
-        "padding": 0.0,  # share of padded positions: rows are packed, or one sample long
-        "skipped": bool(result.skipped),
-        "reason": result.skipped,
-    }
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-
-
-def step_line(result: Step, entry: dict) -> str:
-    """The entry for people."""
-    peak = f" | {entry['peak_percent']:.0f} % of peak" if entry["peak_percent"] >= 0 else ""
-    return (
-        f"loss {result.loss:.4f} | accuracy {result.accuracy:.1%} | lr {entry['lr']:.2e} | "
-        f"grad norm {result.norm:.3f} | {entry['tokens_per_second']:,.0f} tok/s{peak} | {entry['peak_gb']:.2f} GB"
-        + (f" | skipped: {result.skipped}" if result.skipped else "")
-    )
-
-
-def open_tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package that is not installed", "pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def read_records(args: argparse.Namespace) -> Iterator[dict]:

@@ -8,6 +8,7 @@ line. Nor are contents trimmed: they go in as they are. No torch here.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from functools import cache, cached_property
@@ -107,6 +108,13 @@ class Chat:
             )
         self.end_id: int = end
         self.eos_ids = {self.end_id, *extra_eos} | ({tokenizer.eos_token_id} - {None})
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits over vocabulary, merges and chat template: what the ids of a text depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{rules}\x1f{self.tokenizer.chat_template}".encode()).hexdigest()[:16]
 
     def encode(self, messages: list[dict[str, str]], prefill: str = "") -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header, then of the answer that is begun for it.

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn, optim
 
+from lengthen import lora
 from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
 from lengthen.pairs import NAME as PAIRS
 from lengthen.records import Appender, UserError, read_jsonl, replace_file
@@ -164,3 +165,26 @@ class TrainingFolder(OneWriter):
 def rename(source: Path, target: Path) -> None:
     """os.replace of a folder, on its own so that the tests can kill or fail it."""
     os.replace(source, target)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
+
+
+def training_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name: all that a step changes. The order and the random draws follow from the step."""
+    tensors = {}
+    for i, parameter in enumerate(lora.lora_parameters(model)):
+        tensors[f"{i}.weight"] = parameter
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{i}.{name}"] = value
+    return tensors
+
+
+def restore_state(model: nn.Module, optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take over what training_state gave."""
+    for i, parameter in enumerate(lora.lora_parameters(model)):
+        parameter.data.copy_(tensors[f"{i}.weight"])
+        if f"{i}.step" in tensors:  # not yet there where every step so far was skipped
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {name: tensors[f"{i}.{name}"].to(parameter.device) for name in moments}
