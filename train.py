@@ -63,8 +63,8 @@ MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answe
 WARM_UP = 0.1  # share of the steps
 CLIP = 1.0  # largest gradient norm
 SKIPS_ALLOWED = 2  # steps in a row that are skipped; one more stops the run
-# A spike is a loss above three times the median of the last losses, and one nat above it: where a model knows its
-# pairs by heart, their losses differ by more than three times. Pairs of real runs stay within twice the median.
+# A spike is a loss above three times the median of the last 32 that were not skipped, and one nat above it (where a
+# model knows its pairs by heart, their losses differ by more than three times); from the 17th step on.
 SPIKE, SPIKE_NATS, SPIKE_WINDOW, SPIKE_FROM = 3.0, 1.0, 32, 16
 PATIENCE = 5.0  # seconds
 BLOCK = 64  # records that are encoded at a time
