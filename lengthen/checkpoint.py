@@ -58,7 +58,7 @@ class TrainingFolder(OneWriter):
     def _open(self) -> None:
         if self.overwrite:
             # The sidecar goes last: killed in between, the folder still says whose files these are.
-            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "meta.json"):
+            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "tensorboard", "meta.json"):
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.meta = read_sidecar(self.folder)
