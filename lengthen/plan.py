@@ -305,23 +305,25 @@ def lean_kept(facts: Facts, checkpoint: str) -> float:
 def lean_backward(facts: Facts, tokens: int, settings: Settings) -> float:
     """Bytes that its backward pass works with beside what is kept: the MLP's tiles, or attention, whichever is more.
 
-    Through both goes dY [T, H] and dO [T, Q]. MLP, a tile: X', its norm and the gradient of that; gate, up and one
-    gradient, written over. Attention: q, k, v and their gradients; FlashAttention 2 sums dQ in fp32 and writes dK and
-    dV once a query head. NF4: the weights of the half that is at work, dequantised.
+    Through both goes dY [T, H] and dO [T, Q]. MLP, a tile: X' and its norm; gate, up and one gradient, written over
+    (torch's own passes on a CPU: two more). Attention: q, k, v and their gradients, those of k and v first once a query
+    head; FlashAttention 2 sums dQ in fp32, torch on a CPU repeats k and v. NF4: the weights of the half that is at
+    work, dequantised.
     """
     f, level = facts, settings.checkpoint
     h, q, k, i = (f.item * n for n in (f.hidden, f.query, f.key, f.intermediate))
     rows = min(tokens, settings.tile_rows or tokens)
-    if level == "none":
-        mlp, attention = rows * (2 * h + i), tokens * (q + 2 * k)
+    if level == "none":  # q, k, v, X', gate and up are kept
+        mlp, attention = rows * (h + i), 0
     else:
-        mlp, attention = rows * (3 * h + 3 * i), tokens * 2 * (q + 2 * k)
+        mlp, attention = rows * (2 * h + 3 * i), tokens * (q + 2 * k)
     if level == "full":  # attention runs once more, first
         mlp, attention = mlp + tokens * (2 * q + 2 * k), attention + tokens * q
+    attention += tokens * (3 * q + 2 * k)
     if f.cuda:
-        attention += tokens * (4 * f.query + 2 * q)
+        attention += tokens * 4 * f.query
     else:
-        mlp += rows * i  # torch's own passes are not in place
+        mlp, attention = mlp + rows * 2 * i, attention + tokens * 2 * q
     if f.nf4:
         mlp += 3 * f.hidden * i + f.hidden * q
         attention += f.hidden * (q + 2 * k)
