@@ -10,7 +10,7 @@ Algorithm (Self-Lengthen, arXiv 2410.23933; constants of its released trainer):
 Reads    extended.jsonl (prompt, initial, response), several files; `query` takes the place of `prompt` where a record
          has one (constrained.jsonl); any JSONL with prompt and response will do for the Generator.
 Writes   OUTPUT/  adapter_model.safetensors  adapter_config.json  meta.json  train_log.jsonl  loss.png
-         rejected.jsonl (pairs left out, with `reason`)  checkpoint/ (while it runs)
+         rejected.jsonl (pairs left out, with `reason`)  checkpoint/ and pairs.bin (while it runs)
 
 Departures from the release:
   1. A pair longer than --max-length is left out and counted; the release cuts it and loses its EOS.
@@ -18,16 +18,25 @@ Departures from the release:
   3. Line removal never merges paragraphs and never leaves runs of blank lines; it is drawn per record, not per epoch.
   4. The logits are never held (kernels/linear_cross_entropy.py).
 
+Memory: lengthen/plan.py knows what a row of any length takes and picks the least recomputation that fits; --plan
+prints that before anything is loaded. Several GPUs: torchrun --nproc-per-node N train.py … gives the same losses.
+
 Example (SmolLM2-135M on a CPU: ~3 GB of memory for rows of 1,000 tokens):
   python train.py --role generator --model smollm2 --input runs/demo/iter_1/extended.jsonl --output adapter
+  python train.py … --plan --vram 24        # what it would take on a card of 24 GB
 """
 
 import argparse
+import functools
+import itertools
 import math
+import os
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
@@ -37,32 +46,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from lengthen import cli, lean, lora
+from lengthen import cli, lean, lora, parallel, plan, steplog
 from lengthen.chat import Chat, fill, template_hashes
-from lengthen.checkpoint import TrainingFolder
+from lengthen.checkpoint import TrainingFolder, restore_state, training_state
 from lengthen.jobs import read_sidecar
-from lengthen.model import load_model
+from lengthen.model import DTYPES, NF4_BELOW, context_length, load_config, load_model, load_tokenizer
 from lengthen.packed import Abilities, Recompute, examine, pack
-from lengthen.records import LowYield, UserError, draw_seed, fingerprint, read_jsonl, replace_file, to_line
+from lengthen.pairs import NAME as PAIRS
+from lengthen.pairs import Pair, PairFile, read_pairs, write_pairs
+from lengthen.parallel import Processes
+from lengthen.plan import Budget, Memory, Settings, Wanted
+from lengthen.records import LowYield, UserError, draw_seed, each_record, fingerprint, no_room, to_line
 from lengthen.text import count_words, detect_language, remove_lines
 
 MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answer; the release cuts both at 16,384
 WARM_UP = 0.1  # share of the steps
 CLIP = 1.0  # largest gradient norm
-SKIPS_ALLOWED = 2  # steps in a row without a finite loss; one more stops the run
+SKIPS_ALLOWED = 2  # steps in a row that are skipped; one more stops the run
+# A spike is a loss above three times the median of the last 32 that were not skipped, and one nat above it (where a
+# model knows its pairs by heart, their losses differ by more than three times); from the 17th step on.
+SPIKE, SPIKE_NATS, SPIKE_WINDOW, SPIKE_FROM = 3.0, 1.0, 32, 16
+PATIENCE = 5.0  # seconds
+BLOCK = 64  # records that are encoded at a time
 CPU_ACTIVATION_GB = 3.0  # kept for the backward pass before layers are recomputed: SmolLM2 then stays below 6 GB in all
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One training sample. Only tokens behind the prompt are targets, the EOS among them."""
-
-    ids: list[int]  # prompt, then answer, then EOS
-    num_prompt: int
 
 
 def to_messages(record: dict, role: str, keep_lines: float, seed: int) -> list[dict]:
@@ -79,13 +89,12 @@ def to_messages(record: dict, role: str, keep_lines: float, seed: int) -> list[d
 
 def make_pairs(records: list[dict], chat: Chat, args: argparse.Namespace, most: int) -> tuple[list[Pair], list[dict]]:
     """(pairs, records left out with `reason`). A pair longer than `most` tokens is left out, never cut."""
-    pairs, left_out = [], []
-    for record in records:
-        if record.get("finish", "eos") not in ("eos", ""):
-            left_out.append({**record, "reason": "unfinished"})  # a text cut by a limit would teach to stop anywhere
-            continue
-        prompt = chat.encode(to_messages(record, args.role, args.keep_lines, args.seed))
-        answer = chat.encode_answer(record["response"])
+    left_out = [{**r, "reason": "unfinished"} for r in records if r.get("finish", "eos") not in ("eos", "")]
+    whole = [r for r in records if r.get("finish", "eos") in ("eos", "")]  # a cut text would teach to stop anywhere
+    prompts = chat.encode_many([to_messages(r, args.role, args.keep_lines, args.seed) for r in whole])
+    answers = chat.encode_answers([r["response"] for r in whole])
+    pairs = []
+    for record, prompt, answer in zip(whole, prompts, answers, strict=True):
         if len(prompt) + len(answer) > most:
             left_out.append({**record, "reason": "too-long", "tokens": len(prompt) + len(answer)})
         else:
@@ -93,20 +102,66 @@ def make_pairs(records: list[dict], chat: Chat, args: argparse.Namespace, most: 
     return pairs, left_out
 
 
-def left_out_notes(records: list[dict], left_out: list[dict], most: int) -> list[str]:
+def left_out_notes(records: Iterable[dict], left_out: Iterable[dict], most: int) -> list[str]:
     """Lines to say. The longest pairs are what the method is for, so losing them is a warning."""
-    if not left_out:
+
+    def words(record: dict) -> int:
+        known = record.get("response_words", -1)
+        return known if known >= 0 else count_words(record["response"])
+
+    lost = [(len(r["response"]), words(r), r["reason"], r.get("tokens", 0)) for r in left_out]
+    if not lost:
         return []
-    lost = sum(count_words(r["response"]) for r in left_out)
-    total = sum(count_words(r["response"]) for r in records)
-    note = f"left out {len(left_out)} of {len(records)} pairs (rejected.jsonl), {lost:,} of {total:,} words"
-    lengths = sorted(len(r["response"]) for r in records)
-    longest_tenth = lengths[-max(1, len(lengths) // 10)]
-    too_long = [r for r in left_out if r["reason"] == "too-long"]
-    if len(left_out) > 0.05 * len(records) or any(len(r["response"]) >= longest_tenth for r in too_long):
-        note = f"warning: {note}; the longest pair has {max([r['tokens'] for r in too_long], default=0)} tokens"
+    sizes = [(len(r["response"]), words(r)) for r in records]
+    note = f"left out {len(lost)} of {len(sizes)} pairs (rejected.jsonl)"
+    note += f", {sum(w for _, w, *_ in lost):,} of {sum(w for _, w in sizes):,} words"
+    longest_tenth = sorted(length for length, _ in sizes)[-max(1, len(sizes) // 10)]
+    too_long = [(length, tokens) for length, _, reason, tokens in lost if reason == "too-long"]
+    if len(lost) > 0.05 * len(sizes) or any(length >= longest_tenth for length, _ in too_long):
+        note = f"warning: {note}; the longest pair has {max((t for _, t in too_long), default=0)} tokens"
         note += f", --max-length is {most}: a larger one keeps them, where the model's context allows"
     return [note]
+
+
+def encoded_blocks(
+    args: argparse.Namespace, chat: Chat, most: int, rejected: Path, facts: dict
+) -> Iterator[list[Pair]]:
+    """The pairs, some at a time, so that memory stays flat; those left out go to `rejected`, the counts to `facts`."""
+    temporary = rejected.with_name(f".{rejected.name}.tmp")  # left by a kill, it goes with the next start
+    facts.update(records=0, left_out=0)
+    try:
+        with open(temporary, "wb") as handle:
+            records = read_records(args)
+            while block := list(itertools.islice(records, BLOCK)):
+                pairs, left_out = make_pairs(block, chat, args, most)
+                handle.writelines(map(to_line, left_out))
+                facts["records"] += len(block)
+                facts["left_out"] += len(left_out)
+                yield pairs
+        os.replace(temporary, rejected)
+    except OSError as error:
+        raise no_room(rejected, error) from error
+    listed = each_record(rejected, ("prompt", "response")) if facts["left_out"] else ()
+    facts["notes"] = left_out_notes(read_records(args), listed, most)
+
+
+def pairs_of(args: argparse.Namespace, folder: TrainingFolder, chat: Chat, most: int, processes: Processes) -> PairFile:
+    """The pairs of this run: those in the folder where they are of the same files, templates and tokenizer."""
+    path, rejected = folder.folder / PAIRS, folder.folder / "rejected.jsonl"
+    names = ("inputs", "templates", "role", "language", "keep_lines", "seed")
+    key = {name: folder.settings[name] for name in names} | {"tokenizer": chat.hash, "max_length": most}
+    if processes.first:
+        found, why = read_pairs(path, key)
+        if not found or not rejected.exists():
+            if why:
+                cli.say(f"{why}: encoding the pairs again")
+            started, facts = time.monotonic(), {}
+            write_pairs(path, encoded_blocks(args, chat, most, rejected, facts), key, facts)
+            found, _ = read_pairs(path, key)
+            seconds = time.monotonic() - started
+            cli.say(f"encoded {len(found)} pairs, {found.lengths.sum():,} tokens, in {seconds:.1f} s: kept in {path}")
+    processes.wait()
+    return found if processes.first else read_pairs(path, key)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,12 +205,14 @@ def targets_of(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return torch.tensor(index), torch.tensor(ids)
 
 
-def steps_for(target_tokens: int, pairs: list[Pair], per_step: int, seed: int) -> int:
-    """How many steps it takes to train on so many target tokens, one at the least; the last epoch may be cut short."""
+def steps_for(target_tokens: int, num_targets: Sequence[int], per_step: int, seed: int) -> int:
+    """How many steps it takes to train on so many target tokens, one at the least; the last epoch may be cut short.
+
+    num_targets: of each pair.
+    """
     step = 0
     while step == 0 or target_tokens > 0:
-        batch = [pairs[i] for i in step_pairs(step, len(pairs), per_step, seed)]
-        target_tokens -= sum(len(p.ids) - p.num_prompt for p in batch)
+        target_tokens -= sum(int(num_targets[i]) for i in step_pairs(step, len(num_targets), per_step, seed))
         step += 1
     return step
 
@@ -200,77 +257,113 @@ def row_loss(model, abilities: Abilities, pairs: list[Pair]) -> tuple[Tensor, Te
     return loss, stats.top1.sum()
 
 
-def train_step(model, abilities, recompute, optimizer, pairs: list[Pair], per_row: int) -> tuple[float, float, float]:
-    """One optimizer step over the pairs -> (mean loss per target token, gradient norm before clipping, accuracy).
+class Step(NamedTuple):
+    """What a step did."""
 
-    Rows accumulate; each counts by its tokens, so the gradient is that of all pairs in one batch. A loss or a norm that
-    is not finite leaves weights and optimizer alone. Accuracy: share of the targets that were the likeliest token.
+    loss: float  # mean over the target tokens, nats
+    norm: float  # of the gradient, before clipping
+    accuracy: float  # share of the targets that were the likeliest token
+    skipped: str  # why weights and optimizer were left alone, "" = they were not
+    flops: float  # with all that was recomputed; 0 = not known
+
+
+def train_step(
+    model,
+    abilities: Abilities,
+    memory,
+    optimizer,
+    pairs: list[Pair],
+    per_row: int,
+    *,
+    ceiling: float = math.inf,
+    seed: int | None = None,
+    auto_shrink: bool = False,
+    processes: Processes = Processes(),  # noqa: B008  frozen, so one for all calls
+) -> Step:
+    """One optimizer step over the pairs. memory: Memory of lengthen/plan.py, or Recompute of lengthen/packed.py.
+
+    Rows accumulate; each counts by its tokens, so the gradient is that of all pairs in one batch, in one process or in
+    several. A loss or a norm that is not finite, or a loss above `ceiling`, leaves weights and optimizer alone. Where
+    memory runs out, the step is forgotten and done again with leaner settings (auto_shrink), or ends in a UserError.
     """
-    num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
-    total, hits = 0.0, 0
-    for row in split_rows(pairs, per_row if abilities.packs else 1, recompute.free_tokens):
-        recompute.set(sum(len(p.ids) for p in row))
-        loss, likeliest = row_loss(model, abilities, row)
-        loss = loss / num_targets
-        loss.backward()
-        total, hits = total + loss.item(), hits + likeliest.item()
+    lengths = [len(p.ids) for p in pairs]
+    num_targets = sum(lengths) - sum(p.num_prompt for p in pairs)
+    mine = [pairs[i] for i in processes.share(lengths)]
     parameters = lora.lora_parameters(model)
+    while True:
+        if seed is not None:
+            torch.manual_seed(seed)  # a step that is done again draws what it drew before
+        totals = accumulate(model, abilities, memory, mine, per_row, num_targets)
+        if not processes.any(totals is None, model.device):
+            break
+        optimizer.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(*lengths, min(sum(lengths), memory.free_tokens)) if abilities.packs else max(lengths)
+        shrink_or_stop(memory, longest, auto_shrink)
+
+    for parameter in parameters:
+        if parameter.grad is None:  # a process without a pair in this step
+            parameter.grad = torch.zeros_like(parameter)
+    processes.sum([p.grad for p in parameters])
+    sums = torch.tensor(totals, dtype=torch.float64, device=model.device)
+    processes.sum([sums])
+    loss, hits, flops = sums.tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
-    if math.isfinite(total) and math.isfinite(norm):
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    skipped = "not finite" if not finite else f"a spike, above {ceiling:.2f}" if loss > ceiling else ""
+    if not skipped:
         optimizer.step()
     optimizer.zero_grad()
-    return total, norm, hits / num_targets
+    return Step(loss, norm, hits / num_targets, skipped, flops)
+
+
+def accumulate(model, abilities, memory, pairs: list[Pair], per_row: int, num_targets: int) -> list[float] | None:
+    """Add the gradients of these pairs -> [loss, hits, FLOPs], their share of the step's; None = out of memory."""
+    total, hits, flops = 0.0, 0, 0.0
+    try:
+        for row in split_rows(pairs, per_row if abilities.packs else 1, memory.free_tokens):
+            settings = memory.set(sum(len(p.ids) for p in row))
+            loss, likeliest = row_loss(model, abilities, row)
+            loss = loss / num_targets
+            loss.backward()
+            total, hits = total + loss.item(), hits + likeliest.item()
+            if isinstance(memory, Memory):
+                learned = [len(p.ids) - p.num_prompt for p in row]
+                flops += memory.budget.flops([len(p.ids) for p in row], learned, settings)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise  # the CPU's allocator raises a plain RuntimeError
+        return None
+    return [total, hits, flops]
+
+
+def shrink_or_stop(memory: Memory, tokens: int, auto_shrink: bool) -> None:
+    """Memory ran out in a step whose longest row has so many tokens."""
+    settings = memory.choice(tokens)
+    if auto_shrink and memory.shrink(tokens):
+        cli.say(f"out of memory in a row of {tokens:,} tokens with {settings}: again with {memory.choice(tokens)}")
+        return
+    name, size, helps = plan.largest_component(memory.budget, settings, tokens)
+    raise UserError(
+        f"out of memory in a row of {tokens:,} tokens with {settings}; the largest part: {name}, {size / 1e9:.2f} GB",
+        (helps if auto_shrink else f"--auto-shrink tries leaner settings; or {helps}")
+        + "; the last checkpoint is kept",
+    )
+
+
+def spike_ceiling(losses: list[float]) -> float:
+    """The loss above which a step is skipped, from the losses of the steps before it that were not."""
+    if len(losses) < SPIKE_FROM:
+        return math.inf
+    middle = statistics.median(losses[-SPIKE_WINDOW:])
+    return max(SPIKE * middle, middle + SPIKE_NATS)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# State of a run
 
 
-def training_state(model, optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name: all that a step changes. The order and the random draws follow from the step."""
-    tensors = {}
-    for i, parameter in enumerate(lora.lora_parameters(model)):
-        tensors[f"{i}.weight"] = parameter
-        for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{i}.{name}"] = value
-    return tensors
-
-
-def restore_state(model, optimizer, tensors: dict[str, Tensor]) -> None:
-    for i, parameter in enumerate(lora.lora_parameters(model)):
-        parameter.data.copy_(tensors[f"{i}.weight"])
-        if f"{i}.step" in tensors:  # not yet there where every step so far was skipped
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {name: tensors[f"{i}.{name}"].to(parameter.device) for name in moments}
-
-
-def plot_loss(entries: list[dict], path: Path, title: str) -> None:
-    """The loss of each step and its running mean, as a small PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [e["step"] for e in entries if not e["skipped"]]
-    losses = [e["loss"] for e in entries if not e["skipped"]]
-    window = len(losses) // 20
-    if window < 5:  # few steps: an epoch, in which every pair counts once
-        window = max(1, sum(e["epoch"] == 0 for e in entries))
-    smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    figure, axis = plt.subplots(figsize=(6, 3.5), dpi=110)
-    axis.plot(steps, losses, color="#9ecae1", linewidth=1, label="step")
-    axis.plot(steps, smooth, color="#08519c", linewidth=1.8, label=f"mean of {window}")
-    axis.set(xlabel="step", ylabel="loss, nats per target token", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-
-
-# ---------------------------------------------------------------------------------------------------------
+CHECKPOINT_HELP = "recompute nothing, all but attention, or whole layers; auto = the least that fits, row by row"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -305,10 +398,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=count, default=1, help="pairs packed into one row; memory may split it, the result stays")
     add("--accumulate", type=count, default=1, help="rows a step, weighted by their tokens")
 
+    add = parser.add_argument_group("memory").add_argument
+    add("--plan", action="store_true", help="print what a step takes and the longest row that fits; loads no weights")
+    add("--vram", type=number, default=0.0, help="GB of GPU memory to stay within; 0 = what the card has free")
+    add("--checkpoint", choices=("auto", *plan.LEVELS), default="auto", help=CHECKPOINT_HELP)
+    add("--offload", action="store_true", help="keep what waits for the backward pass in host memory")
+    add("--tile-rows", type=cli.at_least(0), default=0, help="tokens that an MLP takes at a time; 0 = by the plan")
+    add("--auto-shrink", action="store_true", help="out of memory: do the step again with leaner settings")
+    budget = "0 = 3 on a CPU, all that --vram leaves on a GPU"
+    add("--activation-gb", type=number, default=0.0, help=f"GB of activations before layers are recomputed; {budget}")
+
     add = parser.add_argument_group("runtime").add_argument
     add("--save-every", type=count, default=20, help="steps between checkpoints")
-    budget = "0 = 3 on a CPU, 80 %% of what is free on a GPU"
-    add("--activation-gb", type=number, default=0.0, help=f"GB of activations before layers are recomputed; {budget}")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard, into OUTPUT/tensorboard")
     add("--merge-to", default="", help="also write the merged model into this folder")
     args = parser.parse_args(argv)
     args.keep_lines = 1.0 if args.no_line_removal else args.keep_lines
@@ -324,46 +426,170 @@ SETTINGS = (  # what changes the result
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    processes = parallel.start()
+    cli.console.quiet = not processes.first  # one voice: what concerns all is said by the first
+    try:
+        run(parse_args(argv), processes)
+    except UserError:
+        if not processes.first:  # torchrun ends all when one ends: the first must have said why
+            time.sleep(PATIENCE)
+        raise
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    if args.plan:
+        if processes.first:
+            show_plan(args)
+        return
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter)}
     if args.budget_of:
         settings["target_tokens"] = target_tokens_of(args.budget_of)
     settings["templates"] = template_hashes("extend") if args.role == "extender" else {}
+    check_processes(args, processes)
     io = {"inputs": args.input, "overwrite": args.overwrite, "allow_partial": args.allow_partial}
-    with TrainingFolder(args.output, settings=settings, **io) as folder:
+    if not processes.first:
+        processes.wait()  # until the first has opened the folder
+    with TrainingFolder(args.output, settings=settings, writes=processes.first, **io) as folder:
+        if processes.first:
+            processes.wait()
         if folder.complete:
             cli.say(f"{args.output} is done: nothing to train")
         else:
-            train(args, folder)
-        summary = dict(folder.meta["summary"])
-        if args.merge_to:
-            summary["merged"] = write_merged(args)
-    cli.emit(summary)
+            folder.save_meta("running", processes=processes.count)
+            train(args, folder, processes)
+        if processes.first:
+            summary = dict(folder.meta["summary"])
+            if args.merge_to:
+                summary["merged"] = write_merged(args)
+            cli.emit(summary)
+        processes.wait()
+    processes.stop()
 
 
-def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
-    # 1) records -> model -> pairs
-    records = read_records(args)
+def check_processes(args: argparse.Namespace, processes: Processes) -> None:
+    """Each process needs a pair of every step, and a run goes on with as many as it began with."""
+    per_step = args.batch_size * args.accumulate
+    if per_step < processes.count:
+        raise UserError(
+            f"a step of {per_step} pair{'s' * (per_step > 1)} cannot be shared by {processes.count} processes",
+            f"--accumulate {math.ceil(processes.count / args.batch_size)}: a step's pairs are divided among them",
+        )
+    before = {} if args.overwrite or not Path(args.output).is_dir() else read_sidecar(args.output)
+    count = before.get("processes", processes.count)
+    if before.get("status") != "done" and count != processes.count:
+        raise UserError(
+            f"{args.output} was begun by {count} process{'es' * (count > 1)}, this command runs {processes.count}",
+            f"torchrun --nproc-per-node {count} train.py …, or --overwrite",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """--plan: what this training would take, from the model's configuration alone."""
+    config = load_config(args.model, args.trust_remote_code)
+    context, _ = context_length(config, load_tokenizer(args.model, args.trust_remote_code))
+    has_gpu = torch.cuda.is_available() and args.device != "cpu"
+    device = torch.device("cuda" if has_gpu else "cpu")
+    cuda = has_gpu or args.vram > 0
+    vram = args.vram or (torch.cuda.get_device_properties(device).total_memory / 1e9 if has_gpu else 0.0)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
+    nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
+    budget = budget_of(args, plan.meta_model(config, dtype), dtype, nf4, cuda)
+    room, wanted = room_of(args, budget, device, vram), wanted_of(args)
+    tokens = args.max_length or min(MAX_LENGTH[args.role], context)
+    where = f"a card of {vram:g} GB" if cuda else "this CPU"
+    kind = str(dtype).removeprefix("torch.")
+    cli.say(f"{args.model} on {where}: rank {args.rank}, {'nf4, ' if nf4 else ''}{kind}, one row of {tokens:,} tokens")
+    lines, record = plan.table(budget, wanted, tokens, room)
+    peaks = plan.cards_of(vram) if args.vram or has_gpu else {}
+    if not args.vram:
+        flops, name = plan.peak_flops(device)
+        peaks = {name: flops} if flops else peaks
+    step = budget.flops([tokens], [tokens], budget.choose(wanted, tokens, room))
+    for line in [*lines, *plan.time_lines(step, peaks)]:
+        cli.say(line)
+    if tokens > context:
+        cli.say(f"warning: {args.model} takes {context:,} tokens: longer pairs are left out")
+    cli.emit({"stage": "plan", "model": args.model, "rank": args.rank, "quantize": "nf4" if nf4 else "none", **record})
+
+
+def memory_of(args: argparse.Namespace, loaded, abilities: Abilities, longest: int, processes: Processes) -> Memory:
+    """What decides, row by row, what is kept and what is computed again."""
+    model, cuda = loaded.model, loaded.device.type == "cuda"
+    budget = budget_of(args, model, loaded.dtype, loaded.quantize == "nf4", cuda, abilities.token_bytes)
+    room = -processes.most(-room_of(args, budget, loaded.device, args.vram), loaded.device)  # the least of all
+    layers = Recompute(model, abilities.token_bytes, math.inf).layers
+    return Memory(budget, wanted_of(args), room, longest, functools.partial(follow, layers))
+
+
+def budget_of(args: argparse.Namespace, model, dtype: torch.dtype, nf4: bool, cuda: bool, token_bytes=0) -> Budget:
+    """The sizes of the model, loaded or on the meta device, and the activations of its layers.
+
+    token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
+    """
+    shape = {"rank": args.rank, "targets": args.targets, "dtype": dtype}
+    facts = plan.facts_of(model, nf4=nf4, cuda=cuda, **shape)
+    try:
+        traced = plan.trace(model.config, dropout=args.dropout, **shape)
+    except UserError as error:
+        if not token_bytes:
+            raise
+        cli.say(f"{error.message}: its activations are measured instead")
+        traced = plan.from_saved_bytes(facts, token_bytes)
+    plan.check_served(wanted_of(args), traced)
+    return Budget(facts, traced)
+
+
+def wanted_of(args: argparse.Namespace) -> Wanted:
+    return Wanted(args.checkpoint, args.offload, args.tile_rows)
+
+
+def room_of(args: argparse.Namespace, budget: Budget, device: torch.device, vram: float) -> float:
+    limits = {"vram_gb": vram, "activation_gb": args.activation_gb, "cpu_gb": CPU_ACTIVATION_GB}
+    return plan.room_for(budget, device, **limits)
+
+
+def follow(layers: list, settings: Settings) -> None:
+    """The one place where a plan is applied: the layers keep and recompute what it says."""
+    count = 0 if settings.checkpoint == "none" else len(layers) if settings.layers < 0 else settings.layers
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes) -> None:
+    # 1) pairs -> model
+    board = steplog.open_tensorboard(folder.folder) if args.tensorboard and processes.first else None
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    context, _ = context_length(load_config(args.model, args.trust_remote_code), tokenizer)
+    most = min(args.max_length or MAX_LENGTH[args.role], context)
+    pairs = pairs_of(args, folder, Chat(tokenizer), most, processes)
+    for line in pairs.facts["notes"]:
+        cli.say(line)
+    if len(pairs) < max(1, args.min_yield):
+        raise LowYield(
+            f"{len(pairs)} of {pairs.facts['records']} records can be trained on, --min-yield asks for "
+            f"{max(1, args.min_yield)}",
+            f"--max-length is {most} tokens; see {folder.folder / 'rejected.jsonl'}",
+        )
     loaded = load_model(
         args.model,
-        device=args.device,
+        device=processes.device if args.device == "auto" and processes.device else args.device,
         dtype=args.dtype,
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         train=True,
     )
     model = loaded.model
-    most = min(args.max_length or MAX_LENGTH[args.role], loaded.context)
-    pairs, left_out = make_pairs(records, loaded.chat, args, most)
-    replace_file(folder.folder / "rejected.jsonl", b"".join(map(to_line, left_out)))
-    for line in [*loaded.notes, *left_out_notes(records, left_out, most)]:
+    for line in loaded.notes:
         cli.say(line)
-    if len(pairs) < max(1, args.min_yield):
-        raise LowYield(
-            f"{len(pairs)} of {len(records)} records can be trained on, --min-yield asks for {max(1, args.min_yield)}",
-            f"--max-length is {most} tokens; see {folder.folder / 'rejected.jsonl'}",
-        )
 
     # 2) LoRA: fresh, or the adapter of the iteration before
     base_hash = lora.base_hash(model)
@@ -374,20 +600,16 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
         parameters = lora.attach(model, args.rank, args.alpha, args.dropout, args.targets, args.rslora, args.seed)
     abilities = examine(model)
     model.train()
-    budget = 1e9 * args.activation_gb or (
-        CPU_ACTIVATION_GB * 1e9 if model.device.type == "cpu" else 0.8 * torch.cuda.mem_get_info()[0]
-    )
-    lent = lean.apply(model)
-    abilities.notes += lent.notes()
-    recompute = Recompute(model, abilities.token_bytes, budget, lent)
+    per_step = args.batch_size * args.accumulate
+    longest = int(pairs.lengths.max())  # of a row, too: short pairs share one only where that costs nothing
+    memory = memory_of(args, loaded, abilities, longest, processes)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
 
     # 3) go on from the last checkpoint, if there is one
-    per_step = args.batch_size * args.accumulate
     per_epoch = math.ceil(len(pairs) / per_step)
     total = args.epochs * per_epoch
     if args.budget_of:
-        total = steps_for(folder.settings["target_tokens"], pairs, per_step, args.seed)
+        total = steps_for(folder.settings["target_tokens"], pairs.num_targets, per_step, args.seed)
     tensors, state, said = folder.load_checkpoint()
     for line in said:
         cli.say(f"{line}: going on from the one before, or from the start")
@@ -395,15 +617,22 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     if tensors:
         restore_state(model, optimizer, tensors)
         cli.say(f"resuming behind step {done} of {total}")
-    entries = folder.open_log(done)
+    entries = folder.open_log(done) if processes.first else []
+    processes.wait()  # the first cuts the log to the steps that count, the others read what it left
+    entries = entries if processes.first else folder.open_log(done)
     for line in abilities.notes:
         cli.say(line)
+    need = memory.budget.card_bytes(memory.choice(longest), longest)
     cli.say(
-        f"{args.role}: {len(pairs)} pairs, {sum(len(p.ids) for p in pairs):,} tokens, {total} steps; "
-        f"rank {args.rank}, alpha {args.alpha:g}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; "
-        f"{recompute.token_bytes / 1e6:.2f} MB of activations a token, recomputed in rows beyond "
-        f"{recompute.free_tokens:,} tokens"
+        f"{args.role}: {len(pairs)} pairs, {pairs.lengths.sum():,} tokens, {total} steps; "
+        f"rank {args.rank}, alpha {args.alpha:g}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
     )
+    cli.say(
+        f"memory: rows of up to {memory.free_tokens:,} tokens keep all they need; the longest here, {longest:,}, goes "
+        f"with {memory.choice(longest)}: {need / 1e9:.2f} of {memory.room / 1e9:.2f} GB by the plan"
+    )
+    peak_flops, peak_from = plan.peak_flops(model.device)
+    cli.say(f"peak: {peak_flops / 1e12:,.3g} TFLOP/s ({peak_from})" if peak_flops else f"peak of {peak_from}: unknown")
     folder.save_meta(
         "running",
         role=args.role,
@@ -416,62 +645,65 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
             "packed": abilities.packs,
         },
         pairs=len(pairs),
-        left_out=len(left_out),
+        left_out=pairs.facts["left_out"],
         steps=total,
     )
 
     # 4) the loop
-    for step in range(done, total):
-        started = time.monotonic()
-        batch = [pairs[i] for i in step_pairs(step, len(pairs), per_step, args.seed)]
-        rate = learning_rate(step, total, args.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(draw_seed(args.seed, "dropout", step))  # a resumed run draws what an unbroken one does
-        loss, norm, accuracy = train_step(model, abilities, recompute, optimizer, batch, args.batch_size)
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        skips = skips + 1 if skipped else 0
-        tokens, seconds = sum(len(p.ids) for p in batch), time.monotonic() - started
-        entry = {
-            "step": step + 1,
-            "epoch": step // per_epoch,
-            "loss": -1.0 if skipped else loss,
-            "accuracy": -1.0 if skipped else round(accuracy, 4),  # share of the targets that were the likeliest token
-            "lr": rate,
-            "grad_norm": -1.0 if skipped else norm,
-            "tokens": tokens,
-            "target_tokens": sum(len(p.ids) - p.num_prompt for p in batch),
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "skipped": skipped,
-        }
-        folder.log(entry)
-        entries.append(entry)
-        left = statistics.fmean(e["seconds"] for e in entries[-20:]) * (total - step - 1)
-        cli.say(
-            f"step {step + 1}/{total} | loss {loss:.4f} | accuracy {accuracy:.1%} | lr {rate:.2e} | "
-            f"grad norm {norm:.3f} | {tokens / seconds:,.0f} tok/s | {left:.0f} s left"
-            + (" | skipped: not finite" if skipped else "")
-        )
-        if skips > SKIPS_ALLOWED:
-            raise UserError(
-                f"the loss was not finite in {skips} steps in a row (last: step {step + 1})",
-                "a lower --learning-rate, or --dtype float32; the last checkpoint is kept",
+    losses = [e["loss"] for e in entries if not e["skipped"]]
+    with cli.progress("step", total) if cli.console.is_terminal else nullcontext() as bar:
+        for step in range(done, total):
+            started = time.monotonic()
+            batch = [pairs[i] for i in step_pairs(step, len(pairs), per_step, args.seed)]
+            rate = learning_rate(step, total, args.learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            draw = (args.seed, "dropout", step, *((processes.rank,) if processes.rank else ()))
+            result = train_step(
+                *(model, abilities, memory, optimizer, batch, args.batch_size),
+                ceiling=spike_ceiling(losses),
+                seed=draw_seed(*draw),  # a resumed run draws what an unbroken one does
+                auto_shrink=args.auto_shrink,
+                processes=processes,
             )
-        if (step + 1) % args.save_every == 0 and step + 1 < total:
-            folder.save_checkpoint(training_state(model, optimizer), {"step": step + 1, "skips_in_a_row": skips})
+            skips = skips + 1 if result.skipped else 0
+            if not result.skipped:
+                losses.append(result.loss)
+            seconds = time.monotonic() - started
+            entry = steplog.log_entry(
+                step, per_epoch, result, rate, batch, seconds, peak_flops * processes.count, model.device
+            )
+            folder.log(entry)
+            entries.append(entry)
+            if board:
+                for name in ("loss", "accuracy", "lr", "grad_norm", "tokens_per_second", "peak_percent", "peak_gb"):
+                    board.add_scalar(name, entry[name], step + 1)
+            left = statistics.fmean(e["seconds"] for e in entries[-20:]) * (total - step - 1)
+            cli.say(f"step {step + 1}/{total} | {steplog.step_line(result, entry)} | {left:.0f} s left")
+            if bar:
+                bar.update(step + 1)
+            if skips > SKIPS_ALLOWED:
+                raise UserError(
+                    f"{skips} steps in a row were skipped: {result.skipped} (last: step {step + 1})",
+                    "a lower --learning-rate, or --dtype float32; the last checkpoint is kept",
+                )
+            if (step + 1) % args.save_every == 0 and step + 1 < total:
+                folder.save_checkpoint(training_state(model, optimizer), {"step": step + 1, "skips_in_a_row": skips})
+    if board:
+        board.close()
 
     # 5) the adapter, and what to show of it
+    if not processes.first:
+        return
     lora.save_adapter(model, folder.folder, loaded.name)
-    plot_loss(entries, folder.folder / "loss.png", f"{args.role}, {Path(args.output).parent.name}")
-    losses = [e["loss"] for e in entries if not e["skipped"]]
+    steplog.plot_loss(entries, folder.folder / "loss.png", f"{args.role}, {Path(args.output).parent.name}")
     tenth = max(1, len(losses) // 10)
     summary = {
         "stage": "train",
         "role": args.role,
         "output": str(args.output),
         "pairs": len(pairs),
-        "left_out": len(left_out),
+        "left_out": pairs.facts["left_out"],
         "steps": total,
         "skipped_steps": sum(e["skipped"] for e in entries),
         "first_loss": round(statistics.fmean(losses[:tenth]), 4) if losses else -1.0,
@@ -485,16 +717,18 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> None:
     folder.drop_checkpoints()
 
 
-def read_records(args: argparse.Namespace) -> list[dict]:
+def read_records(args: argparse.Namespace) -> Iterator[dict]:
     """The records of all input files, in the wanted language; `language` is detected where a user's file has none."""
     needs = ("prompt", "response", "initial") if args.role == "extender" else ("prompt", "response")
-    records = [record for path in args.input for record in read_jsonl(path, needs)]
-    for record in records:
+    seen = wanted = 0
+    for record in (record for path in args.input for record in each_record(path, needs)):
         record["language"] = record.get("language") or detect_language(record["prompt"]) or "en"
-    wanted = [r for r in records if args.language in ("both", r["language"])]
+        seen += 1
+        if args.language in ("both", record["language"]):
+            wanted += 1
+            yield record
     if not wanted:
-        raise LowYield(f"none of the {len(records)} records is in the language {args.language!r}", "--language both")
-    return wanted
+        raise LowYield(f"none of the {seen} records is in the language {args.language!r}", "--language both")
 
 
 def check_continued(args: argparse.Namespace, model) -> None:

@@ -8,6 +8,7 @@ line. Nor are contents trimmed: they go in as they are. No torch here.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from functools import cache, cached_property
@@ -72,6 +73,7 @@ SENTINEL = "Qz{}kVx"  # mixed case and digits: a template that changes case, or 
 SENTINELS = re.compile(SENTINEL.format(r"(\d+)"))
 # Variables that templates ask for. Without a thought: a prefilled answer cannot follow an open one.
 TEMPLATE_OPTIONS = {"enable_thinking": False}
+ANCHORS = ("\n", "a", "0")  # put before a text that must not be encoded as the first, and its ids cut off again
 ROUND_TRIP = "Two  spaces,\n\n\ta tab - and 12.5 things."
 
 
@@ -91,6 +93,7 @@ class Chat:
             )
         header, whole = self._render(("user",), True), self._render(("user", "assistant"), False)
         self._controls = self._control_tokens(header + whole)
+        self._control_ids = set(self._controls.values())
         self._check_round_trip()
         self._header_end = "control" if self._split(header)[-1] == "" else "text"
 
@@ -106,24 +109,43 @@ class Chat:
         self.end_id: int = end
         self.eos_ids = {self.end_id, *extra_eos} | ({tokenizer.eos_token_id} - {None})
 
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits over vocabulary, merges and chat template: what the ids of a text depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{rules}\x1f{self.tokenizer.chat_template}".encode()).hexdigest()[:16]
+
     def encode(self, messages: list[dict[str, str]], prefill: str = "") -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header, then of the answer that is begun for it.
 
         The header's ids are those that it has alone, as when a model is asked: a prefill changes none of them.
         UserError where the template refuses the roles or rewrites a content.
         """
-        roles = tuple(m["role"] for m in messages)
-        if roles not in self._runs:
-            self._runs[roles] = self._split(self._render(roles, True))
-        ids: list[int] = []
-        for i, run in enumerate(self._runs[roles]):  # text, control token, text, ..., text
-            if i % 2:
-                ids.append(self._controls[run])
-            elif run:
-                # Contents and the template's own text in one piece, so that words join as in the whole string.
-                text = SENTINELS.sub(lambda m: messages[int(m[1])]["content"], run)
-                ids += self._encode(text, behind="control" if i else "nothing")
-        return ids + (self.encode_text(prefill) if prefill else [])
+        return self.encode_many([messages])[0] + (self.encode_text(prefill) if prefill else [])
+
+    def encode_many(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+        """`encode` of each, in one call of the tokenizer: a fast one then uses all cores."""
+        texts: list[tuple[str, str]] = []  # of all conversations: (text, behind what)
+        gaps: list[list[int]] = []  # where the ids of each text go
+        wholes: list[list[list[int]]] = []
+        for messages in conversations:
+            roles = tuple(m["role"] for m in messages)
+            if roles not in self._runs:
+                self._runs[roles] = self._split(self._render(roles, True))
+            wholes.append([])
+            for i, run in enumerate(self._runs[roles]):  # text, control token, text, ..., text
+                if i % 2:
+                    wholes[-1].append([self._controls[run]])
+                elif run:
+                    # Contents and the template's own text in one piece, so that words join as in the whole string.
+                    text = SENTINELS.sub(lambda m, said=messages: said[int(m[1])]["content"], run)
+                    texts.append((text, "control" if i else "nothing"))
+                    gaps.append([])
+                    wholes[-1].append(gaps[-1])
+        for gap, ids in zip(gaps, self._encode_all(texts), strict=True):
+            gap += ids
+        return [[i for part in whole for i in part] for whole in wholes]
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text as an answer begins, behind the assistant's header: no control token can arise."""
@@ -131,7 +153,12 @@ class Chat:
 
     def encode_answer(self, text: str) -> list[int]:
         """A whole answer as the model should write it, up to and including end_id."""
-        return [*self.encode_text(text + self._trail), self.end_id]
+        return self.encode_answers([text])[0]
+
+    def encode_answers(self, texts: list[str]) -> list[list[int]]:
+        """`encode_answer` of each, in one call of the tokenizer."""
+        encoded = self._encode_all([(self._lead + text + self._trail, self._header_end) for text in texts])
+        return [[*ids, self.end_id] for ids in encoded]
 
     # -- the template --------------------------------------------------------------------------------------
 
@@ -185,10 +212,33 @@ class Chat:
 
     def _encode(self, text: str, behind: str) -> list[int]:
         """Ids of plain text behind "nothing", a "control" token, or other "text"."""
-        ids = self._encode_once(text, behind) if text else []
-        stray = set(ids) & set(self._controls.values())
-        if not stray:
-            return ids
+        return self._encode_all([(text, behind)])[0]
+
+    def _encode_all(self, texts: list[tuple[str, str]]) -> list[list[int]]:
+        """The same for several (text, behind what), in one call of the tokenizer."""
+        if not texts:
+            return []
+        alone = [self._is_encoded_alone(behind) for _, behind in texts]
+        given = [text if plain else ANCHORS[0] + text for (text, _), plain in zip(texts, alone, strict=True)]
+        found = self.tokenizer(
+            given, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        head = [] if all(alone) else self._raw(ANCHORS[0])
+        for i, ((text, behind), plain) in enumerate(zip(texts, alone, strict=True)):
+            if not text:
+                found[i] = []
+            elif not plain:
+                starts_alike = found[i][: len(head)] == head
+                found[i] = found[i][len(head) :] if starts_alike else self._anchored(text)
+                if found[i] is None:
+                    raise UserError(f"the tokenizer {self.name} cannot encode a text in pieces")
+            if self._control_ids.intersection(found[i]):
+                found[i] = self._without_controls(text, behind, found[i])
+        return found
+
+    def _without_controls(self, text: str, behind: str, ids: list[int]) -> list[int]:
+        """The ids of a text in which the tokenizer sees control tokens, as the plain text that it is."""
+        stray = self._control_ids.intersection(ids)
         # `split_special_tokens` leaves added tokens alone that are not marked special, though the template may use
         # them: cut each behind its first character and encode the pieces apart.
         names = "|".join(map(re.escape, sorted(self._controls, key=len, reverse=True)))
@@ -200,18 +250,13 @@ class Chat:
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return self._encode(pieces[0], behind) + [i for piece in pieces[1:] for i in self._encode(piece, "text")]
 
-    def _encode_once(self, text: str, behind: str) -> list[int]:
+    def _is_encoded_alone(self, behind: str) -> bool:
         """SentencePiece-like tokenizers put a space before each text they are given: not wanted in mid-sentence."""
-        if behind == "nothing" or not self._adds_space or (behind == "control" and self._adds_space_after_control):
-            return self._raw(text)
-        ids = self._anchored(text)
-        if ids is None:
-            raise UserError(f"the tokenizer {self.name} cannot encode a text in pieces")
-        return ids
+        return behind == "nothing" or not self._adds_space or (behind == "control" and self._adds_space_after_control)
 
     def _anchored(self, text: str) -> list[int] | None:
         """Ids of `text` behind another text, whose own ids are cut off again; None where the two always merge."""
-        for anchor in ("\n", "a", "0"):
+        for anchor in ANCHORS:
             head, ids = self._raw(anchor), self._raw(anchor + text)
             if ids[: len(head)] == head:
                 return ids[len(head) :]

@@ -4,6 +4,7 @@
     train_log.jsonl       one line a step; lines behind the checkpoint are cut when a run resumes
     checkpoint/           state.safetensors + state.json, whole or absent
     checkpoint.previous/  the one before: used when the newest is damaged
+    pairs.bin             the pairs as token ids (lengthen/pairs.py), for resumes; gone when the run is done
     adapter_*             only when the run is done: whoever finds an adapter may use it
 
 No pickles: tensors are safetensors, the rest is JSON.
@@ -18,20 +19,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn, optim
 
+from lengthen import lora
 from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
+from lengthen.pairs import NAME as PAIRS
 from lengthen.records import Appender, UserError, read_jsonl, replace_file
 
-FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png", PAIRS)
 NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"
 
 
 class TrainingFolder(OneWriter):
-    """Use as a context manager. `settings` are all that changes the result; they must match to resume."""
+    """Use as a context manager. `settings` are all that changes the result; they must match to resume.
 
-    def __init__(self, folder, *, inputs: list[str], settings: dict, overwrite: bool, allow_partial: bool):
-        self.folder, self.inputs, self.settings = Path(folder), inputs, settings
+    writes: False in all but the first of several processes: they read what that one has prepared, and write nothing.
+    """
+
+    def __init__(
+        self, folder, *, inputs: list[str], settings: dict, overwrite: bool, allow_partial: bool, writes: bool = True
+    ):
+        self.folder, self.inputs, self.settings, self.writes = Path(folder), inputs, settings, writes
         self.overwrite, self.allow_partial = overwrite, allow_partial
         self.started = time.monotonic()
 
@@ -39,13 +47,18 @@ class TrainingFolder(OneWriter):
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output {self.folder} is a file, a folder is needed", "an adapter is a folder")
         self.log_file = None
-        self.take(self.folder, self.folder)
+        if self.writes:
+            self.take(self.folder, self.folder)
+        else:
+            self.meta = read_sidecar(self.folder)
+            self.settings = self.meta["settings"]  # with the inputs' hashes, which the first has taken
+            self.complete = self.meta["status"] == "done"
         return self
 
     def _open(self) -> None:
         if self.overwrite:
             # The sidecar goes last: killed in between, the folder still says whose files these are.
-            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "meta.json"):
+            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "tensorboard", "meta.json"):
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.meta = read_sidecar(self.folder)
@@ -71,10 +84,13 @@ class TrainingFolder(OneWriter):
             if self.log_file:
                 self.log_file.close()
         finally:
-            self.lock.release()
+            if self.writes:
+                self.lock.release()
 
     def save_meta(self, status: str, **facts) -> None:
         """Replace the sidecar; `facts` stay in it."""
+        if not self.writes:
+            return
         self.meta.update(facts, stage="train", status=status, settings=self.settings, versions=versions())
         self.meta["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 2)
         replace_file(self.folder / "meta.json", json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
@@ -84,19 +100,26 @@ class TrainingFolder(OneWriter):
     def open_log(self, steps_done: int) -> list[dict]:
         """Start appending behind `steps_done` steps; returns the entries of those."""
         path = self.folder / "train_log.jsonl"
-        Appender(path).close()  # cuts a torn last line
-        entries = [e for e in read_jsonl(path, needs=()) if e["step"] <= steps_done] if path.stat().st_size else []
+        if self.writes:
+            Appender(path).close()  # cuts a torn last line
+        size = path.stat().st_size if path.exists() else 0
+        entries = [e for e in read_jsonl(path, needs=()) if e["step"] <= steps_done] if size else []
+        if not self.writes:
+            return entries
         replace_file(path, "".join(json.dumps(e) + "\n" for e in entries))
         self.log_file = Appender(path)
         return entries
 
     def log(self, entry: dict) -> None:
-        self.log_file.append(entry)
+        if self.writes:
+            self.log_file.append(entry)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Make (tensors, state) the newest checkpoint, and the newest the previous: three renames, each whole."""
+        if not self.writes:
+            return
         data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         state = {**state, "sha256": hashlib.sha256(data).hexdigest()}
         newest, previous, half = (self.folder / n for n in (NEWEST, PREVIOUS, HALF_WRITTEN))
@@ -132,10 +155,36 @@ class TrainingFolder(OneWriter):
 
     def drop_checkpoints(self) -> None:
         """The run is done: what only a resume needs goes."""
+        if not self.writes:
+            return
         for name in (NEWEST, PREVIOUS, HALF_WRITTEN):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / PAIRS).unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path) -> None:
     """os.replace of a folder, on its own so that the tests can kill or fail it."""
     os.replace(source, target)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
+
+
+def training_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name: all that a step changes. The order and the random draws follow from the step."""
+    tensors = {}
+    for i, parameter in enumerate(lora.lora_parameters(model)):
+        tensors[f"{i}.weight"] = parameter
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{i}.{name}"] = value
+    return tensors
+
+
+def restore_state(model: nn.Module, optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take over what training_state gave."""
+    for i, parameter in enumerate(lora.lora_parameters(model)):
+        parameter.data.copy_(tensors[f"{i}.weight"])
+        if f"{i}.step" in tensors:  # not yet there where every step so far was skipped
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {name: tensors[f"{i}.{name}"].to(parameter.device) for name in moments}

@@ -74,11 +74,8 @@ def load_model(
 
     Raises UserError for anything that is wrong with the name, the files, the machine or the adapter.
     """
-    _quiet()
     place, device_why = _choose_device(device)
-    source = _resolve(name)
-    with _explained(name):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config, source = load_config(name, trust_remote_code), _resolve(name)
     quantize, quantize_why = _choose_quantize(quantize, place, config, name)
     kind, dtype_why = _choose_dtype(dtype, place)
     tokenizer = load_tokenizer(name, trust_remote_code)
@@ -100,7 +97,7 @@ def load_model(
     if place.type not in ("cuda", "cpu"):
         model = model.to(place)
     eos = _take_generation_config(model)
-    context, context_why = _context(config, tokenizer)
+    context, context_why = context_length(config, tokenizer)
     text_config = config.get_text_config()
     size = f"{text_config.model_type}, {model.num_parameters() / 1e9:.3g}B parameters"
     notes = [
@@ -116,6 +113,14 @@ def load_model(
     if adapter and not train:
         notes += _apply(adapter, model, quantize)
     return LoadedModel(model, tokenizer, Chat(tokenizer, eos), place, kind, quantize, context, name, notes)
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """The sizes of the model, without its weights."""
+    _quiet()
+    source = _resolve(name)
+    with _explained(name):
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
@@ -392,8 +397,10 @@ def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:
     return ids
 
 
-def _context(config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, str]:
-    """(tokens the model takes, a remark). YaRN is stated beside the old limit, other RoPE scalings are in it."""
+def context_length(
+    config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, str]:
+    """(tokens that a model takes, a remark). YaRN is stated beside the old limit, other RoPE scalings are in it."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_sequence_length", "seq_length", "max_seq_len")
     limit = next((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), 0)

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -246,8 +246,14 @@ def read_jsonl(path: str | Path, needs: Iterable[str] = ("prompt",)) -> list[dic
 
     Raises UserError that names file and line for anything else, a missing or an empty file included.
     """
+    return list(each_record(path, needs))
+
+
+def each_record(path: str | Path, needs: Iterable[str] = ("prompt",)) -> Iterator[dict]:
+    """The same, one at a time: a file of any size in little memory."""
     path = Path(path)
-    records, seen = [], {}
+    seen: dict[str, int] = {}
+    count = 0
     for line, record in numbered_lines(path):
         where = f"{path}, line {line}"
         for field in needs:
@@ -266,10 +272,10 @@ def read_jsonl(path: str | Path, needs: Iterable[str] = ("prompt",)) -> list[dic
                     "remove the second record, or its `id`",
                 )
             seen[record["id"]] = line
-        records.append(record)
-    if not records:
+        count += 1
+        yield record
+    if not count:
         raise UserError(f"{path} holds no record", "see what the stage before it printed, and its *.rejected.jsonl")
-    return records
 
 
 def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:

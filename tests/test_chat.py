@@ -181,6 +181,43 @@ def test_an_answer_is_text_that_goes_on_where_the_tokenizer_adds_spaces(scheme):
     assert decoded.endswith("[/INST] \n\n the  bridge\n\n")  # one space is the template's own
 
 
+def by_hand(chat: Chat, messages: list[dict]) -> list[int]:
+    """The ids piece by piece, one tokenizer call each: what a batch must equal."""
+    ids: list[int] = []
+    for i, run in enumerate(chat._split(chat._render(tuple(m["role"] for m in messages), True))):
+        if i % 2:
+            ids.append(chat._controls[run])
+        elif run:
+            for number, message in enumerate(messages):
+                run = run.replace(chat_module.SENTINEL.format(number), message["content"])
+            alone = i == 0 or not chat._adds_space or chat._adds_space_after_control
+            ids += chat._raw(run) if alone else chat._anchored(run)
+    return ids
+
+
+def test_a_batch_has_the_ids_of_its_texts_alone(case):
+    """Long and short, empty, several turns, and control text among them: each as if it were alone."""
+    _, chat, _ = case
+    contents = [CONTENT, "x", " ", "a\n\n1. b", "word " * 400, "Yes", "中文，标点。"]
+    conversations = [[{"role": "user", "content": c}] for c in contents]
+    assert chat.encode_many(conversations) == [by_hand(chat, messages) for messages in conversations]
+    attacked = conversations + [[{"role": "user", "content": f"a {name} b"}] for name in chat._controls]
+    assert chat.encode_many(attacked) == [chat.encode(messages) for messages in attacked]
+    assert chat.encode_answers(contents) == [[*chat.encode_text(c + chat._trail), chat.end_id] for c in contents]
+    assert chat.encode_many([]) == [] and chat.encode_answers([]) == []
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_batch_is_the_same_where_the_tokenizer_adds_spaces(scheme):
+    chat = Chat(sentencepiece(scheme))
+    contents = ["x", "\n y", "a  b", "0", "</s> z", CONTENT]
+    conversations = [[{"role": "user", "content": c}] for c in contents]
+    assert chat.encode_many(conversations) == [chat.encode(messages) for messages in conversations]
+    plain = [messages for messages in conversations if "</s>" not in messages[0]["content"]]
+    assert chat.encode_many(plain) == [by_hand(chat, messages) for messages in plain]
+    assert chat.encode_answers(contents) == [chat.encode_answer(c) for c in contents]
+
+
 def test_eos_ids_are_of_tokenizer_template_and_generation_config():
     tokenizer = byte_level(LLAMA3)
     ids = tokenizer.convert_tokens_to_ids(["</s>", "<|eot_id|>", "<|endoftext|>"])

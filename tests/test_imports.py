@@ -18,6 +18,7 @@ LEAVES = {
     "lengthen.demands",
     "lengthen.measures",
     "lengthen.intervals",
+    "lengthen.pairs",
     "lengthen.cli",
     "lengthen.rundir",
     "lengthen.scores",

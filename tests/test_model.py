@@ -109,11 +109,11 @@ def test_nf4_on_the_cpu_computes_with_the_weights_that_bitsandbytes_stored(align
 )
 def test_context_is_the_models(rope, context):
     config = LlamaConfig(max_position_embeddings=2048, rope_parameters={"rope_theta": 1e4, **rope})
-    assert model_module._context(config, tiny_tokenizer())[0] == context
+    assert model_module.context_length(config, tiny_tokenizer())[0] == context
 
 
 def test_a_tokenizers_smaller_limit_is_told_and_not_obeyed():
-    limit, remark = model_module._context(LlamaConfig(max_position_embeddings=32768), tiny_tokenizer())
+    limit, remark = model_module.context_length(LlamaConfig(max_position_embeddings=32768), tiny_tokenizer())
     assert limit == 32768 and "2,048" in remark
 
 

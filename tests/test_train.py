@@ -19,8 +19,8 @@ import train
 from lengthen import checkpoint, lora, packed
 from lengthen.chat import Chat
 from lengthen.packed import Recompute, examine
+from lengthen.pairs import Pair
 from lengthen.records import LowYield, UserError, new_record, read_jsonl
-from train import Pair
 
 ROOT = Path(__file__).parent.parent
 EOS = 2
@@ -64,9 +64,9 @@ def run(tmp_path, model_folder, capsys):
     return call
 
 
-def with_lora(family: str = "llama", **options) -> torch.nn.Module:
+def with_lora(family: str = "llama", sizes: dict | None = None, **options) -> torch.nn.Module:
     """A tiny model in training mode; B is not zero, so that both A and B have gradients."""
-    model = tiny_model(family)
+    model = tiny_model(family, **sizes or {})
     lora.attach(model, **{"rank": 4, "alpha": 8, **options})
     generator = torch.Generator().manual_seed(2)
     for layer in lora.lora_layers(model).values():
@@ -174,7 +174,7 @@ def test_one_step_is_pefts(tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0) for p in (lora.lora_parameters(ours), trained)]
     abilities = examine(ours)
-    loss, norm, _ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
+    loss, norm, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
 
     expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
     expected.backward()
@@ -198,7 +198,7 @@ def test_accumulated_is_one_big_batch(per_row, budget):
         abilities = examine(model)
         optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
         recompute = Recompute(model, abilities.token_bytes, memory)
-        loss, norm, _ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
+        loss, norm, *_ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
         results.append((loss, norm, lora.lora_parameters(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
@@ -258,7 +258,7 @@ def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
     assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
     assert len(abilities.notes) == 1
     optimizer = torch.optim.SGD(lora.lora_parameters(ours), lr=0.0)
-    loss, norm, accuracy = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
+    loss, norm, accuracy, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
     num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
     assert loss == pytest.approx(alone(theirs, pairs).item() / num_targets, rel=1e-5)
     assert accuracy == pytest.approx(sum(likeliest(theirs, pair) for pair in pairs) / num_targets)
@@ -652,7 +652,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(run, tmp_pa
 
 def test_three_in_a_row_stop_the_run(run, tmp_path, monkeypatch):
     not_finite_at(monkeypatch, {7, 8, 9})
-    with pytest.raises(UserError, match="3 steps in a row .last: step 9") as raised:
+    with pytest.raises(UserError, match="3 steps in a row were skipped: not finite .last: step 9") as raised:
         run()
     assert "--learning-rate" in raised.value.hint and (tmp_path / "out" / "checkpoint" / "state.json").exists()
     assert not (tmp_path / "out" / lora.WEIGHTS).exists()
@@ -700,3 +700,161 @@ def test_smollm2_packs_and_fuses():
     assert abilities.packs and abilities.head is not None
     assert sum(p.numel() for p in parameters) == 2_442_240  # PEFT's count for rank 8 on all 210 linear layers
     assert 0.8e6 < abilities.token_bytes < 2e6
+
+
+# ---- memory that runs out -------------------------------------------------------------------------------
+
+
+def out_of_memory_at(monkeypatch, calls_that_fail: set[int], error=torch.OutOfMemoryError) -> None:
+    original, calls = train.row_loss, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) in calls_that_fail:
+            raise error("can't allocate memory: you tried to allocate 7 bytes")
+        return original(*args)
+
+    monkeypatch.setattr(train, "row_loss", fails)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_out_of_memory_is_done_again_and_loses_nothing(run, tmp_path, monkeypatch, error):
+    """Rows 4 and 5 of the run fail, the second in the middle of a step: the losses and weights of a run without."""
+    flags = ["--accumulate", "2", "--dropout", "0.2"]
+    _, expected, _ = run(*flags, output="without")
+    out_of_memory_at(monkeypatch, {4, 7}, error)
+    summary, log, err = run(*flags, "--auto-shrink")
+    assert err.count("out of memory in a row of") == 2 and "again with --checkpoint full" in err
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in expected], abs=1e-6)
+    a, b = (lora.read_adapter(tmp_path / name)[1] for name in ("out", "without"))
+    assert_same([x for n in a for x in a[n]], [x for n in b for x in b[n]], 1e-5)
+    assert summary["skipped_steps"] == 0
+
+
+def test_out_of_memory_names_the_largest_part_and_what_helps(run, tmp_path, monkeypatch):
+    out_of_memory_at(monkeypatch, {5})
+    with pytest.raises(
+        UserError, match=r"out of memory in a row of \d+ tokens with --checkpoint none; the largest"
+    ) as e:
+        run("--max-length", "400")
+    assert "--auto-shrink" in e.value.hint and (tmp_path / "out" / "checkpoint" / "state.json").exists()
+    out_of_memory_at(monkeypatch, set(range(1, 99)))
+    with pytest.raises(UserError, match="out of memory.*with --checkpoint full") as e:
+        run("--auto-shrink", output="always")
+    assert "--auto-shrink" not in e.value.hint
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):
+    monkeypatch.setattr(train, "row_loss", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("--auto-shrink")
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_a_forced_level_gives_the_same_losses(run, checkpoint):
+    _, expected, _ = run("--activation-gb", "0.0001", output="auto")  # some layers are recomputed, of long rows
+    _, log, err = run("--checkpoint", checkpoint)
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in expected], abs=1e-6)
+    assert f"goes with --checkpoint {checkpoint}" in err
+
+
+def test_levels_that_only_lean_layers_have_are_refused(run):
+    with pytest.raises(UserError, match="--offload needs the memory-lean layer"):
+        run("--offload")
+
+
+def test_plan_prints_what_a_run_takes_and_loads_nothing(run, tmp_path, monkeypatch, capsys, model_folder):
+    monkeypatch.setattr(train, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    flags = ["--role", "generator", "--model", str(model_folder), "--input", "nowhere", "--output", str(tmp_path / "p")]
+    train.main([*flags, "--plan", "--vram", "24", "--max-length", "1000"])
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["stage"] == "plan" and record["fits"] and record["longest"] > 100_000 and record["quantize"] == "nf4"
+    assert "linear weights" in err and "chosen: --checkpoint none" in err and "s a step at 165 TFLOP/s: RTX 4090" in err
+    assert not (tmp_path / "p").exists()
+    train.main([*flags, "--plan", "--activation-gb", "0.001", "--rank", "4"])
+    out, err = capsys.readouterr()
+    assert not json.loads(out)["fits"] and "DOES NOT FIT" in err and "measured" in err
+
+
+def test_a_model_that_cannot_be_counted_is_measured(run, monkeypatch):
+    def cannot(*args, **kwargs):
+        raise UserError("no plan for a llama model: nonzero")
+
+    monkeypatch.setattr(train.plan, "trace", cannot)
+    _, log, err = run()
+    assert "its activations are measured instead" in err and len(log) == 14
+
+
+# ---- spikes ---------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_far_above_the_median():
+    assert train.spike_ceiling([2.0] * 15) == float("inf")
+    assert train.spike_ceiling([2.0] * 16) == 6.0
+    assert train.spike_ceiling([100.0] * 50 + [2.0] * 32) == 6.0  # the last 32 count
+    assert train.spike_ceiling([0.01] * 40) == 1.01  # a model that knows its pairs by heart
+
+
+def spiking(monkeypatch, calls_that_spike: set[int]) -> None:
+    original, calls = train.row_loss, []
+
+    def spikes(*args):
+        calls.append(1)
+        loss, hits = original(*args)
+        return loss * 50 if len(calls) in calls_that_spike else loss, hits
+
+    monkeypatch.setattr(train, "row_loss", spikes)
+
+
+def test_a_spike_is_skipped_counted_and_changes_nothing(run, tmp_path, monkeypatch):
+    spiking(monkeypatch, {19, 20})
+    summary, log, err = run("--epochs", "4")
+    assert summary["skipped_steps"] == 2 and [e["step"] for e in log if e["skipped"]] == [19, 20]
+    assert log[18]["loss"] > 100 and log[18]["reason"].startswith("a spike, above") and "skipped: a spike" in err
+    assert summary["last_loss"] < 50
+
+
+def test_three_spikes_in_a_row_stop_the_run_and_it_goes_on(run, tmp_path, monkeypatch):
+    _, expected, _ = run("--epochs", "4", output="without")
+    with monkeypatch.context() as patch:
+        spiking(patch, {21, 22, 23})
+        with pytest.raises(UserError, match="3 steps in a row were skipped: a spike"):
+            run("--epochs", "4")
+    assert json.loads((tmp_path / "out" / "checkpoint" / "state.json").read_text())["step"] == 22
+    # The losses before are read back from the log: the ceiling of a resumed run is that of an unbroken one.
+    _, log, _ = run("--epochs", "4")
+    assert [e["loss"] for e in log[:20]] == pytest.approx([e["loss"] for e in expected[:20]], abs=1e-6)
+    assert [e["skipped"] for e in log] == [False] * 20 + [True] * 2 + [False] * 6
+
+
+# ---- the log --------------------------------------------------------------------------------------------
+
+
+def test_a_line_and_a_record_a_step(run):
+    _, log, err = run()
+    assert err.count("% of peak") == len(log) == 14 and "TFLOP/s (one matrix product on" in err
+    for entry in log:
+        assert 0 < entry["peak_percent"] < 400 and 0 < entry["peak_gb"] < 64 and entry["padding"] == 0.0
+        assert entry["reason"] == "" and entry["grad_norm"] > 0
+
+
+def test_tensorboard_only_where_it_is_installed(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not importable
+    with pytest.raises(UserError, match="needs a package") as raised:
+        run("--tensorboard")
+    assert raised.value.hint == "pip install tensorboard"
+    written = []
+    board = SimpleNamespace(add_scalar=lambda *point: written.append(point), close=lambda: written.append("closed"))
+    fake = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    _, log, _ = run("--tensorboard")
+    assert written[0] == str(tmp_path / "out" / "tensorboard") and written[-1] == "closed"
+    assert [p[1:] for p in written if p[0] == "loss"] == [(e["loss"], e["step"]) for e in log]
+
+
+def test_an_adapter_of_another_width_is_refused(run, tmp_path):
+    run("--epochs", "1")
+    wider = save_tiny(tmp_path / "wider", intermediate_size=192)
+    with pytest.raises(UserError, match="is for another model: .* is .* there, .* here"):
+        run("--adapter", str(tmp_path / "out"), "--model", str(wider), output="next")
