@@ -51,7 +51,7 @@ from lengthen.chat import Chat, fill, template_hashes
 from lengthen.checkpoint import TrainingFolder, restore_state, training_state
 from lengthen.jobs import read_sidecar
 from lengthen.model import DTYPES, NF4_BELOW, context_length, load_config, load_model, load_tokenizer
-from lengthen.packed import Abilities, Recompute, examine, pack
+from lengthen.packed import Abilities, checkpointed, examine, pack
 from lengthen.pairs import NAME as PAIRS
 from lengthen.pairs import Pair, PairFile, read_pairs, write_pairs
 from lengthen.parallel import Processes
@@ -280,7 +280,7 @@ def train_step(
     auto_shrink: bool = False,
     processes: Processes = Processes(),  # noqa: B008  frozen, so one for all calls
 ) -> Step:
-    """One optimizer step over the pairs. memory: Memory of lengthen/plan.py, or Recompute of lengthen/packed.py.
+    """One optimizer step over the pairs. memory: Memory of lengthen/plan.py.
 
     Rows accumulate; each counts by its tokens, so the gradient is that of all pairs in one batch, in one process or in
     several. A loss or a norm that is not finite, or a loss above `ceiling`, leaves weights and optimizer alone. Where
@@ -328,9 +328,8 @@ def accumulate(model, abilities, memory, pairs: list[Pair], per_row: int, num_ta
             loss = loss / num_targets
             loss.backward()
             total, hits = total + loss.item(), hits + likeliest.item()
-            if isinstance(memory, Memory):
-                learned = [len(p.ids) - p.num_prompt for p in row]
-                flops += memory.budget.flops([len(p.ids) for p in row], learned, settings)
+            learned = [len(p.ids) - p.num_prompt for p in row]
+            flops += memory.budget.flops([len(p.ids) for p in row], learned, settings)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise  # the CPU's allocator raises a plain RuntimeError
@@ -498,7 +497,9 @@ def show_plan(args: argparse.Namespace) -> None:
     vram = args.vram or (torch.cuda.get_device_properties(device).total_memory / 1e9 if has_gpu else 0.0)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
-    budget = budget_of(args, plan.meta_model(config, dtype), dtype, nf4, cuda)
+    model = plan.meta_model(config, dtype)
+    lean_layers = not lean.stands_against(model, "cuda" if cuda else "cpu", dtype)
+    budget = budget_of(args, model, dtype, nf4, cuda, lean_layers)
     room, wanted = room_of(args, budget, device, vram), wanted_of(args)
     tokens = args.max_length or min(MAX_LENGTH[args.role], context)
     where = f"a card of {vram:g} GB" if cuda else "this CPU"
@@ -520,19 +521,27 @@ def show_plan(args: argparse.Namespace) -> None:
 def memory_of(args: argparse.Namespace, loaded, abilities: Abilities, longest: int, processes: Processes) -> Memory:
     """What decides, row by row, what is kept and what is computed again."""
     model, cuda = loaded.model, loaded.device.type == "cuda"
-    budget = budget_of(args, model, loaded.dtype, loaded.quantize == "nf4", cuda, abilities.token_bytes)
+    lent = lean.apply(model)
+    for line in lent.notes():
+        cli.say(line)
+    lean_layers = bool(lent.layers)
+    budget = budget_of(args, model, loaded.dtype, loaded.quantize == "nf4", cuda, lean_layers, abilities.token_bytes)
     room = -processes.most(-room_of(args, budget, loaded.device, args.vram), loaded.device)  # the least of all
-    layers = Recompute(model, abilities.token_bytes, math.inf).layers
-    return Memory(budget, wanted_of(args), room, longest, functools.partial(follow, layers))
+    apply = lent.set if lean_layers else functools.partial(follow, checkpointed(model))
+    return Memory(budget, wanted_of(args), room, longest, apply)
 
 
-def budget_of(args: argparse.Namespace, model, dtype: torch.dtype, nf4: bool, cuda: bool, token_bytes=0) -> Budget:
+def budget_of(
+    args: argparse.Namespace, model, dtype: torch.dtype, nf4: bool, cuda: bool, lean_layers: bool, token_bytes=0
+) -> Budget:
     """The sizes of the model, loaded or on the meta device, and the activations of its layers.
 
     token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
     """
     shape = {"rank": args.rank, "targets": args.targets, "dtype": dtype}
     facts = plan.facts_of(model, nf4=nf4, cuda=cuda, **shape)
+    if lean_layers:
+        return Budget(facts, None)
     try:
         traced = plan.trace(model.config, dropout=args.dropout, **shape)
     except UserError as error:
@@ -554,7 +563,7 @@ def room_of(args: argparse.Namespace, budget: Budget, device: torch.device, vram
 
 
 def follow(layers: list, settings: Settings) -> None:
-    """The one place where a plan is applied: the layers keep and recompute what it says."""
+    """Makes transformers' own layers keep and recompute what a plan says; lean layers have Lean.set."""
     count = 0 if settings.checkpoint == "none" else len(layers) if settings.layers < 0 else settings.layers
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i < count

@@ -40,9 +40,9 @@ from torch import nn  # noqa: E402
 from transformers import AutoConfig, PreTrainedModel  # noqa: E402
 
 import train  # noqa: E402
-from lengthen import lora  # noqa: E402
+from lengthen import lean, lora  # noqa: E402
 from lengthen.model import load_model  # noqa: E402
-from lengthen.packed import Recompute, examine  # noqa: E402
+from lengthen.packed import checkpointed, examine  # noqa: E402
 from lengthen.pairs import Pair  # noqa: E402
 from lengthen.plan import Budget, Memory, Wanted, facts_of, meta_model, trace  # noqa: E402
 
@@ -114,10 +114,12 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Cal
     cuda = model.device.type == "cuda"
     shape = {"rank": rank, "targets": "all-linear", "dtype": model.get_input_embeddings().weight.dtype}
     nf4 = any(type(m).__name__ == "Linear4bit" for m in model.modules())
-    budget = Budget(facts_of(model, nf4=nf4, cuda=cuda, **shape), trace(model.config, **shape))
+    lent = lean.apply(model)
+    own = checkpointed(model)
+    budget = Budget(facts_of(model, nf4=nf4, cuda=cuda, **shape), None if lent.layers else trace(model.config, **shape))
     room = 1e9 * vram_gb if vram_gb else float("inf")
-    layers = Recompute(model, abilities.token_bytes, float("inf")).layers
-    memory = Memory(budget, Wanted(), room, longest, lambda settings: train.follow(layers, settings))
+    apply = lent.set if lent.layers else lambda settings: train.follow(own, settings)
+    memory = Memory(budget, Wanted(), room, longest, apply)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(pairs: list[Pair]) -> str:

@@ -20,7 +20,7 @@ layer again. Between them, for a frozen layer with LoRA inside (Llama, Mistral, 
 
 4-bit weights are dequantised once a layer and pass, LoRA's A of layers with one input is one matrix (three for q, k, v
 read x once), and its dropout, where there is any, draws one mask for them. A layer is lent only where it gives what
-the model's own code gives, which `apply` checks; all other models keep their code, with Recompute of packed.py.
+the model's own code gives, which `apply` checks; all other models keep their code (packed.checkpointed).
 
 The CUDA side (FlashAttention, streams, pinned memory, the Triton passes) has not run on a GPU yet.
 """
@@ -50,93 +50,25 @@ MASK_ROWS = 1024  # dropout masks are drawn by blocks of rows, so that tiles of 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one layer runs.
+    """How the backward pass finds what it needs.
 
-    checkpoint: what is kept for the backward pass: "none" all, "attention" x, o, log-sum-exp, "full" x.
-    offload: keep it in host memory. tile_rows: rows of the MLP at a time, 0 = all.
+    checkpoint: what is kept for it: "none" all, "attention" x, o, log-sum-exp, "full" x. layers: how many, from the
+    first, follow that, -1 = all; the others keep all. offload: what those layers keep waits in host memory.
+    tile_rows: tokens that an MLP takes at a time, 0 = all.
     """
 
-    checkpoint: str = "attention"
+    checkpoint: str = "none"
+    layers: int = -1
     offload: bool = False
     tile_rows: int = 0
 
     def __post_init__(self):
         assert self.checkpoint in CHECKPOINTS and self.tile_rows >= 0, self
 
-
-# ---------------------------------------------------------------------------------------------------------
-# What it costs: numbers that a plan is made of
-
-
-def _sizes(config) -> tuple[int, int, int, int, int]:
-    """(H, Hq D, Hkv D, I, Hq) of a model's config."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    return text.hidden_size, heads * head, kv * head, text.intermediate_size, heads
-
-
-def kept_bytes(config, settings: Settings, itemsize: int) -> int:
-    """Bytes a token and layer that wait for the backward pass: on the device, or in host memory with `offload`."""
-    H, q, kv, inner, heads = _sizes(config)
-    numbers = {"full": H, "attention": H + q, "none": H + q + (q + 2 * kv) + H + 2 * inner}[settings.checkpoint]
-    return numbers * itemsize + (0 if settings.checkpoint == "full" else heads * max(4, itemsize))
-
-
-def working_bytes(config, tokens: int, settings: Settings, itemsize: int, quantized: bool, cuda: bool) -> int:
-    """Bytes that one layer's backward pass takes at its peak, beyond what is kept on the device and dy.
-
-    The MLP's tiles come first, attention second; both hold do, [T, Hq D]. LoRA's matrices are left out: they are small.
-    """
-    H, q, kv, inner, _ = _sizes(config)
-    none, full = settings.checkpoint == "none", settings.checkpoint == "full"
-    normed = q + kv if config.get_text_config().model_type == "qwen3" else 0  # queries and keys behind their norms
-    # One tile: h, n; g, u, da and then a in its place. torch's own passes hold a and silu(g) beside them.
-    mlp = min(settings.tile_rows or tokens, tokens) * (
-        (1 if none else 2) * H + ((1 if none else 3) + (not cuda) * 2) * inner
-    )
-    attention = tokens * ((0 if none else q + 2 * kv) + normed)
-    if full:  # q, k, v and o are computed first, and wait
-        mlp += tokens * (2 * q + 2 * kv)
-        attention += tokens * q
-    # The gradients, those of keys and values first for every query head; torch on a CPU repeats keys and values too.
-    attention += tokens * (3 * q + 2 * kv + (0 if cuda else 2 * q))
-    mlp, attention = mlp * itemsize, attention * itemsize
-    if cuda:
-        attention += 4 * tokens * q  # FlashAttention-2 adds dq up in fp32
-    if quantized:
-        mlp += (3 * H * inner + H * q) * itemsize
-        attention += (q + 2 * kv) * H * itemsize
-    offloaded = 2 * tokens * kept_bytes(config, settings, itemsize) if settings.offload else 0
-    return max(mlp, attention) + tokens * q * itemsize + offloaded
-
-
-def flops_per_token(config, length: int, settings: Settings, rank: int = 16, target_share: float = 1.0) -> float:
-    """Floating-point operations of a training step, per token of a sample of so many tokens.
-
-    Matrix products only, 2 operations a multiplication; LoRA of that rank on all seven layers; causal attention counts
-    half, its backward pass 2.5 times its forward pass; the loss 2 products of hidden size x vocabulary for each target.
-    """
-    H, q, kv, inner, _ = _sizes(config)
-    text = config.get_text_config()
-    shapes = [(H, q), (H, kv), (H, kv), (q, H), (H, inner), (H, inner), (inner, H)]
-    linear = sum(a * b for a, b in shapes)
-    again = 0 if settings.checkpoint == "none" else linear - H * inner  # all but the down-projection
-    # LoRA. A: forward, once more, its gradient and its input's; B: forward, its gradient and z's. Once more with W.
-    lora_a, lora_b = rank * sum(a for a, _ in shapes), rank * sum(b for _, b in shapes)
-    lora = 4 * lora_a + 3 * lora_b + (lora_a - rank * inner + lora_b - rank * H if again else 0)
-    attention = 2 * q * (1 + 2.5 + (settings.checkpoint == "full")) * _keys_seen(text, length)
-    layers = text.num_hidden_layers * (2 * linear + again + lora) + attention
-    return 2 * (layers + 2 * target_share * H * text.vocab_size)
-
-
-def _keys_seen(config, length: int) -> float:
-    """Keys that a token sees on average, summed over the layers."""
-    window = min(getattr(config, "sliding_window", None) or length, length)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    windows = [window if kind == "sliding_attention" else length for kind in kinds]
-    return sum(w * (1 - w / (2 * length)) for w in windows)
+    def __str__(self) -> str:
+        some = f" in the first {self.layers} layers" if self.checkpoint != "none" and self.layers >= 0 else ""
+        more = " --offload" * self.offload + f" --tile-rows {self.tile_rows}" * bool(self.tile_rows)
+        return f"--checkpoint {self.checkpoint}{some}{more}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -693,23 +625,13 @@ class Lean:
     def __init__(self, config, layers: list[Layer], host: Host | None, why: str = ""):
         self.config, self.layers, self.host, self.why = config, layers, host, why
 
-    def set(self, settings: Settings | Sequence[Settings]) -> None:
-        """For all layers, or for each its own, before a forward pass (a step that broke off is cleared away)."""
-        if isinstance(settings, Settings):
-            settings = [settings] * len(self.layers)
-        for layer, one in zip(self.layers, settings, strict=True):
-            layer.settings = one
+    def set(self, settings: Settings) -> None:
+        """Before a forward pass (a step that broke off is cleared away)."""
+        some = len(self.layers) if settings.layers < 0 else settings.layers
+        for i, layer in enumerate(self.layers):
+            layer.settings = settings if i < some else Settings("none", tile_rows=settings.tile_rows)
         if self.layers:
             self.host.settle()
-
-    def keep_less(self, count: int) -> None:
-        """The first `count` layers keep "attention", the others everything."""
-        self.set([Settings("attention" if i < count else "none") for i in range(len(self.layers))])
-
-    def kept_bytes(self, checkpoint: str) -> int:
-        """Bytes a token and layer."""
-        model = self.layers[0].module
-        return kept_bytes(self.config, Settings(checkpoint), model.input_layernorm.weight.itemsize)
 
     def restore(self) -> None:
         """The model's own code again."""
@@ -732,7 +654,7 @@ class Lean:
         return said
 
 
-def apply(model: nn.Module, settings: Settings | Sequence[Settings] = Settings(), host_limit: int = 0) -> Lean:
+def apply(model: nn.Module, settings: Settings = Settings(), host_limit: int = 0) -> Lean:
     """Lends lean layers to a model with packed attention (packed.examine); all of its layers, or none.
 
     host_limit: most bytes of host memory for `offload`, 0 = as many as it takes.
@@ -764,20 +686,28 @@ def apply(model: nn.Module, settings: Settings | Sequence[Settings] = Settings()
     return lean
 
 
-def _cannot(model: nn.Module, layers: list[nn.Module]) -> str:
-    """What can be seen without running it. "" = nothing."""
-    if model.config._attn_implementation != packed.NAME:
-        return "its samples are not packed"
+def stands_against(model: nn.Module, device: str, dtype: torch.dtype) -> str:
+    """Why a model cannot have lean layers there, as far as its classes and its configuration tell. "" = nothing."""
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
     other = {type(layer).__name__ for layer in layers} - KINDS
     if other or not layers:
         return f"its layers are of another kind ({', '.join(sorted(other)) or 'none found'})"
     text = model.config.get_text_config()
     if getattr(text, "hidden_act", "silu") not in ("silu", "swish") or getattr(text, "attention_dropout", 0):
         return "its activation is not SiLU, or its attention has dropout"
-    if model.device.type not in ("cpu", "cuda"):
-        return f"no attention with its log-sum-exp on {model.device.type}"
-    if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
+    if device not in ("cpu", "cuda"):
+        return f"no attention with its log-sum-exp on {device}"
+    if device == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return "FlashAttention takes bf16 and fp16 only"
+    return ""
+
+
+def _cannot(model: nn.Module, layers: list[nn.Module]) -> str:
+    """The same, and what can be seen of the loaded model without running it."""
+    if model.config._attn_implementation != packed.NAME:
+        return "its samples are not packed"
+    if why := stands_against(model, model.device.type, model.dtype):
+        return why
     for layer in layers:
         inside = dict(layer.named_modules())
         if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in inside.values()):

@@ -11,7 +11,6 @@ a model that fails goes one sample a row through its own attention.
 
 import importlib.util
 import inspect
-import math
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -255,44 +254,11 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
     return sum(kept.values())
 
 
-class Recompute:
-    """As few layers as fit keep less than all for the backward pass: the first k of them.
-
-    Lean layers (lean.py) then keep their input and their attention; all other layers their input, by checkpointing.
-    """
-
-    def __init__(self, model, token_bytes: int, budget: float, lean=None):
-        config = model.config.get_text_config()
-        self.lean = lean if lean and lean.layers else None
-        if self.lean:
-            self.layers = [layer.module for layer in lean.layers]
-            self.layer_bytes, self.input_bytes = lean.kept_bytes("none"), lean.kept_bytes("attention")
-            token_bytes = self.layer_bytes * len(self.layers)
-        else:
-            if model.supports_gradient_checkpointing:
-                # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
-                prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-                enable = getattr(model, f"{prefix}_checkpointing_enable")
-                enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
-            self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-            self.layer_bytes = token_bytes / config.num_hidden_layers
-            self.input_bytes = config.hidden_size * model.dtype.itemsize
-        self.budget, self.token_bytes = budget, token_bytes
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens a row may have before any layer is recomputed."""
-        return max(1, int(self.budget / self.token_bytes))
-
-    def set(self, tokens: int) -> int:
-        """Choose k for a row of so many tokens; returns k."""
-        over = tokens * self.token_bytes - self.budget
-        saved_per_layer = tokens * (self.layer_bytes - self.input_bytes)
-        # + 1: while a layer is recomputed, its own activations are alive again
-        k = 0 if over <= 0 else min(len(self.layers), math.ceil(over / saved_per_layer) + 1)
-        if self.lean:
-            self.lean.keep_less(k)
-        else:
-            for i, layer in enumerate(self.layers):
-                layer.gradient_checkpointing = i < k
-        return k
+def checkpointed(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers; one with `gradient_checkpointing` set keeps its input only, and is computed again."""
+    if model.supports_gradient_checkpointing:
+        # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
+        prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{prefix}_checkpointing_enable")
+        enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -24,7 +24,8 @@ MLP so many tokens at a time. A plan may treat only the first layers this way: `
 
 Time is the floor: FLOPs / the card's dense bf16 peak. Per token, N the weights of the linear layers, T the length:
     linear      2 N a pass: forward, gradient of the input, and what is recomputed (never the gradient of W: frozen)
-    attention   2 T Q L a forward pass (two products, causal: half the square), 2.5 times that backward
+    attention   2 T Q L a forward pass (two products, causal: half the square; less with a sliding window), 2.5 times
+                that backward
     LoRA        2 a parameter and pass, and 2 for its own gradient
     loss        4 V H per target: the logits, and their product with the head
 The formulae are those of "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4,
@@ -45,9 +46,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from kernels.linear_cross_entropy import CPU_TILE_ELEMENTS, TORCH_ROWS, WORKSPACE_BYTES
 from lengthen import lora
+from lengthen.lean import CHECKPOINTS as LEVELS
+from lengthen.lean import Settings
 from lengthen.records import UserError
 
-LEVELS = ("none", "attention", "full")
 GENERIC_LEVELS = ("none", "full")  # what transformers' own layers can do
 TILE_ROWS = 4096  # tokens of an MLP tile: large enough for full matrix products, 0.6 GB on an 8B model
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits, a scale of 8 bits for 64 weights, an fp32 constant for 256 scales
@@ -77,21 +79,6 @@ CARDS = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the backward pass finds what it needs. `layers`: how many, from the first, follow `checkpoint`; -1 = all."""
-
-    checkpoint: str = "none"
-    layers: int = -1
-    offload: bool = False
-    tile_rows: int = 0  # 0 = the MLP takes all tokens at once
-
-    def __str__(self) -> str:
-        some = f" in the first {self.layers} layers" if self.checkpoint != "none" and self.layers >= 0 else ""
-        more = " --offload" * self.offload + f" --tile-rows {self.tile_rows}" * bool(self.tile_rows)
-        return f"--checkpoint {self.checkpoint}{some}{more}"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The model's sizes
 
@@ -113,7 +100,9 @@ class Facts:
     embedding: int  # embedding, and the head where it has its own
     rest: int  # norms, biases
     lora: int  # trained parameters
-    lora_down: int  # of the down projections among them
+    lora_a: int  # of their first matrices, A
+    lora_down: int  # of the down projections
+    window: int  # tokens that one looks back at, itself included; 0 = all
     item: int  # bytes of an activation
     nf4: bool
     cuda: bool
@@ -154,7 +143,9 @@ def facts_of(
         embedding=sum(w.numel() for w in tables),
         rest=sum(p.numel() for p in model.parameters() if p not in counted),
         lora=sum(trained.values()),
+        lora_a=sum(rank * linears[name].in_features for name in trained),
         lora_down=sum(n for name, n in trained.items() if name in down),
+        window=(getattr(text, "sliding_window", None) or 0) if getattr(text, "use_sliding_window", True) else 0,
         item=dtype.itemsize,
         nf4=nf4,
         cuda=cuda,
@@ -443,8 +434,11 @@ class Budget:
         if not self.traced:  # the memory-lean layer needs no output of its last product
             linear, trained = linear - f.down, trained - f.lora_down
         products = 2 * (2 * f.linear + share * linear) + 2 * (3 * f.lora + share * trained)
+        if not self.traced:
+            products += 2 * f.lora_a  # B's gradient needs x A^T once more
         again = share * (settings.checkpoint == "full")
-        attention = 2 * length * f.query * f.layers * (3.5 + again)
+        seen = f.window * (1 - f.window / (2 * length)) if 0 < f.window < length else length / 2  # keys, on average
+        attention = 4 * seen * f.query * f.layers * (3.5 + again)
         return products + attention + 4 * target_share * f.vocab * f.hidden
 
 

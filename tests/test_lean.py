@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lengthen import lean, lora
 from lengthen.lean import CHECKPOINTS, Host, Settings
-from lengthen.packed import Recompute, examine, pack
+from lengthen.packed import examine, pack
+from lengthen.plan import Budget, facts_of, lean_backward, lean_kept, meta_model
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
 LENGTHS = (41, 1, 30, 9)  # tokens of the samples of a row; two are longer than tiny Mistral's window of 24
-EVERY_WAY = [Settings(c, o, t) for c, o, t in product(CHECKPOINTS, (False, True), (0, 16))]
+EVERY_WAY = [Settings(c, -1, o, t) for c, o, t in product(CHECKPOINTS, (False, True), (0, 16))]
 
 
 def random_model(family: str, **changes):
@@ -52,9 +53,14 @@ def lean_model(family: str, settings=None, limit: int = 0, **options):
     model = random_model(family)
     give_lora(model, **options)
     assert examine(model).packs
-    lent = lean.apply(model, settings or Settings(), limit)
+    lent = lean.apply(model, settings or Settings("attention"), limit)
     assert not lent.why and len(lent.layers) == 2
     return model.train(), lent
+
+
+def facts(model):
+    """The sizes that the plan's formulae take."""
+    return facts_of(model, rank=4, dtype=torch.float32, cuda=False)
 
 
 def some_ids(seed: int = 0, vocab: int = 400) -> list[list[int]]:
@@ -141,7 +147,7 @@ def test_every_way_gives_the_same_numbers(family, monkeypatch):
         again, others = gradients(model)
         torch.testing.assert_close(again, loss, rtol=1e-6, atol=0, msg=str(settings))
         assert apart(others, grads) < (1e-7 if not settings.tile_rows else 2e-6), settings
-    lent.set([Settings("full", tile_rows=7), Settings("attention", offload=True)])  # each layer its own
+    lent.set(Settings("full", 1, offload=True, tile_rows=7))  # the second layer keeps all
     assert apart(gradients(model)[1], grads) < 2e-6
     one_by_one = [gradients(model, [ids])[1] for ids in some_ids() if len(ids) > 1]
     assert apart([sum(parts) for parts in zip(*one_by_one, strict=True)], grads) < 2e-6
@@ -211,7 +217,9 @@ def test_rounded_numbers_are_no_worse_than_pefts(tmp_path, family, quantize):
     assert loss <= 1.2, loss
 
 
-@pytest.mark.parametrize("settings", [Settings("none"), Settings("attention", tile_rows=16), Settings("full", True)])
+@pytest.mark.parametrize(
+    "settings", [Settings("none"), Settings("attention", tile_rows=16), Settings("full", offload=True)]
+)
 def test_dropout_draws_one_mask_for_forward_and_backward(settings, monkeypatch):
     """float64 differences along a random direction, under a fixed seed, are the gradient's."""
     monkeypatch.setattr(lean, "MASK_ROWS", 8)  # masks cross the borders of tiles
@@ -317,7 +325,7 @@ def test_the_formula_counts_what_is_computed(checkpoint):
     model, lent = lean_model("qwen2", Settings(checkpoint))
     samples = [torch.arange(3, 67).tolist()]
     seen = counted(model, samples).flops / 64
-    formula = lean.flops_per_token(model.config, 64, Settings(checkpoint), rank=4, target_share=0)
+    formula = Budget(facts(model), None).flops_per_token(64, Settings(checkpoint), target_share=0)
     # the first layer's input has no gradient: three products and LoRA's part of them that the formula counts
     first = 2 * (64 * (64 + 32 + 32) + 3 * 4 * 64)
     assert seen + first == pytest.approx(formula, rel=1e-6)
@@ -327,13 +335,18 @@ def test_operations_of_the_models_people_train():
     """The bar: 49.5 GFLOP a token for Qwen2.5-7B at 16K, where checkpointing takes 56.5 and keeping all 40."""
     sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
     config = AutoConfig.for_model("qwen2", vocab_size=152_064, num_hidden_layers=28, **sizes)
-    found = {c: lean.flops_per_token(config, 16_384, Settings(c)) / 1e9 for c in CHECKPOINTS}
+
+    def operations(config, tokens: int, settings: Settings) -> float:
+        shape = facts_of(meta_model(config, torch.bfloat16), rank=16)
+        return Budget(shape, None).flops_per_token(tokens, settings)
+
+    found = {c: operations(config, 16_384, Settings(c)) / 1e9 for c in CHECKPOINTS}
     assert 49.0 < found["attention"] <= 49.5
     assert 39.5 < found["none"] < 40.5 and 52.0 < found["full"] < 53.0
     window = AutoConfig.for_model("mistral", sliding_window=4096)
-    assert lean.flops_per_token(window, 4096, Settings()) < lean.flops_per_token(window, 65_536, Settings())
+    assert operations(window, 4096, Settings()) < operations(window, 65_536, Settings())
     whole = AutoConfig.for_model("mistral", sliding_window=None)
-    assert lean.flops_per_token(window, 65_536, Settings()) < 0.6 * lean.flops_per_token(whole, 65_536, Settings())
+    assert operations(window, 65_536, Settings()) < 0.6 * operations(whole, 65_536, Settings())
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------
@@ -363,10 +376,9 @@ def test_each_level_keeps_what_its_formula_says(family, monkeypatch):
     lent.set(Settings("full", offload=True))
     rest = saved_bytes(model, samples)  # the final norm's
     for checkpoint in CHECKPOINTS:
-        wanted = 2 * tokens * lean.kept_bytes(model.config, Settings(checkpoint), 4)
+        wanted = 2 * tokens * lean_kept(facts(model), checkpoint)
         lent.set(Settings(checkpoint))
         assert saved_bytes(model, samples) - rest == wanted
-        assert lent.kept_bytes(checkpoint) == lean.kept_bytes(model.config, Settings(checkpoint), 4)
         lent.set(Settings(checkpoint, offload=True))
         lent.host = lent.layers[0].host = lent.layers[1].host = Host(model.device)
         assert saved_bytes(model, samples) == rest
@@ -410,25 +422,22 @@ def test_the_backward_pass_takes_what_its_formula_says(family, settings):
     x, y, dy = forward()
     grads = []
     taken = peak_bytes(lambda: grads.append(torch.autograd.grad(y, [x, *lora.lora_parameters(model)], dy)))
-    formula = lean.working_bytes(model.config, 4096, settings, 4, quantized=False, cuda=False)
+    formula = lean_backward(facts(model), 4096, settings) - dy.numel() * 4  # dy was there before
     assert 0.92 * formula < taken < 1.08 * formula, (taken, formula)
 
 
 def test_tiles_keep_the_mlp_from_growing_with_the_sequence():
     config = AutoConfig.for_model("qwen2", hidden_size=3584, intermediate_size=18944, num_attention_heads=28)
-    whole, tiled = (lean.working_bytes(config, 65_536, Settings(tile_rows=t), 2, True, True) for t in (0, 4096))
+    shape = facts_of(meta_model(config, torch.bfloat16), rank=16, nf4=True)
+    whole, tiled = (lean_backward(shape, 65_536, Settings("attention", tile_rows=t)) for t in (0, 4096))
     assert tiled < 0.6 * whole
 
 
-def test_as_few_layers_as_fit_keep_less():
+def test_the_first_layers_follow_the_settings_and_the_others_keep_all():
     model, lent = lean_model("llama")
-    all_kept = 2 * lean.kept_bytes(model.config, Settings("none"), 4)
-    recompute = Recompute(model, 1, 1000 * all_kept, lent)
-    assert recompute.free_tokens == 1000 and recompute.token_bytes == all_kept
-    for tokens, count in ((1000, 0), (1001, 2), (10, 0), (100_000, 2)):
-        assert recompute.set(tokens) == count
-        levels = [layer.settings.checkpoint for layer in lent.layers]
-        assert levels == ["attention"] * count + ["none"] * (2 - count)
+    for count, levels in ((0, ["none", "none"]), (1, ["full", "none"]), (2, ["full"] * 2), (-1, ["full"] * 2)):
+        lent.set(Settings("full", count, tile_rows=8))
+        assert [(x.settings.checkpoint, x.settings.tile_rows) for x in lent.layers] == [(one, 8) for one in levels]
         assert not any(layer.module.gradient_checkpointing for layer in lent.layers)
 
 
@@ -439,7 +448,7 @@ def test_beyond_the_limit_tensors_stay(monkeypatch):
     monkeypatch.setattr(lean, "SLAB", 4096)
     model, lent = lean_model("llama", Settings("attention"))
     loss, grads = gradients(model)
-    one = sum(LENGTHS) * lean.kept_bytes(model.config, Settings("attention"), 4)  # bytes of one layer
+    one = sum(LENGTHS) * lean_kept(facts(model), "attention")  # bytes of one layer
     limit = (one // 4096 + 1) * 4096
     lent.host.limit = limit
     lent.set(Settings("attention", offload=True))

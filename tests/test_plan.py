@@ -8,8 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 import train
-from lengthen import lora, plan
-from lengthen.packed import Recompute, examine
+from lengthen import lean, lora, plan
+from lengthen.packed import checkpointed, examine
 from lengthen.plan import Budget, Settings, Wanted
 from lengthen.records import UserError
 
@@ -35,43 +35,56 @@ def profiled_peak(work) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize(("checkpoint", "layers"), [("none", -1), ("full", -1), ("full", 2)])
-def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, checkpoint, layers):
+@pytest.mark.parametrize(
+    ("lean_layers", "checkpoint", "layers", "tile_rows"),
+    [
+        *((False, *way, 0) for way in (("none", -1), ("full", -1), ("full", 2))),
+        *((True, *way) for way in (("none", -1, 0), ("attention", -1, 0), ("attention", 2, 256), ("full", -1, 256))),
+    ],
+)
+def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, lean_layers, checkpoint, layers, tile_rows):
     """A whole step on the CPU: what the formulae add up to, and what torch's profiler sees."""
     model = with_lora(family, WIDE)
     abilities, (pair,) = examine(model), some_pairs(1000)
-    recompute = Recompute(model, abilities.token_bytes, 1e12)
-    settings = Settings(checkpoint, layers)
-    k = 0 if checkpoint == "none" else 4 if layers < 0 else layers
-    for i, layer in enumerate(recompute.layers):
-        layer.gradient_checkpointing = i < k
+    settings = Settings(checkpoint, layers, tile_rows=tile_rows)
+    if lean_layers:
+        assert not lean.apply(model, settings).why
+    else:
+        train.follow(checkpointed(model), settings)
 
     def step():
         train.row_loss(model, abilities, [pair])[0].backward()
 
     step()  # the gradients are there from the second step on
     measured = profiled_peak(step)
-    parts = budget_of(family, **WIDE).activations(settings, 1000, len(pair.ids) - pair.num_prompt)
+    budget = budget_of(family, **WIDE)
+    budget = Budget(budget.facts, None if lean_layers else budget.traced)
+    parts = budget.activations(settings, 1000, len(pair.ids) - pair.num_prompt)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("checkpoint", ["none", "full"])
-def test_the_plan_is_within_a_tenth_of_the_gpus_peak(checkpoint):
+@pytest.mark.parametrize(
+    ("lean_layers", "checkpoint"), [(False, "none"), (False, "full"), *((True, level) for level in plan.LEVELS)]
+)
+def test_the_plan_is_within_a_tenth_of_the_gpus_peak(lean_layers, checkpoint):
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     sizes |= {"head_dim": 64, "num_hidden_layers": 8, "vocab_size": 32_000, "max_position_embeddings": 32_768}
     model = with_lora("llama", sizes).to("cuda", torch.bfloat16)
     for layer in lora.lora_layers(model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     abilities, (pair,) = examine(model), some_pairs(16_384)
-    for layer in Recompute(model, abilities.token_bytes, 1e12).layers:
-        layer.gradient_checkpointing = checkpoint == "full"
+    if lean_layers:
+        assert not lean.apply(model, Settings(checkpoint)).why
+    else:
+        train.follow(checkpointed(model), Settings(checkpoint))
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         train.row_loss(model, abilities, [pair])[0].backward()
     measured = torch.cuda.max_memory_allocated() - before
     budget = budget_of("llama", torch.bfloat16, cuda=True, **sizes)
+    budget = Budget(budget.facts, None if lean_layers else budget.traced)
     parts = budget.activations(Settings(checkpoint), 16_384, len(pair.ids) - pair.num_prompt)
     assert sum(parts.values()) - parts["reserve"] == pytest.approx(measured, rel=0.1)
 

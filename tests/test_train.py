@@ -1,5 +1,6 @@
 """train.py: packing, masks, accumulation, resume; oracles: transformers, PEFT.  python -m pytest tests/test_train.py"""
 
+import functools
 import json
 import os
 import random
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import train
 from lengthen import checkpoint, lora, packed
 from lengthen.chat import Chat
-from lengthen.packed import Recompute, examine
+from lengthen.packed import checkpointed, examine
 from lengthen.pairs import Pair
+from lengthen.plan import Budget, Memory, Wanted, facts_of, trace
 from lengthen.records import LowYield, UserError, new_record, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,13 @@ def with_lora(family: str = "llama", sizes: dict | None = None, **options) -> to
     for layer in lora.lora_layers(model).values():
         layer.B.data.normal_(0, 0.05, generator=generator)
     return model.train()
+
+
+def memory_for(model, room: float = 1e12) -> Memory:
+    """Plans for transformers' own layers within so many bytes."""
+    shape = {"rank": 4, "targets": "all-linear", "dtype": torch.float32}
+    budget = Budget(facts_of(model, cuda=False, **shape), trace(model.config, **shape))
+    return Memory(budget, Wanted(), room, 1000, functools.partial(train.follow, checkpointed(model)))
 
 
 def some_pairs(*lengths: int) -> list[Pair]:
@@ -174,7 +183,7 @@ def test_one_step_is_pefts(tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0) for p in (lora.lora_parameters(ours), trained)]
     abilities = examine(ours)
-    loss, norm, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizers[0], pairs, per_row=8)
+    loss, norm, *_ = train.train_step(ours, abilities, memory_for(ours), optimizers[0], pairs, per_row=8)
 
     expected = alone(theirs, pairs) / sum(len(p.ids) - p.num_prompt for p in pairs)
     expected.backward()
@@ -197,8 +206,7 @@ def test_accumulated_is_one_big_batch(per_row, budget):
         model = with_lora()
         abilities = examine(model)
         optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
-        recompute = Recompute(model, abilities.token_bytes, memory)
-        loss, norm, *_ = train.train_step(model, abilities, recompute, optimizer, pairs, rows)
+        loss, norm, *_ = train.train_step(model, abilities, memory_for(model, memory), optimizer, pairs, rows)
         results.append((loss, norm, lora.lora_parameters(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
@@ -211,25 +219,13 @@ def test_recomputed_layers_give_the_same_gradients(dropout):
     for layers in (0, 1, 2):
         model = with_lora(dropout=dropout)
         abilities = examine(model)
-        recompute = Recompute(model, abilities.token_bytes, 1e12)
-        for i, layer in enumerate(recompute.layers):
+        for i, layer in enumerate(checkpointed(model)):
             layer.gradient_checkpointing = i < layers
         torch.manual_seed(0)
         train.row_loss(model, abilities, pairs)[0].backward()
         found[layers] = gradients(model)
     assert_same(found[1], found[0], 1e-6)
     assert_same(found[2], found[0], 1e-6)
-
-
-def test_as_few_layers_as_fit_are_recomputed():
-    model = with_lora()
-    abilities = examine(model)
-    recompute = Recompute(model, abilities.token_bytes, 1000 * abilities.token_bytes)
-    assert recompute.free_tokens == 1000 and len(recompute.layers) == 2
-    assert [recompute.set(n) for n in (1, 1000, 1001, 100_000)] == [0, 0, 2, 2]
-    assert [layer.gradient_checkpointing for layer in recompute.layers] == [True, True]
-    recompute.set(10)
-    assert [layer.gradient_checkpointing for layer in recompute.layers] == [False, False]
 
 
 def test_activations_are_measured():
@@ -258,7 +254,7 @@ def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
     assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
     assert len(abilities.notes) == 1
     optimizer = torch.optim.SGD(lora.lora_parameters(ours), lr=0.0)
-    loss, norm, accuracy, *_ = train.train_step(ours, abilities, Recompute(ours, 1, 1e9), optimizer, pairs, rows)
+    loss, norm, accuracy, *_ = train.train_step(ours, abilities, memory_for(ours), optimizer, pairs, rows)
     num_targets = sum(len(p.ids) - p.num_prompt for p in pairs)
     assert loss == pytest.approx(alone(theirs, pairs).item() / num_targets, rel=1e-5)
     assert accuracy == pytest.approx(sum(likeliest(theirs, pair) for pair in pairs) / num_targets)
