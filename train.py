@@ -138,6 +138,8 @@ def encoded_blocks(
                 facts["records"] += len(block)
                 facts["left_out"] += len(left_out)
                 yield pairs
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, rejected)
     except OSError as error:
         raise no_room(rejected, error) from error
