@@ -138,6 +138,8 @@ def encoded_blocks(
                 facts["records"] += len(block)
                 facts["left_out"] += len(left_out)
                 yield pairs
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, rejected)
     except OSError as error:
         raise no_room(rejected, error) from error
@@ -302,13 +304,8 @@ def train_step(
         longest = max(*lengths, min(sum(lengths), memory.free_tokens)) if abilities.packs else max(lengths)
         shrink_or_stop(memory, longest, auto_shrink)
 
-    for parameter in parameters:
-        if parameter.grad is None:  # a process without a pair in this step
-            parameter.grad = torch.zeros_like(parameter)
-    processes.sum([p.grad for p in parameters])
-    sums = torch.tensor(totals, dtype=torch.float64, device=model.device)
-    processes.sum([sums])
-    loss, hits, flops = sums.tolist()
+    processes.sum_gradients(parameters)
+    loss, hits, flops = processes.sum(totals, model.device)
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = "not finite" if not finite else f"a spike, above {ceiling:.2f}" if loss > ceiling else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 
 from lengthen.records import UserError
 
@@ -31,13 +31,25 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace the tensors (one dtype, one device) by their sums over all processes, in one message."""
-        if self.count > 1 and tensors:
-            flat = torch.cat([t.flatten() for t in tensors])
-            dist.all_reduce(flat)
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace the gradients by their sums over all processes, in one message; None counts as zero."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # a process without a pair in this step
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def sum(self, numbers: list[float], device: torch.device) -> list[float]:
+        """The sum of each over all processes."""
+        if self.count == 1:
+            return numbers
+        values = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(values)
+        return values.tolist()
 
     def most(self, value: float, device: torch.device) -> float:
         """The largest of what they give."""

@@ -48,7 +48,7 @@ def test_the_longest_row_is_found_to_two_percent():
     assert bench.longest_row(trains_up_to(1000), 1024) == 0 and len(asked) < 60
 
 
-def test_the_pairs_bench_measures_both(tmp_path, capsys, monkeypatch):
+def test_the_pairs_bench_measures_both(tmp_path, capsys):
     bench, folder = load("pairs"), save_tiny(tmp_path / "model", num_hidden_layers=1)
     bench.write_records(
         tmp_path / "x.jsonl", bench.parse_args(["--pairs", "3", "--tokens", "300", "--model", str(folder)])
