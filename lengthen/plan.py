@@ -92,6 +92,7 @@ class Facts:
     query: int  # Q = heads x head size
     key: int  # K = key heads x head size
     heads: int
+    normed: int  # Q + K where queries and keys have norms of their own, else 0
     intermediate: int  # I
     vocab: int
     linear: int  # weights of all linear layers of the decoder
@@ -129,11 +130,14 @@ def facts_of(
     }
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query = text.num_attention_heads * head
+    key = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
     return Facts(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        query=text.num_attention_heads * head,
-        key=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head,
+        query=query,
+        key=key,
+        normed=(query + key) * any(name.endswith("q_norm") for name, _ in model.named_modules()),
         heads=text.num_attention_heads,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=text.vocab_size,
@@ -299,7 +303,7 @@ def lean_backward(facts: Facts, tokens: int, settings: Settings) -> float:
     Through both goes dY [T, H] and dO [T, Q]. MLP, a tile: X' and its norm; gate, up and one gradient, written over
     (torch's own passes on a CPU: two more). Attention: q, k, v and their gradients, those of k and v first once a query
     head; FlashAttention 2 sums dQ in fp32, torch on a CPU repeats k and v. NF4: the weights of the half that is at
-    work, dequantised.
+    work, dequantised. Where queries and keys have norms of their own, they are there twice.
     """
     f, level = facts, settings.checkpoint
     h, q, k, i = (f.item * n for n in (f.hidden, f.query, f.key, f.intermediate))
@@ -310,7 +314,7 @@ def lean_backward(facts: Facts, tokens: int, settings: Settings) -> float:
         mlp, attention = rows * (2 * h + 3 * i), tokens * (q + 2 * k)
     if level == "full":  # attention runs once more, first
         mlp, attention = mlp + tokens * (2 * q + 2 * k), attention + tokens * q
-    attention += tokens * (3 * q + 2 * k)
+    attention += tokens * (3 * q + 2 * k + f.item * f.normed)
     if f.cuda:
         attention += tokens * 4 * f.query
     else:
