@@ -38,7 +38,7 @@ from lengthen.records import each_record  # noqa: E402
 def write_records(path: Path, args: argparse.Namespace) -> None:
     """Answers of two thirds of the tokens, drafts of one third."""
     tokenizer = load_tokenizer(args.model)
-    vocabulary = [tokenizer.decode([i]).strip() for i in range(1000, min(20_000, len(tokenizer)))]
+    vocabulary = [tokenizer.decode([i]).strip() for i in range(300, min(20_000, len(tokenizer)))]
     words = [w for w in vocabulary if w.isalpha() and len(w) > 2]
     rng = random.Random(0)
 

@@ -136,9 +136,9 @@ def CHAT_WITH_SYSTEM(template: str) -> str:
 
 
 def test_memory_stays_flat(encode, tmp_path):
-    """Four times the records: Python's memory at its peak grows by less than a third."""
+    """Three times the records: Python's memory at its peak grows by less than a third."""
     peaks = []
-    for count in (200, 800):
+    for count in (128, 384):
         write(tmp_path / "x.jsonl", [record(i % 5, response=words(800, i)) | {"id": f"r{i}"} for i in range(count)])
         tracemalloc.start()
         encode(role="generator")

@@ -713,21 +713,33 @@ def out_of_memory_at(monkeypatch, calls_that_fail: set[int], error=torch.OutOfMe
     monkeypatch.setattr(train, "row_loss", fails)
 
 
+@pytest.fixture
+def own_layers(monkeypatch) -> None:
+    """No lean layers: transformers' own."""
+    monkeypatch.setattr(train.lean, "stands_against", lambda *args: "a test says so")
+
+
+@pytest.mark.parametrize("layers", ["lean", "own"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_a_step_out_of_memory_is_done_again_and_loses_nothing(run, tmp_path, monkeypatch, error):
+def test_a_step_out_of_memory_is_done_again_and_loses_nothing(run, tmp_path, monkeypatch, error, layers, request):
     """Rows 4 and 5 of the run fail, the second in the middle of a step: the losses and weights of a run without."""
+    if layers == "own":
+        request.getfixturevalue("own_layers")
     flags = ["--accumulate", "2", "--dropout", "0.2"]
     _, expected, _ = run(*flags, output="without")
     out_of_memory_at(monkeypatch, {4, 7}, error)
     summary, log, err = run(*flags, "--auto-shrink")
-    assert err.count("out of memory in a row of") == 2 and "again with --checkpoint full" in err
+    assert (
+        err.count("out of memory in a row of") == 2
+        and f"again with --checkpoint {'full' if layers == 'own' else ''}" in err
+    )
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in expected], abs=1e-6)
     a, b = (lora.read_adapter(tmp_path / name)[1] for name in ("out", "without"))
     assert_same([x for n in a for x in a[n]], [x for n in b for x in b[n]], 1e-5)
     assert summary["skipped_steps"] == 0
 
 
-def test_out_of_memory_names_the_largest_part_and_what_helps(run, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_largest_part_and_what_helps(run, tmp_path, monkeypatch, own_layers):
     out_of_memory_at(monkeypatch, {5})
     with pytest.raises(
         UserError, match=r"out of memory in a row of \d+ tokens with --checkpoint none; the largest"
@@ -746,15 +758,18 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):
         run("--auto-shrink")
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full"])
-def test_a_forced_level_gives_the_same_losses(run, checkpoint):
+@pytest.mark.parametrize(
+    ("checkpoint", "more"), [("none", []), ("attention", ["--offload", "--tile-rows", "16"]), ("full", [])]
+)
+def test_a_forced_level_gives_the_same_losses(run, checkpoint, more):
     _, expected, _ = run("--activation-gb", "0.0001", output="auto")  # some layers are recomputed, of long rows
-    _, log, err = run("--checkpoint", checkpoint)
+    _, log, err = run("--checkpoint", checkpoint, *more)
+    assert "lean ones" in err
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in expected], abs=1e-6)
     assert f"goes with --checkpoint {checkpoint}" in err
 
 
-def test_levels_that_only_lean_layers_have_are_refused(run):
+def test_levels_that_only_lean_layers_have_are_refused_without_them(run, own_layers):
     with pytest.raises(UserError, match="--offload needs the memory-lean layer"):
         run("--offload")
 
@@ -773,7 +788,7 @@ def test_plan_prints_what_a_run_takes_and_loads_nothing(run, tmp_path, monkeypat
     assert not json.loads(out)["fits"] and "DOES NOT FIT" in err and "measured" in err
 
 
-def test_a_model_that_cannot_be_counted_is_measured(run, monkeypatch):
+def test_a_model_that_cannot_be_counted_is_measured(run, monkeypatch, own_layers):
     def cannot(*args, **kwargs):
         raise UserError("no plan for a llama model: nonzero")
 
