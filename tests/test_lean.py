@@ -219,7 +219,6 @@ def error_ratios(tmp_path, family: str, quantize: bool) -> tuple[float, float]:
 def test_rounded_numbers_are_no_worse_than_pefts(tmp_path, family, quantize):
     """304 tokens' losses, 60,000 gradients: enough that 1.2 times is far outside chance."""
     loss, gradient = error_ratios(tmp_path, family, quantize)
-    print("RATIOS", loss, gradient)
     assert loss <= 1.2 and gradient <= 1.2, (loss, gradient)
 
 
