@@ -261,7 +261,7 @@ def sample_answers(
                 [logprobs] = sampler.logprobs([(sample.request.prompt_ids, sample.token_ids)])
                 perplexity = math.exp(-logprobs.mean().item())
                 job.accept(answered(row, sample.text, sample.finish, sample.num_tokens, perplexity))
-            bar.update(len(job.done_ids))
+            bar.update(len(job.done_ids), str(sampler.progress()))
 
 
 # ---------------------------------------------------------------------------------------------------------

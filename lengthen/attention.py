@@ -3,7 +3,8 @@
 The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one after the other, the newest token
 of every running text and pieces of new prompts, with explicit positions, no mask and no Cache object. The one thing
 that must know which token belongs to which text is attention, so this module registers its own attention function
-(`AttentionInterface.register`) and leaves everything else to the model's unmodified code.
+(`AttentionInterface.register`) and leaves everything else to the model's unmodified code. A running text may bring
+drafted tokens behind its newest one (lengthen/lookup.py): each sees the pages up to itself.
 
     keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, which a CPU likes
     values[layer]  [pages, Hkv, S, D]    S = tokens in a page
@@ -34,7 +35,8 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this modul
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
 SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
 
-# B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head.
+# B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head, Q = the most
+# tokens that one of the decoding texts has in a pass: 1, more with drafts.
 
 
 @dataclass
@@ -85,21 +87,12 @@ class PagedCache:
             heapq.heappush(self.free, page)
         pages.clear()
 
-    def copy(self, source: list[int], target: list[int]) -> None:
-        """Page contents, all layers: a shared prompt is computed once and copied."""
+    def copy(self, source: list[int], target: list[int], of: "PagedCache | None" = None) -> None:
+        """Page contents, all layers, from one page to another; `of` is the pool of the source where it is not this."""
+        of = of or self
         for layer in self.keys:
-            self.keys[layer][target] = self.keys[layer][source]
-            self.values[layer][target] = self.values[layer][source]
-
-    def save(self, pages: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Page contents, all layers, copied out of the pool."""
-        return {layer: (self.keys[layer][pages], self.values[layer][pages]) for layer in self.keys}
-
-    def load(self, saved: dict[int, tuple[Tensor, Tensor]], target: list[int]) -> None:
-        """The first of the saved pages back into the pool."""
-        for layer, (keys, values) in saved.items():
-            self.keys[layer][target] = keys[: len(target)]
-            self.values[layer][target] = values[: len(target)]
+            self.keys[layer][target] = of.keys[layer][source]
+            self.values[layer][target] = of.values[layer][source]
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""
@@ -127,30 +120,36 @@ class Piece:
 
 @dataclass
 class Batch:
-    """Who is who in one packed forward pass. The first `len(lengths)` tokens are decoded ones, then the pieces."""
+    """Who is who in one packed forward pass. The first `decoded` tokens are of decoding texts, then come the pieces."""
 
     cache: PagedCache | None  # None = a probe: attend to the batch itself and note the shapes
     pages: Tensor | None = None  # [T] page each token's key and value go to
     slots: Tensor | None = None  # [T] place inside that page
-    lengths: Tensor | None = None  # [B] keys each decoded token sees, itself included
-    owner: Tensor | None = None  # [P] decoded token that owns the page; B = none
+    lengths: Tensor | None = None  # [B] keys that each decoding text's first token sees, itself included
+    owner: Tensor | None = None  # [P] decoding text that owns the page; B = none
     first: Tensor | None = None  # [P] position of the page's first token
     pieces: list[Piece] = field(default_factory=list)
     shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
     asker: Tensor | None = None  # [P] the same, with the last text for none
+    decoded: int = 0  # packed tokens of decoding texts: B, more with drafts
+    queries: int = 1  # Q
+    spread: Tensor | None = None  # [B * Q] packed index of each text's tokens, its last repeated; None where Q = 1
+    gather: Tensor | None = None  # [decoded] where in [B * Q] a packed token is
     _mask: dict[int, Tensor] = field(default_factory=dict)
     _bias: dict[int, Tensor] = field(default_factory=dict)
     _owns: Tensor | None = None
 
     def mask(self, window: int) -> Tensor:
-        """[P, 1, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
+        """[P, 1, Q, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
         if window not in self._mask:
-            length = F.pad(self.lengths, (0, 1))[self.owner][:, None]  # [P, 1]; 0 = owned by none, sees nothing
+            ahead = torch.arange(self.queries, device=self.lengths.device)
+            length = F.pad(self.lengths, (0, 1), value=-self.queries)  # <= 0 = owned by none, sees nothing
+            length = (length[self.owner][:, None] + ahead)[..., None]  # [P, Q, 1]
             key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
-            seen = key < length
+            seen = key[:, None] < length
             if window:
-                seen &= key >= length - window  # W keys, the token itself included
-            self._mask[window] = seen.float()[:, None, None]
+                seen &= key[:, None] >= length - window  # W keys, the token itself included
+            self._mask[window] = seen.float()[:, None, :, None]
         return self._mask[window]
 
     def bias(self, window: int) -> Tensor:
@@ -213,12 +212,11 @@ def attend_packed(
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     keys[batch.pages, :, :, batch.slots] = k
     values[batch.pages, :, batch.slots] = v
-    B = len(batch.lengths)
     if not batch.pieces:
         return _decode(q, keys, values, batch, scaling, window, softcap, sinks)
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    if B:
-        out[:B] = _decode(q[:B], keys, values, batch, scaling, window, softcap, sinks)
+    out, n = q.new_empty(*q.shape[:2], v.shape[2]), batch.decoded
+    if n:
+        out[:n] = _decode(q[:n], keys, values, batch, scaling, window, softcap, sinks)
     for piece in batch.pieces:
         here = slice(piece.at, piece.at + piece.count)
         if piece.start == 0:
@@ -242,34 +240,38 @@ def _decode(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One new token per text against the pool: q [B, Hq, D] -> [B, Hq, Dv]. Softmax in fp32, joined over pages."""
-    P, (B, Hq, D) = len(batch.owner), q.shape
+    """The decoding texts' tokens against the pool: q [n, Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
+    P, B, Q, (Hq, D) = len(batch.owner), len(batch.lengths), batch.queries, q.shape[1:]
     Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
     G, owner = Hq // Hkv, batch.owner
-    # 1) every page meets its owner's query. Unowned pages get the last text's, and are masked.
-    mine = (q * scaling).reshape(B, Hq * D).index_select(0, batch.asker).view(P * Hkv, G, D)
+    # 1) every page meets its owner's queries. Unowned pages get the last text's, and are masked.
+    if Q > 1:
+        q = q.index_select(0, batch.spread).view(B, Q, Hkv, G, D).transpose(1, 2)
+    mine = (q * scaling).reshape(B, -1).index_select(0, batch.asker).view(P * Hkv, Q * G, D)
     scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).float()
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     highest = None
     if scores.device.type == "cpu" and sinks is None and max(map(abs, map(float, scores.aminmax()))) < SAFE:
         # 2a) no exponential can overflow or vanish: the softmax needs no maximum taken out
-        terms = scores.exp_().view(P, Hkv, G, S).mul_(batch.mask(window))
+        terms = scores.exp_().view(P, Hkv, Q, G, S).mul_(batch.mask(window))
     else:
-        # 2b) the softmax's maximum per text, then its terms
-        scores = scores.view(P, Hkv, G, S) + batch.bias(window)
-        highest = scores.new_full((B + 1, Hkv, G), STABLE)
-        highest.scatter_reduce_(0, owner[:, None, None].expand(P, Hkv, G), scores.amax(-1), "amax")
+        # 2b) the softmax's maximum per token, then its terms
+        scores = scores.view(P, Hkv, Q, G, S) + batch.bias(window)
+        highest = scores.new_full((B + 1, Hkv, Q, G), STABLE)
+        highest.scatter_reduce_(0, owner[:, None, None, None].expand(P, Hkv, Q, G), scores.amax(-1), "amax")
         if sinks is not None:
-            highest = torch.maximum(highest, sinks.float().view(1, Hkv, G))
-        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, G, S]
+            highest = torch.maximum(highest, sinks.float().view(1, Hkv, 1, G))
+        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, Q, G, S]
     # 3) sums over the pages of a text
-    total = batch.owns() @ terms.sum(-1).view(P, Hq)  # [B, Hq]
+    total = (batch.owns() @ terms.sum(-1).view(P, -1)).view(B, Hkv, Q, G)
     if sinks is not None:
-        total += (sinks.float().view(1, Hq) - highest[:B].view(B, Hq)).exp()
-    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, G, S), values[:P].view(P * Hkv, S, Dv))
-    out = (batch.owns() @ part.float().view(P, Hq * Dv)).view(B, Hq, Dv)
-    return (out / total[..., None]).to(q.dtype)
+        total += (sinks.float().view(1, Hkv, 1, G) - highest[:B]).exp()
+    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values[:P].view(P * Hkv, S, Dv))
+    out = (batch.owns() @ part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
+    if Q > 1:
+        out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, batch.gather)
+    return out.view(-1, Hq, Dv).to(q.dtype)
 
 
 def _dense(
@@ -349,6 +351,12 @@ class Hook:
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
+    def refresh(self) -> None:
+        """Behind a change of the weights: what was copied of them is copied again."""
+        if self.lent:
+            windows = {i: shape.window for i, shape in self.shapes.items()}
+            self.lent = decoder.forwards(self.model, attend_packed, windows)
+
     def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False) -> Tensor:
         """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype.
 
@@ -419,7 +427,7 @@ class Hook:
 
 def token_batch(cache: PagedCache, tables: Sequence[list[int]], positions: Sequence[int]) -> Batch:
     """A batch that decodes one token per text: the token at positions[i] of the text with page table tables[i]."""
-    return make_batch(cache, list(zip(tables, positions, strict=True)), [])
+    return make_batch(cache, [(table, position, 1) for table, position in zip(tables, positions, strict=True)], [])
 
 
 def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> Batch:
@@ -428,24 +436,42 @@ def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> 
 
 
 def make_batch(
-    cache: PagedCache, decode: Sequence[tuple[list[int], int]], prefill: Sequence[tuple[list[int], int, int]]
+    cache: PagedCache, decode: Sequence[tuple[list[int], int, int]], prefill: Sequence[tuple[list[int], int, int]]
 ) -> Batch:
-    """The batch of (pages, position) decoded tokens followed by (pages, start, count) pieces, in this order."""
+    """The batch of decoding texts followed by pieces of prompts, each (pages, start, count), in this order.
+
+    A decoding text has its newest token at `start`, and count - 1 drafted ones behind it.
+    """
     S, pages, slots, pieces = cache.page_tokens, [], [], []
-    for table, position in decode:
-        pages.append(table[position // S])
-        slots.append(position % S)
-    for table, start, count in prefill:
-        pieces.append(Piece(len(pages), count, start, table[: cache.pages_for(start + count)]))
+    for table, start, count in (*decode, *prefill):
         pages.extend(table[p // S] for p in range(start, start + count))
         slots.extend(p % S for p in range(start, start + count))
-    B, last = len(decode), max((max(table) for table, _ in decode), default=-1)
-    owner, first = [B] * (last + 1), [0] * (last + 1)
-    for row, (table, _) in enumerate(decode):
+    B, at, last = len(decode), 0, max((max(table) for table, _, _ in decode), default=-1)
+    Q = max((count for _, _, count in decode), default=1)
+    owner, first, spread, gather = [B] * (last + 1), [0] * (last + 1), [], []
+    for row, (table, _, count) in enumerate(decode):
         for nth, page in enumerate(table):
             owner[page], first[page] = row, nth * S
+        spread.extend(at + min(j, count - 1) for j in range(Q))
+        gather.extend(row * Q + j for j in range(count))
+        at += count
+    for table, start, count in prefill:
+        pieces.append(Piece(at, count, start, table[: cache.pages_for(start + count)]))
+        at += count
     device = next(iter(cache.keys.values())).device
-    as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first)]
-    lengths = torch.tensor([position + 1 for _, position in decode], dtype=torch.long, device=device)
-    asker = as_ids[2].clamp(max=B - 1) if B else None
-    return Batch(cache, as_ids[0], as_ids[1], lengths, as_ids[2], as_ids[3], pieces, asker=asker)
+    as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first, spread, gather)]
+    lengths = torch.tensor([start + 1 for _, start, _ in decode], dtype=torch.long, device=device)
+    return Batch(
+        cache,
+        pages=as_ids[0],
+        slots=as_ids[1],
+        lengths=lengths,
+        owner=as_ids[2],
+        first=as_ids[3],
+        pieces=pieces,
+        asker=as_ids[2].clamp(max=B - 1) if B else None,
+        decoded=len(gather),
+        queries=Q,
+        spread=as_ids[4],
+        gather=as_ids[5],
+    )
