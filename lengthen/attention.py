@@ -13,7 +13,8 @@ Decoding does not gather the pages of a text; the queries go to the pages instea
 lies, by the query of the text that owns it: two batched products that stream the pool once, however ragged the texts
 are. The partial softmaxes are then joined per text. Pages are handed out lowest first and moved together when holes
 appear, so that the streamed range stays dense. A kernel that walks page tables (Triton on CUDA) can take the place
-of `_decode`: it needs `Batch` and the pool, nothing from the sampler.
+of `_decode`: it needs `Batch` and the pool, nothing from the sampler. Where only some texts bring drafts, these are a
+group of their own, whose pages are gathered: with their queries beside all others' every product would grow.
 """
 
 import heapq
@@ -58,7 +59,7 @@ class PagedCache:
     def __init__(
         self, shapes: dict[int, LayerShape], num_pages: int, page_tokens: int, device: torch.device, dtype: torch.dtype
     ):
-        self.num_pages, self.page_tokens = num_pages, page_tokens
+        self.num_pages, self.page_tokens, self.device = num_pages, page_tokens, device
         P, S, kind = num_pages, page_tokens, {"device": device, "dtype": dtype}
         self.keys = {i: torch.empty(P, s.heads, s.key_dim, S, **kind) for i, s in shapes.items()}
         self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
@@ -119,43 +120,39 @@ class Piece:
 
 
 @dataclass
-class Batch:
-    """Who is who in one packed forward pass. The first `decoded` tokens are of decoding texts, then come the pieces."""
+class Group:
+    """Decoding texts with at most Q tokens each, and the pages that they own."""
 
-    cache: PagedCache | None  # None = a probe: attend to the batch itself and note the shapes
-    pages: Tensor | None = None  # [T] page each token's key and value go to
-    slots: Tensor | None = None  # [T] place inside that page
-    lengths: Tensor | None = None  # [B] keys that each decoding text's first token sees, itself included
-    owner: Tensor | None = None  # [P] decoding text that owns the page; B = none
-    first: Tensor | None = None  # [P] position of the page's first token
-    pieces: list[Piece] = field(default_factory=list)
-    shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
-    asker: Tensor | None = None  # [P] the same, with the last text for none
-    decoded: int = 0  # packed tokens of decoding texts: B, more with drafts
-    queries: int = 1  # Q
-    spread: Tensor | None = None  # [B * Q] packed index of each text's tokens, its last repeated; None where Q = 1
-    gather: Tensor | None = None  # [decoded] where in [B * Q] a packed token is
+    lengths: Tensor  # [B] keys that each text's first token sees, itself included
+    owner: Tensor  # [P] text that owns the page; B = none
+    asker: Tensor  # [P] the same, with the last text for none
+    first: Tensor  # [P] position of the page's first token
+    queries: int  # Q
+    pages: Tensor | None  # [P] which pages of the pool; None = the first P, where they lie
+    spread: Tensor | None  # [B * Q] packed index of each text's tokens, its last repeated; None = there are no others
+    gather: Tensor | None  # [n] where in [B * Q] the group's tokens are, in packed order; None = B = n
+    at: Tensor  # [n] their packed index
     _mask: dict[int, Tensor] = field(default_factory=dict)
     _bias: dict[int, Tensor] = field(default_factory=dict)
     _owns: Tensor | None = None
 
-    def mask(self, window: int) -> Tensor:
+    def mask(self, window: int, page_tokens: int) -> Tensor:
         """[P, 1, Q, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
         if window not in self._mask:
-            ahead = torch.arange(self.queries, device=self.lengths.device)
+            device = self.lengths.device
             length = F.pad(self.lengths, (0, 1), value=-self.queries)  # <= 0 = owned by none, sees nothing
-            length = (length[self.owner][:, None] + ahead)[..., None]  # [P, Q, 1]
-            key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
-            seen = key[:, None] < length
+            length = (length[self.owner][:, None] + torch.arange(self.queries, device=device))[..., None]  # [P, Q, 1]
+            key = (self.first[:, None] + torch.arange(page_tokens, device=device))[:, None]  # [P, 1, S]
+            seen = key < length
             if window:
-                seen &= key[:, None] >= length - window  # W keys, the token itself included
+                seen &= key >= length - window  # W keys, the token itself included
             self._mask[window] = seen.float()[:, None, :, None]
         return self._mask[window]
 
-    def bias(self, window: int) -> Tensor:
+    def bias(self, window: int, page_tokens: int) -> Tensor:
         """The same to be added to scores: 0 and -inf."""
         if window not in self._bias:
-            self._bias[window] = self.mask(window).log()
+            self._bias[window] = self.mask(window, page_tokens).log()
         return self._bias[window]
 
     def owns(self) -> Tensor:
@@ -164,6 +161,19 @@ class Batch:
             rows = torch.arange(len(self.lengths), device=self.owner.device)
             self._owns = (rows[:, None] == self.owner[None]).float()
         return self._owns
+
+
+@dataclass
+class Batch:
+    """Who is who in one packed forward pass. The first `decoded` tokens are of decoding texts, then come the pieces."""
+
+    cache: PagedCache | None  # None = a probe: attend to the batch itself and note the shapes
+    pages: Tensor | None = None  # [T] page each token's key and value go to
+    slots: Tensor | None = None  # [T] place inside that page
+    decoded: int = 0  # packed tokens of decoding texts: one each, more with drafts
+    groups: list[Group] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
 
 
 _batch: Batch | None = None  # the forward pass in progress
@@ -212,11 +222,12 @@ def attend_packed(
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     keys[batch.pages, :, :, batch.slots] = k
     values[batch.pages, :, batch.slots] = v
-    if not batch.pieces:
-        return _decode(q, keys, values, batch, scaling, window, softcap, sinks)
-    out, n = q.new_empty(*q.shape[:2], v.shape[2]), batch.decoded
-    if n:
-        out[:n] = _decode(q[:n], keys, values, batch, scaling, window, softcap, sinks)
+    options = (scaling, window, softcap, sinks)
+    if len(batch.groups) == 1 and not batch.pieces:
+        return _decode(q, keys, values, batch.groups[0], *options)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    for group in batch.groups:
+        out[group.at] = _decode(q[: batch.decoded], keys, values, group, *options)
     for piece in batch.pieces:
         here = slice(piece.at, piece.at + piece.count)
         if piece.start == 0:
@@ -226,7 +237,7 @@ def attend_packed(
             all_k = keys[piece.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
             all_v = values[piece.pages].transpose(0, 1).flatten(1, 2)[:, :total]
         some = q[here].transpose(0, 1)
-        out[here] = _dense(some, all_k, all_v, piece.start, scaling, window, softcap, sinks).transpose(0, 1)
+        out[here] = _dense(some, all_k, all_v, piece.start, *options).transpose(0, 1)
     return out
 
 
@@ -234,43 +245,48 @@ def _decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    batch: Batch,
+    group: Group,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The decoding texts' tokens against the pool: q [n, Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
-    P, B, Q, (Hq, D) = len(batch.owner), len(batch.lengths), batch.queries, q.shape[1:]
+    """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
+    P, B, Q, (Hq, D) = len(group.owner), len(group.lengths), group.queries, q.shape[1:]
     Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
-    G, owner = Hq // Hkv, batch.owner
+    G, owner = Hq // Hkv, group.owner
+    if group.pages is None:
+        keys, values = keys[:P], values[:P]
+    else:
+        keys, values = keys.index_select(0, group.pages), values.index_select(0, group.pages)
     # 1) every page meets its owner's queries. Unowned pages get the last text's, and are masked.
-    if Q > 1:
-        q = q.index_select(0, batch.spread).view(B, Q, Hkv, G, D).transpose(1, 2)
-    mine = (q * scaling).reshape(B, -1).index_select(0, batch.asker).view(P * Hkv, Q * G, D)
-    scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).float()
+    if group.spread is not None:
+        q = q.index_select(0, group.spread)
+    q = q.view(B, Q, Hkv, G, D).transpose(1, 2)
+    mine = (q * scaling).reshape(B, -1).index_select(0, group.asker).view(P * Hkv, Q * G, D)
+    scores = torch.bmm(mine, keys.view(P * Hkv, D, S)).float()
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     highest = None
     if scores.device.type == "cpu" and sinks is None and max(map(abs, map(float, scores.aminmax()))) < SAFE:
         # 2a) no exponential can overflow or vanish: the softmax needs no maximum taken out
-        terms = scores.exp_().view(P, Hkv, Q, G, S).mul_(batch.mask(window))
+        terms = scores.exp_().view(P, Hkv, Q, G, S).mul_(group.mask(window, S))
     else:
         # 2b) the softmax's maximum per token, then its terms
-        scores = scores.view(P, Hkv, Q, G, S) + batch.bias(window)
+        scores = scores.view(P, Hkv, Q, G, S) + group.bias(window, S)
         highest = scores.new_full((B + 1, Hkv, Q, G), STABLE)
         highest.scatter_reduce_(0, owner[:, None, None, None].expand(P, Hkv, Q, G), scores.amax(-1), "amax")
         if sinks is not None:
             highest = torch.maximum(highest, sinks.float().view(1, Hkv, 1, G))
         terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, Q, G, S]
     # 3) sums over the pages of a text
-    total = (batch.owns() @ terms.sum(-1).view(P, -1)).view(B, Hkv, Q, G)
+    total = (group.owns() @ terms.sum(-1).view(P, -1)).view(B, Hkv, Q, G)
     if sinks is not None:
         total += (sinks.float().view(1, Hkv, 1, G) - highest[:B]).exp()
-    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values[:P].view(P * Hkv, S, Dv))
-    out = (batch.owns() @ part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
-    if Q > 1:
-        out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, batch.gather)
+    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values.view(P * Hkv, S, Dv))
+    out = (group.owns() @ part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
+    if group.gather is not None:
+        out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, group.gather)
     return out.view(-1, Hq, Dv).to(q.dtype)
 
 
@@ -442,36 +458,47 @@ def make_batch(
 
     A decoding text has its newest token at `start`, and count - 1 drafted ones behind it.
     """
-    S, pages, slots, pieces = cache.page_tokens, [], [], []
-    for table, start, count in (*decode, *prefill):
-        pages.extend(table[p // S] for p in range(start, start + count))
-        slots.extend(p % S for p in range(start, start + count))
-    B, at, last = len(decode), 0, max((max(table) for table, _, _ in decode), default=-1)
-    Q = max((count for _, _, count in decode), default=1)
-    owner, first, spread, gather = [B] * (last + 1), [0] * (last + 1), [], []
-    for row, (table, _, count) in enumerate(decode):
-        for nth, page in enumerate(table):
-            owner[page], first[page] = row, nth * S
-        spread.extend(at + min(j, count - 1) for j in range(Q))
-        gather.extend(row * Q + j for j in range(count))
+    S, device, pages, slots, at, pieces = cache.page_tokens, cache.device, [], [], 0, []
+    plain, drafting = [], []
+    for table, start, count in decode:
+        (plain if count == 1 else drafting).append((at, table, start, count))
         at += count
+    decoded = at
     for table, start, count in prefill:
         pieces.append(Piece(at, count, start, table[: cache.pages_for(start + count)]))
         at += count
-    device = next(iter(cache.keys.values())).device
-    as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first, spread, gather)]
-    lengths = torch.tensor([start + 1 for _, start, _ in decode], dtype=torch.long, device=device)
-    return Batch(
-        cache,
-        pages=as_ids[0],
-        slots=as_ids[1],
-        lengths=lengths,
-        owner=as_ids[2],
-        first=as_ids[3],
-        pieces=pieces,
-        asker=as_ids[2].clamp(max=B - 1) if B else None,
-        decoded=len(gather),
+    for table, start, count in (*decode, *prefill):
+        pages.extend(table[p // S] for p in range(start, start + count))
+        slots.extend(p % S for p in range(start, start + count))
+    alone = not (plain and drafting)
+    groups = [_group(cache, texts, alone or texts is plain, alone) for texts in (plain, drafting) if texts]
+    pages, slots = (torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots))
+    return Batch(cache, pages, slots, decoded, groups, pieces)
+
+
+def _group(cache: PagedCache, texts: Sequence[tuple[int, list[int], int, int]], in_place: bool, alone: bool) -> Group:
+    """The group of decoding texts, each (packed index, pages, start, count). in_place: its pages are not gathered."""
+    B, Q = len(texts), max(count for _, _, _, count in texts)
+    mine = [(page, row, nth) for row, (_, table, _, _) in enumerate(texts) for nth, page in enumerate(table)]
+    pages = [page for page, _, _ in mine]
+    P = max(pages) + 1 if in_place else len(pages)
+    owner, first = [B] * P, [0] * P
+    for place, (page, row, nth) in enumerate(mine):
+        place = page if in_place else place
+        owner[place], first[place] = row, nth * cache.page_tokens
+    spread = [at + min(i, count - 1) for at, _, _, count in texts for i in range(Q)]
+    gather = [row * Q + i for row, (_, _, _, count) in enumerate(texts) for i in range(count)]
+    every = [at + i for at, _, _, count in texts for i in range(count)]
+    lengths = [start + 1 for _, _, start, _ in texts]
+    made = [torch.tensor(x, device=cache.device) for x in (lengths, owner, first, pages, spread, gather, every)]
+    return Group(
+        lengths=made[0],
+        owner=made[1],
+        asker=made[1].clamp(max=B - 1),
+        first=made[2],
         queries=Q,
-        spread=as_ids[4],
-        gather=as_ids[5],
+        pages=None if in_place else made[3],
+        spread=None if alone and Q == 1 else made[4],
+        gather=None if Q == 1 else made[5],
+        at=made[6],
     )

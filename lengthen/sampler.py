@@ -128,6 +128,7 @@ class Row:
     draft: list[int] = field(default_factory=list)  # guessed tokens that the pass in progress computes too
     lookup: Lookup | None = None
     distinct: set[int] = field(default_factory=set)  # ids the repetition penalty applies to
+    unwritten: list[int] = field(default_factory=list)  # the newest of them, which the `seen` table still lacks
 
     @property
     def prompt_tokens(self) -> int:
@@ -200,7 +201,6 @@ class Sampler:
         self.finished: deque[Sample] = deque()
         self.slots = list(range(self.max_rows))
         self.seen = torch.zeros(self.max_rows, 256, dtype=torch.long, device=self.device)
-        self.unwritten: list[tuple[int, int, int]] = []  # (slot, column, token) that `seen` still lacks
         self.mean_output = 256.0  # tokens; a running mean, for admission
         self.stats = dict.fromkeys(
             ("prefill_tokens", "shared_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens", "steps")
@@ -466,7 +466,6 @@ class Sampler:
         self.rows.remove(row)
         self.cache.give_back(row.pages)
         self.slots.append(row.slot)
-        self.unwritten = [one for one in self.unwritten if one[0] != row.slot]
         row.computed, row.slot, row.draft = 0, -1, []
 
     def _plan(self) -> list[tuple[Row, int]]:
@@ -487,15 +486,16 @@ class Sampler:
         prompts = sum(count for _, count in prefill)
         self.stats["prefill_tokens"] += prompts
         if self.free_tokens:
-            self._guess(
-                [row for row, _ in decode if row.lookup and row.computed + 1 == len(row.ids)], len(decode) + prompts
-            )
+            newest = [row for row, _ in decode if row.computed + 1 == len(row.ids) > row.prompt_tokens]
+            self._guess(newest, len(decode) + prompts)
         return [(row, 1 + len(row.draft)) for row, _ in decode] + prefill
 
     def _guess(self, rows: list[Row], tokens: int) -> None:
         """Gives drafts to the rows of a pass that has so many tokens without them, where they are worth their time."""
         drafts, chances = [], []
         for row in rows:
+            row.lookup = row.lookup or Lookup(row.ids)
+            row.lookup.learn()
             room = min(LONGEST, row.limit - len(row.ids) - 1)
             drafts.append(row.lookup.guess(room))
             chances.append(row.lookup.chances(len(drafts[-1])))
@@ -544,6 +544,7 @@ class Sampler:
     def _write_seen(self, row: Row) -> None:
         """The row's distinct ids into its line of the table."""
         ids = sorted(row.distinct)
+        row.unwritten.clear()
         self._widen(len(ids))
         self.seen[row.slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.device)
 
@@ -557,20 +558,20 @@ class Sampler:
         A line of `seen` goes on with the draft's new ids, in order: those that are then drawn are in their place,
         others are written over.
         """
-        counts, fresh = [], {}
+        counts, writes = [], []  # writes: (slot, column, id)
         for row, ahead in asked:
             if not ahead:
-                fresh = {}
-            elif row.draft[ahead - 1] not in row.distinct and row.draft[ahead - 1] not in fresh:
-                column = len(row.distinct) + len(fresh)
-                fresh[row.draft[ahead - 1]] = column
-                self.unwritten.append((row.slot, column, row.draft[ahead - 1]))
-            counts.append(len(row.distinct) + len(fresh))
+                line = row.unwritten  # drawn since the last time, then what the draft adds
+                first, row.unwritten = len(row.distinct) - len(line), []
+                writes += [(row.slot, first + i, token) for i, token in enumerate(line)]
+            elif row.draft[ahead - 1] not in row.distinct and row.draft[ahead - 1] not in line:
+                writes.append((row.slot, first + len(line), row.draft[ahead - 1]))
+                line.append(row.draft[ahead - 1])
+            counts.append(first + len(line))
         self._widen(max(counts))
-        if self.unwritten:  # of running rows: columns below their counts
-            slots, columns, tokens = torch.tensor(self.unwritten, device=self.device).T
+        if writes:
+            slots, columns, tokens = torch.tensor(writes, device=self.device).T
             self.seen[slots, columns] = tokens
-            self.unwritten.clear()
         return counts
 
     def _draw(self, asked: list[tuple[Row, int]], logits: Tensor) -> list[int]:
@@ -610,17 +611,13 @@ class Sampler:
         self.stats["accepted_tokens"] += i
         if row.slot >= 0:
             row.computed = len(row.ids) - 1
-            if row.lookup:
-                row.lookup.learn()
-            elif self.free_tokens:
-                row.lookup = Lookup(row.ids)
 
     def _advance(self, row: Row, token: int) -> None:
         """Takes a drawn token; ends the text where it ends."""
         row.ids.append(token)
         if token not in row.distinct:
-            self.unwritten.append((row.slot, len(row.distinct), token))
             row.distinct.add(token)
+            row.unwritten.append(token)
         if token in self.eos_ids:
             self._finish(row, "eos", self._text(row, row.output[:-1]))
         elif token in row.stop_ids:

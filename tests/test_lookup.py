@@ -11,7 +11,7 @@ import torch
 from test_sampler import EOS, TOKENIZER, make_prompts, make_sampler, write
 from tiny import tiny_model
 
-from lengthen.attention import Batch, Hook, PagedCache, make_batch, piece_batch
+from lengthen.attention import Hook, PagedCache, make_batch, piece_batch
 from lengthen.lookup import LONGEST, Lookup, allot
 from lengthen.sampler import FREE, Request, Sampling
 
@@ -118,7 +118,12 @@ def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
     tables = [[cache.take() for _ in range(8)] for _ in texts]
     with torch.no_grad():
         own = [model(input_ids=ids[None]).logits[0] for ids in texts]
-        for counts in ((1, 4, 8), (8, 1, 1), (2, 2, 2)):
+        for counts, groups in (
+            ((1, 4, 8), [(1, 1, True), (2, 8, False)]),  # some with drafts: their pages are gathered
+            ((8, 1, 1), [(2, 1, True), (1, 8, False)]),
+            ((2, 2, 2), [(3, 2, True)]),
+            ((1, 1, 1), [(3, 1, True)]),
+        ):
             starts = [len(ids) - count for ids, count in zip(texts, counts, strict=True)]
             for table, ids, start in zip(tables, texts, starts, strict=True):
                 hook.forward(piece_batch(cache, table, 0, start), ids[:start], torch.arange(start), torch.tensor([0]))
@@ -134,7 +139,7 @@ def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
             got = hook.forward(batch, ids, at, torch.arange(sum(counts)))
             want = torch.cat([logits[start:] for logits, start in zip(own, starts, strict=True)])
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    assert isinstance(batch, Batch) and batch.queries == 2
+            assert [(len(group.lengths), group.queries, group.pages is None) for group in batch.groups] == groups
 
 
 # ---------------------------------------------------------------------------------------------------------

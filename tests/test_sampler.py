@@ -450,7 +450,7 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
     forward = sampler.hook.forward
 
     def limited(batch, ids, *rest):
-        if len(ids) > 300 or len(batch.lengths) > 2:
+        if len(ids) > 300 or batch.decoded > 2:
             raise torch.OutOfMemoryError("no memory")
         return forward(batch, ids, *rest)
 
@@ -629,7 +629,7 @@ def test_a_step_costs_the_same_however_many_wait():
             sampler._step()
         sys.setprofile(None)
         counts[queued] = sum(event.endswith("call") for event in events)
-        assert sampler.stats["samples"] > 300
+        assert sampler.stats["samples"] > 200
     assert counts[100_000] < 1.05 * counts[1_000]
     assert held[100_000] < 300  # bytes: an entry of the queue, and no copy of the prompt
 
