@@ -12,7 +12,7 @@
    counting 2 operations per parameter of the linear layers and useful token (attention not counted).
 6. --lookup instead: the sampler with and without guesses out of the text (lengthen/lookup.py), --rows texts at once
    (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (repeat a text word
-   for word, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this model wrote).
+   for word: passages of our LICENSE, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this model wrote).
    Printed beside them: the share of all tokens that the last three tokens' last successor would have guessed.
 
     python bench/sampler.py                                        # 2 cores: about half an hour, most of it generate
@@ -207,12 +207,15 @@ def gguf_of(name: str) -> Path | None:
 
 
 def copy_prompts(loaded: LoadedModel, count: int, words: int = 120) -> list[list[int]]:
-    """ "Repeat the following text": passages of `words` words, of our seeds and queries one behind the other."""
-    stream = " ".join(real_prompts(60)).split()
-    passages = [" ".join(stream[i * words : (i + 1) * words]) for i in range(count)]
-    assert all(len(passage.split()) == words for passage in passages), "not enough text for so many prompts"
+    """To repeat passages of `words` words of our LICENSE; the answer begins with the first twelve of them."""
+    stream = (ROOT / "LICENSE").read_text("utf-8").split()
+    passages = [stream[i : i + words] for i in range(0, len(stream) - words, 90)][:count]
+    assert len(passages) == count, "not enough text for so many prompts"
     ask = "Repeat the following text word for word, without any change.\n\n"
-    return [loaded.chat.encode([{"role": "user", "content": ask + passage}]) for passage in passages]
+    return [
+        loaded.chat.encode([{"role": "user", "content": ask + " ".join(passage)}], prefill=" ".join(passage[:12]))
+        for passage in passages
+    ]
 
 
 def extender_prompts(loaded: LoadedModel, count: int, rows: int, limit: int) -> list[list[int]]:
