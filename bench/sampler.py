@@ -11,9 +11,9 @@
 5. Beside it: the machine's matrix-product ceiling (a large product), and what part of it each of them reaches,
    counting 2 operations per parameter of the linear layers and useful token (attention not counted).
 6. --lookup instead: the sampler with and without guesses out of the text (lengthen/lookup.py), --rows texts at once
-   (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (repeat a text word
-   for word: passages of our LICENSE, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this model wrote).
-   Printed beside them: the share of all tokens that the last three tokens' last successor would have guessed.
+   (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our
+   LICENSE to be repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this
+   model wrote). Printed beside them: the share of all tokens that the last three tokens' last successor foretold.
 
     python bench/sampler.py                                        # 2 cores: about half an hour, most of it generate
     python bench/sampler.py --prompts 16 --max-new-tokens 64 --batches 16 --runs 1     # a minute or two
