@@ -134,7 +134,6 @@ class Group:
     at: Tensor  # [n] their packed index
     _mask: dict[int, Tensor] = field(default_factory=dict)
     _bias: dict[int, Tensor] = field(default_factory=dict)
-    _owns: Tensor | None = None
 
     def mask(self, window: int, page_tokens: int) -> Tensor:
         """[P, 1, Q, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
@@ -155,12 +154,10 @@ class Group:
             self._bias[window] = self.mask(window, page_tokens).log()
         return self._bias[window]
 
-    def owns(self) -> Tensor:
-        """[B, P] fp32 zeros and ones. A product with it sums over a text's pages, in a fixed order."""
-        if self._owns is None:
-            rows = torch.arange(len(self.lengths), device=self.owner.device)
-            self._owns = (rows[:, None] == self.owner[None]).float()
-        return self._owns
+    def joined(self, parts: Tensor) -> Tensor:
+        """[P, ...] -> [B, ...]: sums over the pages of a text, in a fixed order on a CPU."""
+        sums = parts.new_zeros(len(self.lengths) + 1, parts[0].numel())
+        return sums.index_add_(0, self.owner, parts.reshape(len(parts), -1))[:-1]
 
 
 @dataclass
@@ -280,11 +277,11 @@ def _decode(
             highest = torch.maximum(highest, sinks.float().view(1, Hkv, 1, G))
         terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, Q, G, S]
     # 3) sums over the pages of a text
-    total = (group.owns() @ terms.sum(-1).view(P, -1)).view(B, Hkv, Q, G)
+    total = group.joined(terms.sum(-1)).view(B, Hkv, Q, G)
     if sinks is not None:
         total += (sinks.float().view(1, Hkv, 1, G) - highest[:B]).exp()
     part = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values.view(P * Hkv, S, Dv))
-    out = (group.owns() @ part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
+    out = group.joined(part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
     if group.gather is not None:
         out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, group.gather)
     return out.view(-1, Hq, Dv).to(q.dtype)

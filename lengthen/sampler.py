@@ -47,6 +47,7 @@ SHARED = 8  # tokens; a shorter common prefix is not worth copying
 LEAST_PIECE = 256  # prompt tokens a step; never fewer, however short the memory
 WORTH_WAITING = 32  # tokens; a step is worth waiting for when so many more can then be copied
 FREE = {"cpu": 24, "cuda": 256}  # tokens whose computation takes as long as reading the weights (lookup.py)
+HURDLE = {"cpu": 0.0, "cuda": 1.0}  # right guesses a row that a pass with drafts must promise: on CUDA it is no graph
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class Sampler:
         self.device, cuda = weight.device, weight.device.type == "cuda"
         self.max_rows = max_rows or (256 if cuda else 48)
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
-        self.free_tokens = FREE.get(self.device.type, FREE["cpu"]) if lookup else 0
+        kind = self.device.type if self.device.type in FREE else "cpu"
+        self.free_tokens, self.hurdle = FREE[kind] if lookup else 0, HURDLE[kind]
         self.notes: list[str] = []
         self.hook = Hook(model)
         self.head, why = plain_head(model)  # None = scores are read from the model's own logits
@@ -492,14 +494,18 @@ class Sampler:
 
     def _guess(self, rows: list[Row], tokens: int) -> None:
         """Gives drafts to the rows of a pass that has so many tokens without them, where they are worth their time."""
-        drafts, chances = [], []
+        drafts, chances, bar = [], [], tokens / (self.free_tokens + tokens)
         for row in rows:
             row.lookup = row.lookup or Lookup(row.ids)
             row.lookup.learn()
-            room = min(LONGEST, row.limit - len(row.ids) - 1)
-            drafts.append(row.lookup.guess(room))
+            worth = row.lookup.chances(1)[0] > bar
+            drafts.append(row.lookup.guess(min(LONGEST, row.limit - len(row.ids) - 1)) if worth else [])
             chances.append(row.lookup.chances(len(drafts[-1])))
-        for row, draft, count in zip(rows, drafts, allot(chances, tokens, self.free_tokens), strict=True):
+        counts = allot(chances, tokens, self.free_tokens)
+        right = sum(sum(some[:count]) for some, count in zip(chances, counts, strict=True))
+        if right <= self.hurdle * len(rows):
+            return
+        for row, draft, count in zip(rows, drafts, counts, strict=True):
             spare = (len(row.pages) + len(self.cache.free)) * self.cache.page_tokens - len(row.ids)
             count = min(count, spare)  # nobody is preempted for a guess
             if count > 0 and self._grow(row, len(row.ids) + count):

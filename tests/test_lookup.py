@@ -248,3 +248,18 @@ def test_random_texts_switch_themselves_off_and_copies_do_not():
     assert drafted < 0.15
     drafted, accepted = drafting(copies, [text + [5, 6] for text in copies])
     assert accepted > 0.8 and drafted < 1.1 * accepted
+
+
+def test_drafts_below_the_hurdle_are_not_made():
+    """Where a pass without drafts is a replayed graph, one with drafts must promise more."""
+    copies = [[100 + i for i in range(60)] for _ in range(2)]
+    drafted = []
+    for hurdle in (0.0, 1.0, 7.0):
+        sampler = make_sampler(tiny_model(), max_rows=2)
+        sampler.hurdle = hurdle
+        sampler._draw = lambda asked, _: [copies[row.request.key][row.written + ahead] for row, ahead in asked]
+        for i, text in enumerate(copies):
+            sampler.add(Request(i, [*text, 5, 6], 0, Sampling(max_new_tokens=60)))
+        assert len(list(sampler.run())) == 2
+        drafted.append(sampler.stats["drafted_tokens"])
+    assert drafted[0] >= drafted[1] > 20 and drafted[2] == 0
