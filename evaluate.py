@@ -245,11 +245,13 @@ def sample_answers(
     for row in rows:
         told = AT_LEAST[row["language"]].format(words=args.at_least) if args.at_least else ""
         prompt_ids = prompt_of(loaded.chat, row["query"] + told)
+        expected = max(0, row["min_words"], row["max_words"]) * 4 // 3  # tokens for so many words; 0 = not known
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
                 waiting[id_] = {**row, "id": id_, "sample": sample, "run_id": run_id_of(job.output)}
-                sampler.add(Request(id_, prompt_ids, draw_seed(args.seed, id_, 0), sampling))
+                seed = draw_seed(args.seed, id_, 0)
+                sampler.add(Request(id_, prompt_ids, seed, sampling, expected_tokens=expected))
     with cli.progress("answers", len(rows) * args.samples) as bar:
         bar.update(len(job.done_ids))
         for sample in sampler.run():

@@ -13,8 +13,8 @@ Decoding does not gather the pages of a text; the queries go to the pages instea
 lies, by the query of the text that owns it: two batched products that stream the pool once, however ragged the texts
 are. The partial softmaxes are then joined per text. Pages are handed out lowest first and moved together when holes
 appear, so that the streamed range stays dense. A kernel that walks page tables (Triton on CUDA) can take the place
-of `_decode`: it needs `Batch` and the pool, nothing from the sampler. Where only some texts bring drafts, these are a
-group of their own, whose pages are gathered: with their queries beside all others' every product would grow.
+of `_decode`: it needs `Batch` and the pool, nothing from the sampler. Where only a few texts bring drafts, these are
+a group of their own, whose pages are gathered: else every product has as many queries as the longest draft.
 """
 
 import heapq
@@ -35,6 +35,9 @@ NAME = "lengthen_paged"  # key in transformers' registry
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this module knows how to carry
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
 SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
+
+# On a CPU, beside reading a page and multiplying it by one token's queries: another token's; copying the page first.
+QUERY, COPY = 0.3, 3.0
 
 # B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head, Q = the most
 # tokens that one of the decoding texts has in a pass: 1, more with drafts.
@@ -467,6 +470,11 @@ def make_batch(
     for table, start, count in (*decode, *prefill):
         pages.extend(table[p // S] for p in range(start, start + count))
         slots.extend(p % S for p in range(start, start + count))
+    if plain and drafting:
+        more = QUERY * (max(count for _, _, _, count in drafting) - 1)
+        few, all_ = (sum(len(table) for _, table, *_ in texts) for texts in (drafting, plain + drafting))
+        if few * (COPY + 1 + more) > all_ * more:
+            plain, drafting = sorted(plain + drafting), []
     alone = not (plain and drafting)
     groups = [_group(cache, texts, alone or texts is plain, alone) for texts in (plain, drafting) if texts]
     pages, slots = (torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots))

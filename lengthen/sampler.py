@@ -204,6 +204,7 @@ class Sampler:
         self.slots = list(range(self.max_rows))
         self.seen = torch.zeros(self.max_rows, 256, dtype=torch.long, device=self.device)
         self.mean_output = 256.0  # tokens; a running mean, for admission
+        self.mean_excess = 1.0  # running mean of a text's length over what was expected of it
         self.stats = dict.fromkeys(
             ("prefill_tokens", "shared_tokens", "decode_tokens", "drafted_tokens", "accepted_tokens", "steps")
             + ("row_steps", "preemptions", "samples"),
@@ -337,7 +338,7 @@ class Sampler:
     def progress(self) -> Progress:
         """Where it stands."""
         done, rate = self.stats["samples"], self.meter.tokens_per_second
-        tokens = self.queued_tokens + self.queued_unknown * self.mean_output
+        tokens = self.queued_tokens * self.mean_excess + self.queued_unknown * self.mean_output
         tokens += sum(min(self._expected(row.request, row.written), row.limit - len(row.ids)) for row in self.rows)
         return Progress(
             finished=done,
@@ -436,11 +437,13 @@ class Sampler:
         )
 
     def _expected(self, request: Request, written: int) -> float:
-        """Tokens a text is likely to get still: as many as was said or as those that finished had, less what it has.
+        """Tokens a text is likely to get still: as many as those that finished had, less what it has.
 
-        One that has outlived that is expected to become longer by a quarter.
+        What was said of a text counts as far as it was right of others. One that has outlived it all is expected to
+        become longer by a quarter.
         """
-        return max((request.expected_tokens or self.mean_output) - written, written / 4)
+        said = request.expected_tokens * self.mean_excess
+        return max((said or self.mean_output) - written, written / 4)
 
     def _expected_pages(self, row: Row) -> int:
         """Pages a text is likely to take still."""
@@ -639,7 +642,10 @@ class Sampler:
         self._release(row)
         self.finished.append(Sample(row.request, text, row.output, finish))
         self.stats["samples"] += 1
-        self.mean_output += (row.written - self.mean_output) / min(self.stats["samples"] + 1, 32)
+        recent = min(self.stats["samples"] + 1, 32)
+        self.mean_output += (row.written - self.mean_output) / recent
+        if row.request.expected_tokens:
+            self.mean_excess += (row.written / row.request.expected_tokens - self.mean_excess) / recent
 
     # -- text
 

@@ -69,6 +69,7 @@ def test_a_product_serves_any_number_of_rows():
                 want = torch.cat([one(x), two(x)], 1)
             torch.testing.assert_close(times(x), want, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(times(x[None]), want[None], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(times(x.t().contiguous().t()), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_itself_again_behind_a_pass():

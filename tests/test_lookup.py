@@ -113,16 +113,16 @@ def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
     """Rows with 1, 4 and 8 tokens beside each other against the model's own pass; then over their stale keys."""
     monkeypatch.setattr("lengthen.attention.SAFE", safe)
     model = tiny_model(family)
-    hook, texts = Hook(model), [torch.randint(3, 400, (n,)) for n in (31, 40, 50)]
-    cache = PagedCache(hook.shapes, 24, 8, torch.device("cpu"), torch.float32)
+    hook, texts = Hook(model), [torch.randint(3, 400, (n,)) for n in (31, 40, 50, 44)]
+    cache = PagedCache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)
     tables = [[cache.take() for _ in range(8)] for _ in texts]
     with torch.no_grad():
         own = [model(input_ids=ids[None]).logits[0] for ids in texts]
         for counts, groups in (
-            ((1, 4, 8), [(1, 1, True), (2, 8, False)]),  # some with drafts: their pages are gathered
-            ((8, 1, 1), [(2, 1, True), (1, 8, False)]),
-            ((2, 2, 2), [(3, 2, True)]),
-            ((1, 1, 1), [(3, 1, True)]),
+            ((1, 4, 8, 1), [(4, 8, True)]),
+            ((8, 1, 1, 1), [(3, 1, True), (1, 8, False)]),  # one with drafts: its pages are gathered
+            ((2, 2, 2, 2), [(4, 2, True)]),
+            ((1, 1, 1, 1), [(4, 1, True)]),
         ):
             starts = [len(ids) - count for ids, count in zip(texts, counts, strict=True)]
             for table, ids, start in zip(tables, texts, starts, strict=True):

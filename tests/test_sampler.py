@@ -587,6 +587,12 @@ def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
         sampler._step()
         most = max(most, len(sampler.rows))
     assert most > 2 and sampler.mean_output < 250  # it began with one at a time
+    request = Request(0, [5] * 9, 0, Sampling(max_new_tokens=5), expected_tokens=20)
+    assert sampler._expected(request, 0) == 20
+    for _ in range(40):  # texts four times as short as was said
+        sampler.add(request)
+    assert len(list(sampler.run())) == 40
+    assert 4 < sampler._expected(request, 0) < 8 and sampler._expected(request, 100) == 25
 
 
 def test_progress_counts_what_is_done_and_what_is_left():
