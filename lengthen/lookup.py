@@ -18,6 +18,7 @@ was computed behind the right text, and one pass has made several tokens. The te
 from collections.abc import Sequence
 
 NGRAM, LONGEST = 3, 7  # tokens that must have stood before; tokens of a draft
+BITS = 20  # of a token's id in the number that stands for three of them
 RATE, START = 1 / 8, 0.5  # of the running shares: the weight of the newest guess; what is believed before the first
 
 
@@ -25,34 +26,34 @@ class Lookup:
     """The index of one text: `ids` is the sampler's own list, which grows; `learn` reads what has been appended."""
 
     def __init__(self, ids: list[int]):
-        self.ids, self.known = ids, NGRAM
-        self.after: dict[tuple[int, ...], int] = {}  # the last three tokens -> where their successor stands
+        self.ids, self.known = ids, 0
+        self.after: dict[int, int] = {}  # the last three tokens, as one number -> where their successor stands
+        self.key = 0  # of the last three tokens read
         self.right = [START, START]  # share of right guesses: behind a wrong one (or none), behind a right one
         self.copying = 0  # whether the last guess was right
-        self._read(len(ids), judge=False)
+        self._read(judge=False)
 
     def learn(self) -> None:
         """Take in the tokens that were appended to `ids`."""
-        self._read(len(self.ids), judge=True)
+        self._read(judge=True)
 
-    def _read(self, end: int, judge: bool) -> None:
-        ids = self.ids
-        for at in range(self.known, end):
-            key = (ids[at - 3], ids[at - 2], ids[at - 1])
-            if judge:
-                place = self.after.get(key)
-                if place is None:
-                    self.copying = 0
-                else:
-                    hit = int(ids[place] == ids[at])
-                    self.right[self.copying] += RATE * (hit - self.right[self.copying])
+    def _read(self, judge: bool) -> None:
+        for at in range(self.known, len(self.ids)):
+            token = self.ids[at]
+            if at >= NGRAM:
+                if judge:
+                    place = self.after.get(self.key)
+                    hit = int(place is not None and self.ids[place] == token)
+                    if place is not None:
+                        self.right[self.copying] += RATE * (hit - self.right[self.copying])
                     self.copying = hit
-            self.after[key] = at
-        self.known = max(self.known, end)
+                self.after[self.key] = at
+            self.key = (self.key << BITS | token) & (1 << NGRAM * BITS) - 1
+        self.known = len(self.ids)
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the last three the last time; [] if they are new."""
-        place = self.after.get(tuple(self.ids[-NGRAM:])) if most > 0 else None
+        place = self.after.get(self.key) if most > 0 else None
         return [] if place is None else self.ids[place : place + most]
 
     def chances(self, count: int) -> list[float]:
