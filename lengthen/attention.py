@@ -472,8 +472,8 @@ def make_batch(
         slots.extend(p % S for p in range(start, start + count))
     if plain and drafting:
         more = QUERY * (max(count for _, _, _, count in drafting) - 1)
-        few, all_ = (sum(len(table) for _, table, *_ in texts) for texts in (drafting, plain + drafting))
-        if few * (COPY + 1 + more) > all_ * more:
+        theirs, others = (sum(len(table) for _, table, *_ in texts) for texts in (drafting, plain))
+        if theirs * (COPY + 1 + more) > (theirs + others) * more:  # to gather these pages costs more than it saves
             plain, drafting = sorted(plain + drafting), []
     alone = not (plain and drafting)
     groups = [_group(cache, texts, alone or texts is plain, alone) for texts in (plain, drafting) if texts]
