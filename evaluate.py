@@ -243,11 +243,13 @@ def sample_answers(
     for row in rows:
         told = AT_LEAST[row["language"]].format(words=args.at_least) if args.at_least else ""
         prompt_ids = prompt_of(loaded.chat, row["query"] + told)
+        expected = max(0, row["min_words"], row["max_words"]) * 4 // 3  # tokens for so many words; 0 = not known
         for sample in range(args.samples):
             id_ = record_id("evaluate", row["parent_id"], sample)
             if id_ not in job.done_ids:
                 waiting[id_] = {**row, "id": id_, "sample": sample, "run_id": run_id_of(job.output)}
-                sampler.add(Request(id_, prompt_ids, draw_seed(args.seed, id_, 0), sampling))
+                seed = draw_seed(args.seed, id_, 0)
+                sampler.add(Request(id_, prompt_ids, seed, sampling, expected_tokens=expected))
     with cli.progress("answers", len(rows) * args.samples) as bar:
         bar.update(len(job.done_ids))
         for sample in sampler.run():
@@ -259,7 +261,7 @@ def sample_answers(
                 [logprobs] = sampler.logprobs([(sample.request.prompt_ids, sample.token_ids)])
                 perplexity = math.exp(-logprobs.mean().item())
                 job.accept(answered(row, sample.text, sample.finish, sample.num_tokens, perplexity))
-            bar.update(len(job.done_ids))
+            bar.update(len(job.done_ids), str(sampler.progress()))
 
 
 # ---------------------------------------------------------------------------------------------------------

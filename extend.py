@@ -296,7 +296,10 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
         prompt_ids = chat.encode(messages, prefill=extension.prefix)
         penalty_from = len(chat.encode(messages)) if args.penalty_scope == "output" else 0
         seed = draw_seed(args.seed, record["id"], *extension.draw())
-        sampler.add(Request(record["id"], prompt_ids, seed, sampling, penalty_from))
+        # At least as long as what it enriches, less what it is prefilled with: the longest start first, also when they
+        # come back for their next call.
+        expected = max(1, len(chat.encode_text(extension.draft())) - len(chat.encode_text(extension.prefix)))
+        sampler.add(Request(record["id"], prompt_ids, seed, sampling, penalty_from, expected))
 
     for extension in running:
         add(extension)
@@ -315,7 +318,8 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
                 store(extension)
             else:
                 add(extension)
-            bar.update(len(job.done_ids), f"{len(job.records)} accepted, {len(entries)} calls")
+            calls = f"{len(job.records)} accepted, {len(entries)} calls"
+            bar.update(len(job.done_ids), f"{calls}, {sampler.progress()}")
     return entries
 
 

@@ -254,7 +254,8 @@ def write_instructions(
                 if len(unjudged) >= JUDGE_BATCH:
                     judge()
                 take_turns()
-                bar.update(len(job.done_ids), f"{len(job.records)} accepted, {len(entries)} draws")
+                draws = f"{len(job.records)} accepted, {len(entries)} draws"
+                bar.update(len(job.done_ids), f"{draws}, {sampler.progress()}")
                 if not turns:
                     break  # what still runs was drawn ahead, and is not needed
             judge()
@@ -445,7 +446,7 @@ def draw_each(
                         continue
                     record, reason = give_up(record, reason)
                 job.reject(record, reason) if reason else job.accept(record)
-                bar.update(len(job.done_ids) - before, f"{len(job.records)} accepted")
+                bar.update(len(job.done_ids) - before, f"{len(job.records)} accepted, {sampler.progress()}")
     for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
         job.count(reason, times)
     return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}

@@ -3,7 +3,8 @@
 The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one after the other, the newest token
 of every running text and pieces of new prompts, with explicit positions, no mask and no Cache object. The one thing
 that must know which token belongs to which text is attention, so this module registers its own attention function
-(`AttentionInterface.register`) and leaves everything else to the model's unmodified code.
+(`AttentionInterface.register`) and leaves everything else to the model's unmodified code. A running text may bring
+drafted tokens behind its newest one (lengthen/lookup.py): each sees the pages up to itself.
 
     keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, which a CPU likes
     values[layer]  [pages, Hkv, S, D]    S = tokens in a page
@@ -12,7 +13,8 @@ Decoding does not gather the pages of a text; the queries go to the pages instea
 lies, by the query of the text that owns it: two batched products that stream the pool once, however ragged the texts
 are. The partial softmaxes are then joined per text. Pages are handed out lowest first and moved together when holes
 appear, so that the streamed range stays dense. A kernel that walks page tables (Triton on CUDA) can take the place
-of `_decode`: it needs `Batch` and the pool, nothing from the sampler.
+of `_decode`: it needs `Batch` and the pool, nothing from the sampler. Where only a few texts bring drafts, these are
+a group of their own, whose pages are gathered: else every product has as many queries as the longest draft.
 """
 
 import heapq
@@ -34,7 +36,11 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this modul
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
 SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
 
-# B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head.
+# On a CPU, beside reading a page and multiplying it by one token's queries: another token's; copying the page first.
+QUERY, COPY = 0.3, 3.0
+
+# B texts, T packed tokens, P pages in use, S tokens in a page, D head size, G query heads per key head, Q = the most
+# tokens that one of the decoding texts has in a pass: 1, more with drafts.
 
 
 @dataclass
@@ -56,7 +62,7 @@ class PagedCache:
     def __init__(
         self, shapes: dict[int, LayerShape], num_pages: int, page_tokens: int, device: torch.device, dtype: torch.dtype
     ):
-        self.num_pages, self.page_tokens = num_pages, page_tokens
+        self.num_pages, self.page_tokens, self.device = num_pages, page_tokens, device
         P, S, kind = num_pages, page_tokens, {"device": device, "dtype": dtype}
         self.keys = {i: torch.empty(P, s.heads, s.key_dim, S, **kind) for i, s in shapes.items()}
         self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
@@ -85,21 +91,12 @@ class PagedCache:
             heapq.heappush(self.free, page)
         pages.clear()
 
-    def copy(self, source: list[int], target: list[int]) -> None:
-        """Page contents, all layers: a shared prompt is computed once and copied."""
+    def copy(self, source: list[int], target: list[int], of: "PagedCache | None" = None) -> None:
+        """Page contents, all layers, from one page to another; `of` is the pool of the source where it is not this."""
+        of = of or self
         for layer in self.keys:
-            self.keys[layer][target] = self.keys[layer][source]
-            self.values[layer][target] = self.values[layer][source]
-
-    def save(self, pages: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Page contents, all layers, copied out of the pool."""
-        return {layer: (self.keys[layer][pages], self.values[layer][pages]) for layer in self.keys}
-
-    def load(self, saved: dict[int, tuple[Tensor, Tensor]], target: list[int]) -> None:
-        """The first of the saved pages back into the pool."""
-        for layer, (keys, values) in saved.items():
-            self.keys[layer][target] = keys[: len(target)]
-            self.values[layer][target] = values[: len(target)]
+            self.keys[layer][target] = of.keys[layer][source]
+            self.values[layer][target] = of.values[layer][source]
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""
@@ -126,45 +123,57 @@ class Piece:
 
 
 @dataclass
+class Group:
+    """Decoding texts with at most Q tokens each, and the pages that they own."""
+
+    lengths: Tensor  # [B] keys that each text's first token sees, itself included
+    owner: Tensor  # [P] text that owns the page; B = none
+    asker: Tensor  # [P] the same, with the last text for none
+    first: Tensor  # [P] position of the page's first token
+    queries: int  # Q
+    pages: Tensor | None  # [P] which pages of the pool; None = the first P, where they lie
+    spread: Tensor | None  # [B * Q] packed index of each text's tokens, its last repeated; None = there are no others
+    gather: Tensor | None  # [n] where in [B * Q] the group's tokens are, in packed order; None = B = n
+    at: Tensor  # [n] their packed index
+    _mask: dict[int, Tensor] = field(default_factory=dict)
+    _bias: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int, page_tokens: int) -> Tensor:
+        """[P, 1, Q, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
+        if window not in self._mask:
+            device = self.lengths.device
+            length = F.pad(self.lengths, (0, 1), value=-self.queries)  # <= 0 = owned by none, sees nothing
+            length = (length[self.owner][:, None] + torch.arange(self.queries, device=device))[..., None]  # [P, Q, 1]
+            key = (self.first[:, None] + torch.arange(page_tokens, device=device))[:, None]  # [P, 1, S]
+            seen = key < length
+            if window:
+                seen &= key >= length - window  # W keys, the token itself included
+            self._mask[window] = seen.float()[:, None, :, None]
+        return self._mask[window]
+
+    def bias(self, window: int, page_tokens: int) -> Tensor:
+        """The same to be added to scores: 0 and -inf."""
+        if window not in self._bias:
+            self._bias[window] = self.mask(window, page_tokens).log()
+        return self._bias[window]
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """[P, ...] -> [B, ...]: sums over the pages of a text, in a fixed order on a CPU."""
+        sums = parts.new_zeros(len(self.lengths) + 1, parts[0].numel())
+        return sums.index_add_(0, self.owner, parts.reshape(len(parts), -1))[:-1]
+
+
+@dataclass
 class Batch:
-    """Who is who in one packed forward pass. The first `len(lengths)` tokens are decoded ones, then the pieces."""
+    """Who is who in one packed forward pass. The first `decoded` tokens are of decoding texts, then come the pieces."""
 
     cache: PagedCache | None  # None = a probe: attend to the batch itself and note the shapes
     pages: Tensor | None = None  # [T] page each token's key and value go to
     slots: Tensor | None = None  # [T] place inside that page
-    lengths: Tensor | None = None  # [B] keys each decoded token sees, itself included
-    owner: Tensor | None = None  # [P] decoded token that owns the page; B = none
-    first: Tensor | None = None  # [P] position of the page's first token
+    decoded: int = 0  # packed tokens of decoding texts: one each, more with drafts
+    groups: list[Group] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
-    asker: Tensor | None = None  # [P] the same, with the last text for none
-    _mask: dict[int, Tensor] = field(default_factory=dict)
-    _bias: dict[int, Tensor] = field(default_factory=dict)
-    _owns: Tensor | None = None
-
-    def mask(self, window: int) -> Tensor:
-        """[P, 1, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
-        if window not in self._mask:
-            length = F.pad(self.lengths, (0, 1))[self.owner][:, None]  # [P, 1]; 0 = owned by none, sees nothing
-            key = self.first[:, None] + torch.arange(self.cache.page_tokens, device=length.device)  # [P, S]
-            seen = key < length
-            if window:
-                seen &= key >= length - window  # W keys, the token itself included
-            self._mask[window] = seen.float()[:, None, None]
-        return self._mask[window]
-
-    def bias(self, window: int) -> Tensor:
-        """The same to be added to scores: 0 and -inf."""
-        if window not in self._bias:
-            self._bias[window] = self.mask(window).log()
-        return self._bias[window]
-
-    def owns(self) -> Tensor:
-        """[B, P] fp32 zeros and ones. A product with it sums over a text's pages, in a fixed order."""
-        if self._owns is None:
-            rows = torch.arange(len(self.lengths), device=self.owner.device)
-            self._owns = (rows[:, None] == self.owner[None]).float()
-        return self._owns
 
 
 _batch: Batch | None = None  # the forward pass in progress
@@ -213,12 +222,12 @@ def attend_packed(
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     keys[batch.pages, :, :, batch.slots] = k
     values[batch.pages, :, batch.slots] = v
-    B = len(batch.lengths)
-    if not batch.pieces:
-        return _decode(q, keys, values, batch, scaling, window, softcap, sinks)
+    options = (scaling, window, softcap, sinks)
+    if len(batch.groups) == 1 and not batch.pieces:
+        return _decode(q, keys, values, batch.groups[0], *options)
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    if B:
-        out[:B] = _decode(q[:B], keys, values, batch, scaling, window, softcap, sinks)
+    for group in batch.groups:
+        out[group.at] = _decode(q[: batch.decoded], keys, values, group, *options)
     for piece in batch.pieces:
         here = slice(piece.at, piece.at + piece.count)
         if piece.start == 0:
@@ -228,7 +237,7 @@ def attend_packed(
             all_k = keys[piece.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
             all_v = values[piece.pages].transpose(0, 1).flatten(1, 2)[:, :total]
         some = q[here].transpose(0, 1)
-        out[here] = _dense(some, all_k, all_v, piece.start, scaling, window, softcap, sinks).transpose(0, 1)
+        out[here] = _dense(some, all_k, all_v, piece.start, *options).transpose(0, 1)
     return out
 
 
@@ -236,40 +245,49 @@ def _decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    batch: Batch,
+    group: Group,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One new token per text against the pool: q [B, Hq, D] -> [B, Hq, Dv]. Softmax in fp32, joined over pages."""
-    P, (B, Hq, D) = len(batch.owner), q.shape
+    """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
+    P, B, Q, (Hq, D) = len(group.owner), len(group.lengths), group.queries, q.shape[1:]
     Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
-    G, owner = Hq // Hkv, batch.owner
-    # 1) every page meets its owner's query. Unowned pages get the last text's, and are masked.
-    mine = (q * scaling).reshape(B, Hq * D).index_select(0, batch.asker).view(P * Hkv, G, D)
-    scores = torch.bmm(mine, keys[:P].view(P * Hkv, D, S)).float()
+    G, owner = Hq // Hkv, group.owner
+    if group.pages is None:
+        keys, values = keys[:P], values[:P]
+    else:
+        keys, values = keys.index_select(0, group.pages), values.index_select(0, group.pages)
+    # 1) every page meets its owner's queries. Unowned pages get the last text's, and are masked.
+    if group.spread is not None:
+        q = q.index_select(0, group.spread)
+    q = q.view(B, Q, Hkv, G, D).transpose(1, 2)
+    mine = (q * scaling).reshape(B, -1).index_select(0, group.asker).view(P * Hkv, Q * G, D)
+    scores = torch.bmm(mine, keys.view(P * Hkv, D, S)).float()
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     highest = None
     if scores.device.type == "cpu" and sinks is None and max(map(abs, map(float, scores.aminmax()))) < SAFE:
         # 2a) no exponential can overflow or vanish: the softmax needs no maximum taken out
-        terms = scores.exp_().view(P, Hkv, G, S).mul_(batch.mask(window))
+        terms = scores.exp_().view(P, Hkv, Q, G, S).mul_(group.mask(window, S))
     else:
-        # 2b) the softmax's maximum per text, then its terms
-        scores = scores.view(P, Hkv, G, S) + batch.bias(window)
-        highest = scores.new_full((B + 1, Hkv, G), STABLE)
-        highest.scatter_reduce_(0, owner[:, None, None].expand(P, Hkv, G), scores.amax(-1), "amax")
+        # 2b) the softmax's maximum per token, then its terms
+        scores = scores.view(P, Hkv, Q, G, S) + group.bias(window, S)
+        highest = scores.new_full((B + 1, Hkv, Q, G), STABLE)
+        highest.scatter_reduce_(0, owner[:, None, None, None].expand(P, Hkv, Q, G), scores.amax(-1), "amax")
         if sinks is not None:
-            highest = torch.maximum(highest, sinks.float().view(1, Hkv, G))
-        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, G, S]
+            highest = torch.maximum(highest, sinks.float().view(1, Hkv, 1, G))
+        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, Q, G, S]
     # 3) sums over the pages of a text
-    total = batch.owns() @ terms.sum(-1).view(P, Hq)  # [B, Hq]
+    total = group.joined(terms.sum(-1)).view(B, Hkv, Q, G)
     if sinks is not None:
-        total += (sinks.float().view(1, Hq) - highest[:B].view(B, Hq)).exp()
-    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, G, S), values[:P].view(P * Hkv, S, Dv))
-    out = (batch.owns() @ part.float().view(P, Hq * Dv)).view(B, Hq, Dv)
-    return (out / total[..., None]).to(q.dtype)
+        total += (sinks.float().view(1, Hkv, 1, G) - highest[:B]).exp()
+    part = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values.view(P * Hkv, S, Dv))
+    out = group.joined(part.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
+    if group.gather is not None:
+        out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, group.gather)
+    return out.view(-1, Hq, Dv).to(q.dtype)
 
 
 def _dense(
@@ -349,6 +367,12 @@ class Hook:
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
+    def refresh(self) -> None:
+        """Behind a change of the weights: what was copied of them is copied again."""
+        if self.lent:
+            windows = {i: shape.window for i, shape in self.shapes.items()}
+            self.lent = decoder.forwards(self.model, attend_packed, windows)
+
     def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False) -> Tensor:
         """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype.
 
@@ -419,7 +443,7 @@ class Hook:
 
 def token_batch(cache: PagedCache, tables: Sequence[list[int]], positions: Sequence[int]) -> Batch:
     """A batch that decodes one token per text: the token at positions[i] of the text with page table tables[i]."""
-    return make_batch(cache, list(zip(tables, positions, strict=True)), [])
+    return make_batch(cache, [(table, position, 1) for table, position in zip(tables, positions, strict=True)], [])
 
 
 def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> Batch:
@@ -428,24 +452,58 @@ def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> 
 
 
 def make_batch(
-    cache: PagedCache, decode: Sequence[tuple[list[int], int]], prefill: Sequence[tuple[list[int], int, int]]
+    cache: PagedCache, decode: Sequence[tuple[list[int], int, int]], prefill: Sequence[tuple[list[int], int, int]]
 ) -> Batch:
-    """The batch of (pages, position) decoded tokens followed by (pages, start, count) pieces, in this order."""
-    S, pages, slots, pieces = cache.page_tokens, [], [], []
-    for table, position in decode:
-        pages.append(table[position // S])
-        slots.append(position % S)
+    """The batch of decoding texts followed by pieces of prompts, each (pages, start, count), in this order.
+
+    A decoding text has its newest token at `start`, and count - 1 drafted ones behind it.
+    """
+    S, device, pages, slots, at, pieces = cache.page_tokens, cache.device, [], [], 0, []
+    plain, drafting = [], []
+    for table, start, count in decode:
+        (plain if count == 1 else drafting).append((at, table, start, count))
+        at += count
+    decoded = at
     for table, start, count in prefill:
-        pieces.append(Piece(len(pages), count, start, table[: cache.pages_for(start + count)]))
+        pieces.append(Piece(at, count, start, table[: cache.pages_for(start + count)]))
+        at += count
+    for table, start, count in (*decode, *prefill):
         pages.extend(table[p // S] for p in range(start, start + count))
         slots.extend(p % S for p in range(start, start + count))
-    B, last = len(decode), max((max(table) for table, _ in decode), default=-1)
-    owner, first = [B] * (last + 1), [0] * (last + 1)
-    for row, (table, _) in enumerate(decode):
-        for nth, page in enumerate(table):
-            owner[page], first[page] = row, nth * S
-    device = next(iter(cache.keys.values())).device
-    as_ids = [torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots, owner, first)]
-    lengths = torch.tensor([position + 1 for _, position in decode], dtype=torch.long, device=device)
-    asker = as_ids[2].clamp(max=B - 1) if B else None
-    return Batch(cache, as_ids[0], as_ids[1], lengths, as_ids[2], as_ids[3], pieces, asker=asker)
+    if plain and drafting:
+        more = QUERY * (max(count for _, _, _, count in drafting) - 1)
+        theirs, others = (sum(len(table) for _, table, *_ in texts) for texts in (drafting, plain))
+        if theirs * (COPY + 1 + more) > (theirs + others) * more:  # to gather these pages costs more than it saves
+            plain, drafting = sorted(plain + drafting), []
+    alone = not (plain and drafting)
+    groups = [_group(cache, texts, alone or texts is plain, alone) for texts in (plain, drafting) if texts]
+    pages, slots = (torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots))
+    return Batch(cache, pages, slots, decoded, groups, pieces)
+
+
+def _group(cache: PagedCache, texts: Sequence[tuple[int, list[int], int, int]], in_place: bool, alone: bool) -> Group:
+    """The group of decoding texts, each (packed index, pages, start, count). in_place: its pages are not gathered."""
+    B, Q = len(texts), max(count for _, _, _, count in texts)
+    mine = [(page, row, nth) for row, (_, table, _, _) in enumerate(texts) for nth, page in enumerate(table)]
+    pages = [page for page, _, _ in mine]
+    P = max(pages) + 1 if in_place else len(pages)
+    owner, first = [B] * P, [0] * P
+    for place, (page, row, nth) in enumerate(mine):
+        place = page if in_place else place
+        owner[place], first[place] = row, nth * cache.page_tokens
+    spread = [at + min(i, count - 1) for at, _, _, count in texts for i in range(Q)]
+    gather = [row * Q + i for row, (_, _, _, count) in enumerate(texts) for i in range(count)]
+    every = [at + i for at, _, _, count in texts for i in range(count)]
+    lengths = [start + 1 for _, _, start, _ in texts]
+    made = [torch.tensor(x, device=cache.device) for x in (lengths, owner, first, pages, spread, gather, every)]
+    return Group(
+        lengths=made[0],
+        owner=made[1],
+        asker=made[1].clamp(max=B - 1),
+        first=made[2],
+        queries=Q,
+        pages=None if in_place else made[3],
+        spread=None if alone and Q == 1 else made[4],
+        gather=None if Q == 1 else made[5],
+        at=made[6],
+    )

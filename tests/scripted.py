@@ -54,6 +54,9 @@ class ScriptedSampler:
             error = "the prompt does not fit" if finish == "error" else ""
             yield Sample(request, text, [0] * len(text.split()), finish, error)
 
+    def progress(self) -> str:
+        return f"{len(self.requests)} asked for"
+
     def logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
         """Pairs come as yes, no, yes, no: yes gets `margin(prompt_ids)`, no gets 0."""
         values = [self.margin(prompt) * (i % 2 == 0) for i, (prompt, _) in enumerate(pairs)]

@@ -32,10 +32,19 @@ def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
         return hook.forward(Batch(None), ids, at, at)
 
 
-@pytest.mark.parametrize("blocked", [1, 10**9], ids=["oneDNN's layout", "column by column"])
+@pytest.mark.parametrize(
+    "mkl,blocked",
+    [
+        pytest.param(True, 0, marks=pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL here")),
+        (False, 1),
+        (False, 10**9),
+    ],
+    ids=["MKL's layout", "oneDNN's layout", "column by column"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_models_own(family, blocked, monkeypatch):
+def test_logits_are_the_models_own(family, mkl, blocked, monkeypatch):
     monkeypatch.setattr(decoder, "BLOCKED", blocked)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = random_model(family, **biases)
     ids = torch.randint(3, 400, (20,))
@@ -47,6 +56,20 @@ def test_logits_are_the_models_own(family, blocked, monkeypatch):
     assert any(module is model.lm_head for module, _ in hook.lent)
     for count in (1, 2, 20):
         torch.testing.assert_close(logits(hook, ids[:count]), own[:count], rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_serves_any_number_of_rows():
+    """Packed for one number of rows, used with others; sizes that no block divides."""
+    for out, width in ((5, 3), (771, 333), (960, 576)):
+        one, two = torch.nn.Linear(width, out), torch.nn.Linear(width, 2 * out, bias=False)
+        times = decoder.product([one, two])
+        for rows in (1, 2, 7, 48, 511, 512, 513, 1100):
+            x = torch.randn(rows, width)
+            with torch.no_grad():
+                want = torch.cat([one(x), two(x)], 1)
+            torch.testing.assert_close(times(x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(times(x[None]), want[None], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(times(x.t().contiguous().t()), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_itself_again_behind_a_pass():

@@ -263,6 +263,91 @@ def test_nf4_weights_are_not_merged_into(tmp_path, nf4_folder):
     assert "--quantize none" in raised.value.hint
 
 
+# ---- one behind the other -------------------------------------------------------------------------------
+
+
+def two_adapters(folder: Path, model: nn.Module) -> list[str]:
+    """Folders of two adapters for the model: other ranks, scales and layers."""
+    for name, rank, targets in (("a", 4, "all-linear"), ("b", 6, ["q_proj", "down_proj"])):
+        lora.attach(model, rank, 2 * rank, targets=targets, rslora=name == "b")
+        generator = torch.Generator().manual_seed(rank)
+        for layer in lora.lora_layers(model).values():
+            layer.B.data.normal_(0, 0.3, generator=generator)
+        lora.save_adapter(model, folder / name, "tiny")
+        for at, layer in lora.lora_layers(model).items():
+            lora._wrap(model, at, layer.base)
+    return [str(folder / "a"), str(folder / "b")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_swapped_and_the_loaded_weights_come_back_to_the_bit(tmp_path, dtype):
+    a, b = two_adapters(tmp_path, tiny_model())
+    base, model = tiny_model().to(dtype), tiny_model().to(dtype)
+    adapters = lora.Adapters(model)
+    adapters.use(a)  # it adapts every layer: from here on none moves
+    places = {}
+    for folder in (a, b, "", a, a, "", b):
+        adapters.use(folder)
+        fresh = tiny_model().to(dtype)
+        if folder:
+            lora.merge_adapter(fresh, folder)
+        for (name, ours), want in zip(model.named_parameters(), fresh.parameters(), strict=True):
+            assert torch.equal(ours, want), (folder, name)
+            if places.setdefault(name, ours.data_ptr()) != ours.data_ptr():
+                pytest.fail(f"{name} moved in memory")
+    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), tiny_model().to(dtype).parameters(), strict=True))
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_one_before(tmp_path):
+    a, _ = two_adapters(tmp_path, tiny_model())
+    lora.save_adapter(with_lora("qwen2"), tmp_path / "other", "tiny")
+    edit_config(tmp_path / "other", use_dora=True)
+    model = tiny_model()
+    adapters = lora.Adapters(model)
+    adapters.use(a)
+    before = logits(model)
+    with pytest.raises(UserError, match="use_dora"):
+        adapters.use(str(tmp_path / "other"))
+    assert torch.equal(logits(model), before)
+
+
+def test_swapped_adapters_leave_a_shared_weight_alone_elsewhere(tmp_path):
+    _, b = two_adapters(tmp_path, tiny_model())  # it adapts q_proj, not o_proj
+    model = tiny_model()
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.weight = attention.q_proj.weight
+    value = attention.o_proj.weight.clone()
+    lora.Adapters(model).use(b)
+    assert torch.equal(attention.o_proj.weight, value) and not torch.equal(attention.q_proj.weight, value)
+
+
+def test_nf4_adapters_are_swapped_inside_fixed_buffers(tmp_path, nf4_folder):
+    a, b = two_adapters(tmp_path, nf4_model(nf4_folder))
+    model = nf4_model(nf4_folder)
+    base, adapters = logits(model), lora.Adapters(model)
+    adapters.use(b)  # rank 6: the buffers are wide enough for a
+    places = [p.data_ptr() for p in lora.lora_parameters(model)]
+    for folder in (a, "", b, a):
+        adapters.use(folder)
+        fresh = nf4_model(nf4_folder)
+        if folder:
+            lora.attach_adapter(fresh, folder)
+        torch.testing.assert_close(logits(model), logits(fresh), rtol=0, atol=1e-4)
+        assert [p.data_ptr() for p in lora.lora_parameters(model)] == places
+    adapters.use("")
+    assert torch.equal(logits(model), base)
+    narrow = lora.Adapters(nf4_model(nf4_folder))
+    narrow.use(a)
+    narrow.use(b)  # of a higher rank: wider buffers
+    torch.testing.assert_close(logits(narrow.model), logits_of(nf4_folder, b), rtol=0, atol=1e-4)
+
+
+def logits_of(folder: Path, adapter: str) -> torch.Tensor:
+    model = nf4_model(folder)
+    lora.attach_adapter(model, adapter)
+    return logits(model)
+
+
 # ---- refused, by name -----------------------------------------------------------------------------------
 
 

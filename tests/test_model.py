@@ -458,7 +458,7 @@ def test_smollm2_is_the_file_to_the_bit_and_answers():
     loaded = load_model("smollm2", device="cpu")
     assert loaded.context == 8192 and loaded.chat.eos_ids == {2}
     assert any(note.startswith("weights: Q4_1 weights dequantised to float32") for note in loaded.notes)
-    reader = gguf.GGUFReader(model_module._demo_file())
+    reader = gguf.GGUFReader(model_module.demo_file())
     tensors = {t.name: t for t in reader.tensors}
     names = {"token_embd": "model.embed_tokens", "blk.7.ffn_down": "model.layers.7.mlp.down_proj"}
     names["blk.29.attn_v"] = "model.layers.29.self_attn.v_proj"

@@ -4,6 +4,8 @@ python -m pytest -q tests/test_sampler.py
 """
 
 import math
+import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lengthen import lora
+from lengthen.attention import Hook, PagedCache
 from lengthen.draw import draw, penalise, top_candidates
 from lengthen.records import UserError
 from lengthen.sampler import Request, Sampler, Sampling, loops
@@ -51,7 +55,7 @@ def write(model, requests, **changes) -> dict:
 def scripted(model, scripts: list[list[int]], **sampling) -> list:
     """Samples whose tokens are given: what is tested is what becomes of them."""
     sampler = make_sampler(model, eos_ids={EOS, 1})
-    sampler._draw = lambda rows, _: [scripts[r.request.key][len(r.ids) - r.prompt_tokens] for r in rows]
+    sampler._draw = lambda asked, _: [scripts[row.request.key][row.written + ahead] for row, ahead in asked]
     for i in range(len(scripts)):
         sampler.add(Request(i, TOKENIZER.encode("Write: "), 0, Sampling(**sampling)))
     return sorted(sampler.run(), key=lambda sample: sample.request.key)
@@ -290,17 +294,10 @@ def test_a_prompt_that_ran_before_is_remembered(family):
         (sample,) = sampler.run()
         assert sample.token_ids == write(model, [request])[request.key].token_ids
     assert sampler.stats["shared_tokens"] == (len(head) - 1) + len(head) + 50
-    assert len(sampler.past) == 3  # the same prompt is kept once, a short one not at all
-
-
-def test_remembered_prompts_make_room_for_newer_ones():
-    model, prompts = tiny_model(), [[i] * 5 + list(range(100, 200)) for i in range(10, 16)]
-    sampler = make_sampler(model)
-    sampler.past_pages = 3 * sampler.cache.pages_for(len(prompts[0]))
-    for i in (0, 1, 2, 0, 3, 4):  # 0 is used again, so 1 and 2 are the oldest when 3 and 4 come
-        sampler.add(Request(i, prompts[i], i, Sampling(max_new_tokens=3)))
-        list(sampler.run())
-    assert [p[0] for p in sampler.past] == [10, 13, 14]
+    sampler.adapter = "another"  # whose keys and values are others
+    sampler.add(requests[0])
+    assert len(list(sampler.run())) == 1
+    assert sampler.stats["shared_tokens"] == (len(head) - 1) + len(head) + 50
 
 
 def test_requests_join_while_samples_are_read():
@@ -453,7 +450,7 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
     forward = sampler.hook.forward
 
     def limited(batch, ids, *rest):
-        if len(ids) > 300 or len(batch.lengths) > 2:
+        if len(ids) > 300 or batch.decoded > 2:
             raise torch.OutOfMemoryError("no memory")
         return forward(batch, ids, *rest)
 
@@ -462,6 +459,185 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
         sampler.add(request)
     assert {s.request.key: s.token_ids for s in sampler.run()} == {i: want[i].token_ids for i in range(5)}
     assert any("pieces of 256" in note for note in sampler.notes) and any("rows at once" in n for n in sampler.notes)
+
+
+def test_room_that_is_not_there_is_shrunk(monkeypatch):
+    """Out of memory while the pool is made: the largest that fits, and it is said. Nothing fits: an error in words."""
+    make, most = PagedCache.__init__, [400]
+
+    def limited(self, shapes, pages, *rest):
+        if pages > most[0]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        make(self, shapes, pages, *rest)
+
+    monkeypatch.setattr(PagedCache, "__init__", limited)
+    sampler = make_sampler(tiny_model(), kv_tokens=1000 * 8)
+    assert 360 < sampler.cache.num_pages <= 400 and sampler.prefixes.pool.num_pages <= 50
+    assert any("have room for" in note and "not 8000" in note for note in sampler.notes)
+    sampler.add(Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=3)))
+    assert len(list(sampler.run())) == 1
+    most[0] = 3  # the probe's
+    sampler = make_sampler(tiny_model(), kv_tokens=1000 * 8)
+    assert sampler.cache.num_pages <= 3 and any("context held at" in note for note in sampler.notes)
+    hook = Hook(tiny_model())
+    monkeypatch.setattr("lengthen.sampler.Hook", lambda model: hook)
+    most[0] = 0
+    with pytest.raises(UserError, match="no memory"):
+        make_sampler(hook.model)
+
+
+def test_the_warm_up_makes_pieces_smaller_until_one_fits():
+    sampler = make_sampler(tiny_model(), prefill_tokens=2000)
+    forward, seen = sampler.hook.forward, []
+
+    def limited(batch, ids, at, last, *_):
+        seen.append((len(ids), len(last)))
+        if len(ids) > 600:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(batch, ids, at, last)
+
+    sampler.hook.forward = limited
+    assert sampler._warm_up(8) == 0  # bytes, on CUDA only
+    assert seen == [(2000, 4), (1000, 4), (500, 4)] and sampler.prefill_tokens == 500
+    sampler.hook.forward = lambda *_: limited(None, range(10**4), None, [])
+    with pytest.raises(UserError, match="no memory"):
+        sampler._warm_up(8)
+
+
+def test_ctrl_c_hands_out_what_has_finished():
+    """Three texts end in one step, which is interrupted before it is over: they come first, then the interrupt."""
+    sampler = make_sampler(tiny_model())
+    for i in range(4):
+        sampler.add(Request(i, [5 + i, 6, 7], i, Sampling(max_new_tokens=2 if i < 3 else 50)))
+    advance = sampler._advance
+
+    def interrupted(row, token):
+        if row.request.key == 3 and row.written == 1:
+            raise KeyboardInterrupt
+        advance(row, token)
+
+    sampler._advance, got = interrupted, []
+    with pytest.raises(KeyboardInterrupt):
+        for sample in sampler.run():
+            got.append(sample.request.key)
+    assert got == [0, 1, 2]
+
+
+def test_adapters_are_swapped_between_texts(tmp_path):
+    """Texts behind each swap are those of a model loaded with that adapter; nothing of another one is copied."""
+    prompts = make_prompts(3, 40)
+    for name in ("a", "b"):
+        model = tiny_model()
+        lora.attach(model, 4, 8, seed=ord(name))
+        for layer in lora.lora_layers(model).values():
+            torch.nn.init.normal_(layer.B, std=0.3)
+        lora.save_adapter(model, tmp_path / name, "tiny")
+    requests = [Request(i, p, i, Sampling(max_new_tokens=12)) for i, p in enumerate(prompts)]
+    sampler, texts = make_sampler(tiny_model()), set()
+    for folder in ("", tmp_path / "a", tmp_path / "b", "", tmp_path / "a"):
+        sampler.use_adapter(str(folder))
+        fresh = tiny_model()
+        if folder:
+            lora.merge_adapter(fresh, folder)
+        want = write(fresh, requests)
+        for request in requests:
+            sampler.add(request)
+        got = {sample.request.key: sample.token_ids for sample in sampler.run()}
+        assert got == {i: want[i].token_ids for i in range(3)}, folder
+        texts.add(str(sorted(got.items())))
+    assert len(texts) == 3 and len(sampler.prefixes.roots) == 3
+    sampler.add(requests[0])
+    with pytest.raises(AssertionError, match="still being written"):
+        sampler.use_adapter("")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Who is next
+
+
+def test_the_longest_start_first_and_preempted_texts_before_all():
+    sampler, started = make_sampler(tiny_model(), max_rows=1), []
+    start = sampler._start
+    sampler._start = lambda request, order: started.append(request.key) or start(request, order)
+    for key, expected in (("a", 5), ("b", 50), ("c", 0), ("d", 50), ("e", 7)):
+        sampler.add(Request(key, [5, 6, 7], 0, Sampling(max_new_tokens=3), expected_tokens=expected))
+    assert (sampler.queued_tokens, sampler.queued_unknown) == (112, 1)
+    sampler._step()
+    sampler._preempt(sampler.rows[0])
+    done = [sample.request.key for sample in sampler.run()]
+    assert started == done == ["b", "d", "e", "a", "c"]  # equal ones in the order they came; no guess = last
+    assert (sampler.queued_tokens, sampler.queued_unknown) == (0, 0)
+
+
+def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
+    """Room for 640 tokens. Told 30 tokens a text, all four run at once; told 500, one; and what it learns counts."""
+    model = tiny_model()
+    for expected, rows in ((30, 4), (300, 2), (500, 1)):
+        sampler = make_sampler(model, kv_tokens=640, context=600)
+        for i in range(4):
+            sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=550), expected_tokens=expected))
+        sampler._admit()
+        assert len(sampler.rows) == rows
+    sampler = make_sampler(model, kv_tokens=640, context=600)
+    sampler.mean_output = 500.0
+    for i in range(12):
+        sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=5)))
+    most = 0
+    while sampler.queue or sampler.rows:
+        sampler._step()
+        most = max(most, len(sampler.rows))
+    assert most > 2 and sampler.mean_output < 250  # it began with one at a time
+    request = Request(0, [5] * 9, 0, Sampling(max_new_tokens=5), expected_tokens=20)
+    assert sampler._expected(request, 0) == 20
+    for _ in range(40):  # texts four times as short as was said
+        sampler.add(request)
+    assert len(list(sampler.run())) == 12 + 40
+    assert 4 < sampler._expected(request, 0) < 10 and sampler._expected(request, 100) == 25
+
+
+def test_progress_counts_what_is_done_and_what_is_left():
+    sampler = make_sampler(tiny_model(), eos_ids=set())
+    for i in range(6):
+        sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=40), expected_tokens=40))
+    first = sampler.progress()
+    assert (first.finished, first.total, first.rows, first.kv, first.seconds_left) == (0, 6, 0, 0.0, -1.0)
+    for _ in range(10):
+        sampler._step()
+    middle = sampler.progress()
+    assert (middle.finished, middle.total, middle.rows) == (0, 6, 4) and 0 < middle.kv < 0.1
+    assert middle.tokens_per_second > 0 and middle.roofline > 0
+    left = 2 * 40 + sum(40 - row.written for row in sampler.rows)
+    assert middle.seconds_left == pytest.approx(left / middle.tokens_per_second)
+    assert len(list(sampler.run())) == 6
+    last = sampler.progress()
+    assert (last.finished, last.total, last.rows, last.kv, last.seconds_left) == (6, 6, 0, 0.0, 0.0)
+
+
+def test_a_step_costs_the_same_however_many_wait():
+    """100,000 queued prompts, a model that computes nothing: calls made a step, and memory held for a request."""
+    counts, held = {}, {}
+    prompts = [[5, 6, 7 + i] * 20 for i in range(50)]
+    for queued in (1_000, 100_000):
+        sampler = make_sampler(tiny_model(), max_rows=16, lookup=False)
+        sampler.hook.forward = lambda batch, ids, at, keep, _: torch.zeros(len(keep), len(TOKENIZER))
+        sampler._draw = lambda asked, _: [EOS if row.written >= 2 + row.order % 5 else 9 for row, _ in asked]
+        requests = [Request(i, prompts[i % 50], i, Sampling(max_new_tokens=20)) for i in range(queued)]
+        tracemalloc.start()
+        for request in requests:
+            sampler.add(request)
+        held[queued] = tracemalloc.get_traced_memory()[0] / queued
+        tracemalloc.stop()
+        for _ in range(60):
+            sampler._step()
+        events = []
+        sys.setprofile(lambda frame, event, arg, seen=events: seen.append(event))
+        for _ in range(100):
+            sampler._step()
+        sys.setprofile(None)
+        counts[queued] = sum(event.endswith("call") for event in events)
+        assert sampler.stats["samples"] > 200
+    assert counts[100_000] < 1.05 * counts[1_000]
+    assert held[100_000] < 300  # bytes: an entry of the queue, and no copy of the prompt
 
 
 def test_the_model_is_its_own_again_behind_the_sampler():

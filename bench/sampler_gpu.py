@@ -1,0 +1,358 @@
+"""The sampler on a GPU beside its peers, on random weights of real shapes: nothing is downloaded.
+
+Every cell of the table is a process of its own, so that peak memory is its own and no engine finds what another left.
+
+    a   256 texts, prompts and outputs of 100 to 1,024 tokens, Qwen3-0.6B's shape, temperature 0.6 alone
+    b   128 texts, 512 tokens in, 4,096 out, the shape of Qwen2.5-7B; b-nf4: the same over NF4 weights
+    c   the recipe's sampling on 500 prompts, n = 2, outputs that end raggedly (lognormal, median 1,200 tokens, at most
+        8,192), the 7B's shape
+    d   Extender-like texts, 16 at once, the 7B's shape, with and without lookup: a random model copies nothing, so the
+        drawn tokens are replaced by a script, which continues a place of the prompt in spans of 12 tokens on average
+        for `--copied` of its length and is new elsewhere. All passes, draws and drafts are computed as ever.
+
+Columns: tokens/s over the whole job (prompts included), the share of the memory's bandwidth over the last half minute
+of decoding (lengthen/meter.py), peak GB as torch counts them. Peers run the same prompts and lengths where they can:
+
+    generate         transformers, the best of --batches, left-padded, each batch as long as its longest text
+    generate_batch   transformers' continuous batching; it drops the repetition penalty, so in c it does less work
+    vllm             where importable (dummy weights of the same config, its own memory management: no peak)
+
+No GPU has run this yet. --tiny runs every line of it on a CPU with a toy shape (about a minute).
+
+    python bench/sampler_gpu.py --cases a b c d
+    python bench/sampler_gpu.py --cases b --engines ours generate_batch
+    python bench/sampler_gpu.py --tiny
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lengthen  # noqa: E402, F401  before torch
+
+# isort: split
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig  # noqa: E402
+
+from lengthen.sampler import Request, Sampler, Sampling  # noqa: E402
+
+SHAPES = {
+    "0.6B": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+PLAIN = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+RECIPE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+ENGINES = ("ours", "ours, no lookup", "generate", "generate_batch", "vllm")
+
+
+@dataclass
+class Work:
+    """What a case asks for: one entry a text."""
+
+    shape: str
+    prompts: list[list[int]]
+    lengths: list[int]  # tokens to write; nothing ends by itself
+    sampling: dict
+    quantize: bool = False
+    rows: int = 0  # at once; 0 = the engine's own choice
+    script: list[list[int]] = field(default_factory=list)  # d: the tokens that are "drawn"
+
+
+def make_work(case: str, args: argparse.Namespace) -> Work:
+    rng, scale = random.Random(0), 64 if args.tiny else 1  # tiny: lengths and counts by so much less
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(4096 if args.tiny else 150_000) for _ in range(count)]
+
+    def less(count: int) -> int:
+        return max(4, count // scale)
+
+    small, large = ("tiny", "tiny") if args.tiny else ("0.6B", "7B")
+    if case == "a":
+        sizes = [(less(rng.randint(100, 1024)), less(rng.randint(100, 1024))) for _ in range(less(256))]
+        return Work(small, [tokens(a) for a, _ in sizes], [b for _, b in sizes], PLAIN)
+    if case in ("b", "b-nf4"):
+        return Work(large, [tokens(less(512)) for _ in range(less(128))], [less(4096)] * less(128), PLAIN, case != "b")
+    if case == "c":
+        prompts = [prompt for _ in range(less(500)) for prompt in [tokens(less(rng.randint(100, 400)))] * 2]
+        return Work(large, prompts, [less(min(8192, int(rng.lognormvariate(7.1, 0.7)))) for _ in prompts], RECIPE)
+    count = 8 if args.tiny else 64
+    prompts = [tokens(max(60, less(1500))) for _ in range(count)]
+    script = [copying(rng, prompt, max(40, less(2000)), args.copied, tokens) for prompt in prompts]
+    return Work(large, prompts, list(map(len, script)), RECIPE, rows=16, script=script)
+
+
+def copying(rng: random.Random, prompt: list[int], length: int, copied: float, new: Callable) -> list[int]:
+    """`length` tokens, of which about the share `copied` continue a place of the prompt."""
+    text: list[int] = []
+    while len(text) < length:
+        span = 1 + int(rng.expovariate(1 / 12))
+        start = rng.randrange(len(prompt) - 4)
+        text += prompt[start : start + span] if rng.random() < copied else new(span)
+    return text[:length]
+
+
+class Ids:
+    """Stands in for a tokenizer: the ids have no texts."""
+
+    added_tokens_decoder: dict = {}
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return ""
+
+
+def make_config(work: Work) -> PretrainedConfig:
+    sizes = dict(SHAPES[work.shape])
+    longest = max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True))
+    return AutoConfig.for_model(sizes.pop("model_type"), **sizes, max_position_embeddings=max(1024, longest + 1))
+
+
+def make_model(work: Work, device: torch.device) -> torch.nn.Module:
+    """Random weights, bf16 on CUDA (fp32 on a CPU), linear layers in NF4 where the work says so."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(make_config(work), dtype=dtype).eval().requires_grad_(False)
+    if work.quantize:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for name, old in list(model.named_modules()):
+            if type(old) is torch.nn.Linear and old is not model.get_output_embeddings():
+                new = Linear4bit(old.in_features, old.out_features, old.bias is not None, dtype, quant_type="nf4")
+                new.weight = Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                new.bias = old.bias
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, new.to(device))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The engines: each returns the tokens it made, and what it knows of itself
+
+
+def run_ours(work: Work, device: torch.device, lookup: bool = True) -> dict:
+    model = make_model(work, device)
+    context = model.config.max_position_embeddings
+    with Sampler(
+        model, Ids(model.config.vocab_size), eos_ids=set(), context=context, max_rows=work.rows, lookup=lookup
+    ) as sampler:
+        if work.script:
+            draw = sampler._draw
+
+            def scripted(asked: list, logits: torch.Tensor) -> list[int]:
+                draw(asked, logits)
+                return [work.script[row.request.key][row.written + ahead] for row, ahead in asked]
+
+            sampler._draw = scripted
+        began = time.perf_counter()
+        for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
+            settings = Sampling(**work.sampling, max_new_tokens=length)
+            sampler.add(Request(i, prompt, i, settings, penalty_from=len(prompt) if work.script else 0))
+        made, roofline = 0, 0.0
+        for sample in sampler.run():
+            made += sample.num_tokens
+            if len(sampler.rows) > sampler.max_rows // 2:  # before the last texts are left alone
+                roofline = sampler.progress().roofline
+        seconds = time.perf_counter() - began
+        notes = "; ".join(sampler.notes)
+        if work.script:
+            notes = f"{sampler.stats['decode_tokens'] / max(1, sampler.stats['row_steps']):.2f} tokens a row and pass"
+        return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": notes}
+
+
+@torch.no_grad()
+def run_generate(work: Work, device: torch.device, batches: list[int]) -> dict:
+    """Useful tokens only: what a text is made to write beyond its own length does not count."""
+    model, best = make_model(work, device), {}
+    order = sorted(range(len(work.prompts)), key=lambda i: work.lengths[i])
+    for batch in batches:
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        try:
+            for first in range(0, len(order), batch):
+                some = order[first : first + batch]
+                width = max(len(work.prompts[i]) for i in some)
+                ids = [[0] * (width - len(work.prompts[i])) + work.prompts[i] for i in some]
+                mask = [[0] * (width - len(work.prompts[i])) + [1] * len(work.prompts[i]) for i in some]
+                longest = max(work.lengths[i] for i in some)
+                model.generate(
+                    torch.tensor(ids, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=config_of(work, longest),
+                )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        seconds = time.perf_counter() - began
+        if not best or seconds < best["seconds"]:
+            best = {"tokens": sum(work.lengths), "seconds": seconds, "notes": f"batch {batch}"}
+    return best or {"notes": "out of memory at every batch size"}
+
+
+def run_generate_batch(work: Work, device: torch.device) -> dict:
+    """Each text with its own limit, as a caller of its manager would."""
+    model, made = make_model(work, device), 0
+    with model.continuous_batching_context_manager(config_of(work, max(work.lengths))) as manager:
+        began = time.perf_counter()
+        for prompt, length in zip(work.prompts, work.lengths, strict=True):
+            manager.add_request(prompt, max_new_tokens=length)
+        for _ in work.prompts:
+            done = manager.get_result(timeout=600)
+            if done is None:
+                return {"notes": "its background thread died"}
+            made += len(done.generated_tokens)
+        seconds = time.perf_counter() - began
+    drops = "the repetition penalty is dropped" if work.sampling["repetition_penalty"] != 1 else ""
+    return {"tokens": made, "seconds": seconds, "notes": drops}
+
+
+def config_of(work: Work, length: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True, **work.sampling, max_new_tokens=length, min_new_tokens=length, eos_token_id=-1, pad_token_id=0
+    )
+
+
+def run_vllm(work: Work, device: torch.device) -> dict:
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(work)
+        config.architectures = ["Qwen3ForCausalLM" if config.model_type == "qwen3" else "Qwen2ForCausalLM"]
+        config.save_pretrained(folder)
+        options = {"quantization": "bitsandbytes"} if work.quantize else {}
+        engine = LLM(folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", **options)
+        settings = [
+            SamplingParams(
+                **{**work.sampling, "top_k": work.sampling["top_k"] or -1},
+                max_tokens=n,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for n in work.lengths
+        ]
+        began = time.perf_counter()
+        done = engine.generate([{"prompt_token_ids": prompt} for prompt in work.prompts], settings, use_tqdm=False)
+        seconds = time.perf_counter() - began
+    return {"tokens": sum(len(one.outputs[0].token_ids) for one in done), "seconds": seconds, "notes": ""}
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_one(case: str, engine: str, args: argparse.Namespace) -> dict:
+    """In a process of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = make_work(case, args)
+    if engine == "generate":
+        result = run_generate(work, device, args.batches)
+    else:
+        result = {
+            "ours": lambda: run_ours(work, device),
+            "ours, no lookup": lambda: run_ours(work, device, lookup=False),
+            "generate_batch": lambda: run_generate_batch(work, device),
+            "vllm": lambda: run_vllm(work, device),
+        }[engine]()
+    if device.type == "cuda" and engine != "vllm":
+        result["peak"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def engines_of(case: str, args: argparse.Namespace) -> list[str]:
+    """Peers cannot be scripted, so in d it is ours alone; elsewhere lookup makes no difference on random weights."""
+    if case == "d":
+        return ["ours", "ours, no lookup"]
+    have = [name for name in args.engines if name != "ours, no lookup"]
+    return [name for name in have if name != "vllm" or importlib.util.find_spec("vllm")]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--cases", nargs="+", choices=("a", "b", "b-nf4", "c", "d"), default=["a", "b", "b-nf4", "c", "d"])
+    p.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which of them (default all)")
+    p.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128], help="batch sizes generate may choose")
+    p.add_argument("--copied", type=float, default=0.5, help="d: share of the output that copies (default 0.5)")
+    p.add_argument("--tiny", action="store_true", help="a toy shape, everywhere: to see that it runs")
+    p.add_argument("--one", nargs=2, metavar=("CASE", "ENGINE"), help="one cell, in this process (used by itself)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, console = parse_args(argv), Console(stderr=True)
+    if args.one:
+        print(json.dumps(run_one(*args.one, args)))
+        return
+    if not torch.cuda.is_available() and not args.tiny:
+        raise SystemExit("error: no CUDA device\n  hint: --tiny runs a toy shape on a CPU")
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    table, cells = Table(title=f"random weights on {place}"), []
+    for column in ("case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", ""):
+        table.add_column(column, justify="left" if column in ("case", "engine", "") else "right")
+    for case in args.cases:
+        for engine in engines_of(case, args):
+            options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
+            options += ["--batches", *map(str, args.batches)]
+            command = [sys.executable, __file__, "--one", case, engine, *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:] or ["no output"]
+            one = json.loads(last[0]) if not done.returncode else {"notes": f"failed: {last[0][:80]}"}
+            rate = one["tokens"] / one["seconds"] if one.get("tokens") else 0.0
+            shown = [f"{one[key]:{form}}" if key in one else "" for key, form in FORMS.items()]
+            table.add_row(case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", ""))
+            cells.append({"case": case, "engine": engine, "tokens_per_second": round(rate, 1), **one})
+            console.print(f"{case}, {engine}: {rate:,.0f} tokens/s {one.get('notes', '')}")
+    console.print(table)
+    print(json.dumps({"bench": "sampler-gpu", "device": place, "tiny": args.tiny, "cells": cells}))
+
+
+FORMS = {"tokens": ",", "seconds": ".1f", "roofline": ".0%", "peak": ".1f"}
+
+if __name__ == "__main__":
+    main()

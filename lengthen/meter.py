@@ -1,0 +1,114 @@
+"""How fast the sampler is, beside how fast memory would let it be.
+
+Decoding is bound by reading: every pass reads all weights once, and the keys and values of every text in it. So the
+bytes that passes have to read, over the seconds they took, are a share of the memory's bandwidth (the roofline), and
+that share says the same on a laptop and on an H100, where tokens per second do not. Passes over prompts or over many
+rows are bound by arithmetic instead: their share is low without anything being wrong.
+"""
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Bytes per second, the makers' data sheets, by a part of the name that CUDA gives the card; the first match counts.
+BANDWIDTH = {
+    "B200": 8.0e12,
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100": 3.35e12,
+    "A100-SXM4-80GB": 2.039e12,
+    "A100 80GB": 1.935e12,
+    "A100": 1.555e12,
+    "L40S": 0.864e12,
+    "L40": 0.864e12,
+    "L4": 0.3e12,
+    "A10G": 0.6e12,
+    "A10": 0.6e12,
+    "V100": 0.9e12,
+    "T4": 0.32e12,
+    "RTX 6000 Ada": 0.96e12,
+    "RTX A6000": 0.768e12,
+    "RTX 5090": 1.792e12,
+    "RTX 4090": 1.008e12,
+    "RTX 3090": 0.936e12,
+}
+MEMORY = 30.0  # seconds; how far back the rates look
+
+
+@functools.cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of the device's memory: from the table, else of the best of five copies (read and written)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if known := next((value for part, value in BANDWIDTH.items() if part in name), 0.0):
+            return known
+    source = torch.ones(1 << 24, device=device)  # 64 MB: beyond a CPU's caches
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.numel() * source.itemsize / best
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What one pass reads of the weights: all but the input embedding, of which it looks up a few rows."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = {id(p): p.numel() * p.itemsize for p in model.parameters()}
+    if getattr(head, "weight", None) is not table.weight:
+        own.pop(id(table.weight), None)
+    return sum(own.values())
+
+
+class Meter:
+    """Running rates over the last half minute or so: bytes and tokens per second."""
+
+    def __init__(self):
+        self.seconds = self.bytes = self.tokens = 0.0
+
+    def add(self, seconds: float, read: int, tokens: int) -> None:
+        fade = math.exp(-seconds / MEMORY)
+        self.seconds = self.seconds * fade + seconds
+        self.bytes = self.bytes * fade + read
+        self.tokens = self.tokens * fade + tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def roofline(self, device: torch.device) -> float:
+        """Share of the memory's bandwidth, 0 to 1."""
+        return self.bytes / self.seconds / bandwidth(device) if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a sampler stands. `str()` of it is short enough for a progress line."""
+
+    finished: int
+    total: int  # finished, running and queued
+    tokens_per_second: float
+    roofline: float  # share of the memory's bandwidth, 0 to 1
+    rows: int
+    kv: float  # share of the pages in use
+    preemptions: int
+    accepted: float  # guessed tokens that were right, a pass
+    seconds_left: float  # of what is queued and running, by expected lengths; -1 = not known yet
+
+    def __str__(self) -> str:
+        parts = [f"{self.tokens_per_second:.0f} tok/s = {self.roofline:.0%} of memory speed", f"{self.rows} rows"]
+        parts.append(f"KV {self.kv:.0%}")
+        if self.preemptions:
+            parts.append(f"{self.preemptions} preempted")
+        if self.accepted >= 0.05:
+            parts.append(f"+{self.accepted:.1f} guessed a pass")
+        if self.seconds_left >= 0:
+            left = self.seconds_left
+            parts.append(f"~{left:.0f} s left" if left < 120 else f"~{left / 60:.0f} min left")
+        return ", ".join(parts)
