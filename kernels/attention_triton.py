@@ -49,13 +49,15 @@ class Tile(NamedTuple):
 
 def tile_for(arch: int, dim: int, itemsize: int) -> Tile:
     """By padded head size and bytes per number of q. Chosen by compiling (test_attention_aot.py): no spills, and the
-    shared memory of the card, which with 99 KB on sm_86 and 89 allows two stages where others have three."""
+    shared memory of the card. Of its pipeline stages Triton spends two on the page numbers, so five are two buffers of
+    keys and values; with 99 KB, sm_86 and 89 keep several blocks per multiprocessor only if those are smaller."""
     if arch == 0:
         return Tile(64, 16, 4, 2)
-    stages = 2 if arch in (86, 89, 120) else 3
-    if itemsize == 4:
-        return Tile(16, 32 if dim <= 128 else 16, 4, 2)
-    return Tile(64, 64, 4, stages) if dim <= 128 else Tile(32, 32, 4, stages)
+    if itemsize == 4:  # exact, so not on tensor cores: for comparisons, not for speed
+        return Tile(16, 16, 8, 2)
+    if dim <= 128:
+        return Tile(64, 32 if arch in (86, 89, 120) else 64, 4, 5)
+    return Tile(32, 32, 4, 5)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -253,12 +255,12 @@ def _join_kernel(
     parts = tl.cdiv(blocks, tl.maximum(size, 1))  # those that were written
 
     # 1) the maximum and the sum
-    i = tl.arange(0, BS)
-    stats = stat_ptr + i.to(tl.int64) * R + r
-    tops = tl.load(stats, mask=i < parts, other=float("-inf"))
+    every = tl.arange(0, BS)
+    stats = stat_ptr + every.to(tl.int64) * R + r
+    tops = tl.load(stats, mask=every < parts, other=float("-inf"))
     top = tl.max(tops, axis=0)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    totals = tl.load(stats + splits.to(tl.int64) * R, mask=i < parts, other=0.0)
+    totals = tl.load(stats + splits.to(tl.int64) * R, mask=every < parts, other=0.0)
     total = tl.sum(totals * tl.exp2(tops - safe), axis=0)
 
     # 2) the values, STEP splits at a time
@@ -268,9 +270,8 @@ def _join_kernel(
         i = start + tl.arange(0, STEP)
         at = i.to(tl.int64) * R + r
         weight = tl.exp2(tl.load(stat_ptr + at, mask=i < parts, other=float("-inf")) - safe)
-        part = tl.load(
-            acc_ptr + at[:, None] * DV + dv[None, :], mask=(i < parts)[:, None] & (dv < DV)[None, :], other=0.0
-        )
+        written = (i < parts)[:, None] & (dv < DV)[None, :]
+        part = tl.load(acc_ptr + at[:, None] * DV + dv[None, :], mask=written, other=0.0)
         acc += tl.sum(weight[:, None] * part, axis=0)
 
     # 3) the same end as in one split, as a tile of one row
