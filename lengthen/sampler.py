@@ -30,6 +30,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy, plain_head
 from lengthen.attention import Hook, PagedCache, make_batch
 from lengthen.decoder import physical_memory
 from lengthen.draw import draw, penalise
+from lengthen.graphs import DecodeGraphs
 from lengthen.records import UserError
 
 LOOP_BLOCK, LOOP_TIMES = 64, 8  # a suffix that repeats a block of <= 64 tokens >= 8 times is a loop (vLLM's rule)
@@ -134,7 +135,7 @@ class Sampler:
 
     `eos_ids` end a text. `context` is the model's, in tokens. `max_rows`: texts at once, 0 = auto. `kv_tokens`: room
     for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU, three quarters of what is free on CUDA).
-    `prefill_tokens`: prompt tokens in one step, 0 = auto.
+    `prefill_tokens`: prompt tokens in one step, 0 = auto. `page_tokens`: 0 = auto (64 on a CPU, 256 on CUDA).
     Raises UserError for models that the attention hook cannot carry. `notes` are lines for people, `stats` counts.
     """
 
@@ -148,7 +149,7 @@ class Sampler:
         max_rows: int = 0,
         kv_tokens: int = 0,
         prefill_tokens: int = 0,
-        page_tokens: int = 64,
+        page_tokens: int = 0,
     ):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, set(eos_ids)
         weight = model.get_input_embeddings().weight
@@ -156,6 +157,7 @@ class Sampler:
         self.device, cuda = weight.device, weight.device.type == "cuda"
         self.max_rows = max_rows or (256 if cuda else 48)
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
+        page_tokens = page_tokens or (256 if cuda else 64)
         self.notes: list[str] = []
         self.hook = Hook(model)
         self.head, why = plain_head(model)  # None = scores are read from the model's own logits
@@ -190,10 +192,15 @@ class Sampler:
             ("prefill_tokens", "shared_tokens", "decode_tokens", "steps", "row_steps", "preemptions", "samples"), 0
         )
         self.stats["seconds"] = 0.0
+        self.graphs = None  # where page tables are walked, steps that only decode run several at a time
+        if self.cache.walked:
+            size = {"rows": self.max_rows, "context": self.context, "vocabulary": self.vocabulary}
+            self.graphs = DecodeGraphs(self.hook, self.cache, **size, eos_ids=self.eos_ids, notes=self.notes)
 
     def close(self) -> None:
         """Gives the memory of keys and values and of the weights' copies back."""
         self.hook.lent.clear()
+        self.graphs = None
         self.past.clear()
         self.cache.keys.clear()
         self.cache.values.clear()
@@ -256,6 +263,10 @@ class Sampler:
     def _step(self) -> None:
         self._admit()
         plan = self._plan()
+        decoding = all(count == 1 and row.computed + 1 == len(row.ids) for row, count in plan)
+        if self.graphs and decoding and self.graphs.serves([row for row, _ in plan]):
+            self._burst([row for row, _ in plan])
+            return
         ready, keep, at = [], [], 0  # rows that have no more to compute draw a token
         for row, count in plan:
             at += count
@@ -274,6 +285,20 @@ class Sampler:
         if ready:
             for row, token in zip(ready, self._draw(ready, logits), strict=True):
                 self._advance(row, token)
+
+    def _burst(self, rows: list[Row]) -> None:
+        """Several steps for rows that only decode, on the device alone; texts are cut here where they end."""
+        bursts = self.graphs.run(rows)
+        self.stats["steps"] += max(map(len, bursts))
+        self.stats["decode_tokens"] -= len(rows)  # counted by _plan
+        for row, tokens in zip(rows, bursts, strict=True):
+            for token in tokens:
+                row.computed += 1
+                self.stats["decode_tokens"] += 1
+                self.stats["row_steps"] += 1
+                self._advance(row, token)
+                if not row.pages:  # finished
+                    break
 
     def _admit(self) -> None:
         """Moves requests from the queue into free rows, as far as the pages are likely to last."""

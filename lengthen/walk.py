@@ -10,16 +10,13 @@ On a CPU the same code runs on the kernels' torch references: slower than stream
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import Pages, paged_attention, store_pages
 from lengthen.prefill import Bounds, attend_pieces
-
-if TYPE_CHECKING:
-    from lengthen.attention import PagedCache
 
 # B decoding texts, T packed tokens, Q = the most tokens that one of the texts has in a pass: 1, more with drafts.
 
@@ -31,7 +28,7 @@ class Batch:
     A text with fewer than Q tokens repeats its first one in front, and those results are dropped.
     """
 
-    cache: "PagedCache"
+    cache: Any  # attention.PagedCache, which stands above this module
     slots: Tensor  # int32 [T] page * S + place in the page, of each token's key and value; -1 = nowhere
     table: Tensor  # int32 [B, W] pages of each decoding text, -1 behind its last
     lengths: Tensor  # int32 [B] keys of each decoding text, its new tokens included
@@ -73,7 +70,7 @@ def attend(
 
 
 def make_batch(
-    cache: "PagedCache",
+    cache: Any,
     decode: Sequence[tuple[list[int], int, int]],
     prefill: Sequence[tuple[list[int], int, int]],
 ) -> Batch:
