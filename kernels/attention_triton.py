@@ -311,9 +311,9 @@ def _store_kernel(
     x = tl.load(new_ptr + t * stride_t + h * stride_h + d, mask=d < D, other=0.0)
     if FP8:
         x = x.to(tl.float32)
-        factor = tl.max(tl.abs(x), axis=0) / 448.0
+        factor = tl.div_rn(tl.max(tl.abs(x), axis=0), 448.0)  # rounded as torch does: `/` is an approximation
         tl.store(scales_ptr + place, factor)
-        x = x / tl.where(factor > 0, factor, 1.0)
+        x = tl.div_rn(x, tl.where(factor > 0, factor, 1.0))
         # to e4m3, the nearest, ties to even: its exponent and mantissa are bits 20 to 26 of x * 2^-120
         bits = (x * 7.52316384526264e-37).to(tl.int32, bitcast=True)
         small = bits & 0x7FFFFFFF

@@ -113,9 +113,13 @@ class DecodeGraphs:
         size = next(b for b in buckets(self.rows) if b >= len(rows))
         replay = self.replays.get(size) or self._capture(size)
         self._load(rows, size)
-        for _ in range(steps):
-            replay()
-        drawn = self.out[:steps, : len(rows)].T.tolist()  # the one host read
+        try:
+            for _ in range(steps):
+                replay()
+            drawn = self.out[:steps, : len(rows)].T.tolist()  # the one host read
+        except BaseException:
+            self.lines.clear()  # the masks may have ids of draws that nobody has read
+            raise
         result = []
         for row, tokens in zip(rows, drawn, strict=True):
             whole = tokens[: tokens.index(-1)] if -1 in tokens else tokens

@@ -10,6 +10,7 @@ exponentials, out * sigmoid(lse - sink) puts the sink into the sum.
 
 import importlib.util
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Bounds(NamedTuple):
 
     @classmethod
     def make(cls, counts: list[int], totals: list[int], device: torch.device) -> "Bounds":
-        lists = [[sum(x[:i]) for i in range(len(x) + 1)] for x in (counts, totals)]
+        lists = [[0, *accumulate(x)] for x in (counts, totals)]
         return cls(*lists, *(torch.tensor(x, dtype=torch.int32, device=device) for x in lists))
 
     @property

@@ -265,7 +265,10 @@ class Sampler:
         plan = self._plan()
         decoding = all(count == 1 and row.computed + 1 == len(row.ids) for row, count in plan)
         if self.graphs and decoding and self.graphs.serves([row for row, _ in plan]):
-            self._burst([row for row, _ in plan])
+            try:
+                self._burst([row for row, _ in plan])
+            except torch.OutOfMemoryError:
+                self._back_off()
             return
         ready, keep, at = [], [], 0  # rows that have no more to compute draw a token
         for row, count in plan:

@@ -117,6 +117,24 @@ def test_few_pages_make_short_bursts(walking, bursts):
     assert {1, graphs.STEPS} & {max(one) for one in bursts} and samples[None].cache.num_pages == 4
 
 
+def test_running_out_of_memory_in_a_burst_changes_no_text(walking, monkeypatch):
+    """The third step ever fails; what the first two drew was never read, and their ids must not be penalised."""
+    model, own, count = tiny_model(), DecodeGraphs._step, [0]
+    requests = [Request(i, p, i, Sampling(temperature=0, max_new_tokens=20)) for i, p in enumerate(make_prompts(4))]
+
+    def fails_once(self, size):
+        count[0] += 1
+        if count[0] == 3:
+            raise torch.OutOfMemoryError("no memory")
+        own(self, size)
+
+    monkeypatch.setattr(DecodeGraphs, "_step", fails_once)
+    samples = write(model, requests, **OPTIONS)
+    assert count[0] > 10 and "out of memory: 2 rows at once from now on" in samples[None].notes
+    for i, request in enumerate(requests):
+        assert samples[i].token_ids == generate(model, request.prompt_ids, 20)
+
+
 def test_a_draw_among_too_many_ties_is_left_to_the_caller(walking, bursts, monkeypatch):
     """A head that gives every 100 ids the same logit: top-k keeps ties, so 64 candidates are too few. The burst
     is cut there, the next step draws from the whole vocabulary, and the texts are those of single steps."""

@@ -42,9 +42,9 @@ def generate(model, prompt: list[int], count: int) -> list[int]:
 
 
 def write_hopefully(model, requests, **options) -> dict:
-    """`write` by a sampler that expects short texts, and so lets more in than its pages hold."""
+    """`write` by a sampler that expects no more tokens, and so lets more texts in than its pages hold."""
     sampler = make_sampler(model, **options)
-    sampler.mean_output = 4.0
+    sampler._expected_pages = lambda row: 0
     for request in requests:
         sampler.add(request)
     return {**{sample.request.key: sample for sample in sampler.run()}, None: sampler}
@@ -81,8 +81,8 @@ def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("compiled kernels take no CPU tensors")
-    model, prompts = tiny_model(), make_prompts(3, 20)
-    greedy = Sampling(temperature=0, max_new_tokens=5)
+    model, prompts = tiny_model(), make_prompts(2, 20)
+    greedy = Sampling(temperature=0, max_new_tokens=4)
     calls = []
 
     def interpreted(path, device):
@@ -91,9 +91,9 @@ def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
 
     monkeypatch.setattr(kernels.attention, "_on_kernels", interpreted)
     samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], page_tokens=16)
-    assert len(calls) > 10
+    assert len(calls) >= 10
     for i, prompt in enumerate(prompts):
-        assert samples[i].token_ids == generate(model, prompt, 5), i
+        assert samples[i].token_ids == generate(model, prompt, 4), i
 
 
 def test_a_batch_with_drafts_is_one_forward_pass(walking):
