@@ -197,9 +197,9 @@ class DecodeGraphs:
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
             for _ in range(2):
+                self.step.zero_()
                 self._step(size)
         now.wait_stream(stream)
-        self.step.zero_()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self._step(size)

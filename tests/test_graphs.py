@@ -6,6 +6,9 @@ What this cannot show is the capture itself: that the steps do the same operatio
 never ask the host, is checked operation by operation.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_sampler import EOS, make_prompts, make_sampler, write
@@ -133,6 +136,35 @@ def test_running_out_of_memory_in_a_burst_changes_no_text(walking, monkeypatch):
     assert count[0] > 10 and "out of memory: 2 rows at once from now on" in samples[None].notes
     for i, request in enumerate(requests):
         assert samples[i].token_ids == generate(model, request.prompt_ids, 20)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_capturing_touches_no_text(walking, monkeypatch, works):
+    """A stand-in for the capture runs steps on what is in the buffers then, and buckets are captured while texts are
+    running. Where it fails the step itself is the replay, which is said once."""
+    model, requests, captured = tiny_model(), mixed_requests(), []
+    plain = write(model, requests, max_rows=7, **OPTIONS)
+
+    def graph(self, size):
+        captured.append(size)
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        for _ in range(3):
+            self.step.zero_()
+            self._step(size)
+        return SimpleNamespace(replay=partial(self._step, size))
+
+    monkeypatch.setattr(DecodeGraphs, "_graph", graph)
+    sampler = make_sampler(model, max_rows=7, **OPTIONS)
+    sampler.graphs.eager = ""
+    sampler.notes.clear()
+    for request in requests:
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == plain[sample.request.key].token_ids
+    failed = "capturing it failed (operation not permitted when stream is capturing)"
+    said = [f"decoding steps are started one by one, not as CUDA graphs: {failed}"]
+    assert (len(captured) > 2, sampler.notes) == ((True, []) if works else (False, said))
 
 
 def test_a_draw_among_too_many_ties_is_left_to_the_caller(walking, bursts, monkeypatch):
