@@ -8,8 +8,10 @@ bookkeeping for the next one) is captured once per batch size and replayed:
    end, seed and sampling parameters; the page table; which ids the penalty applies to, as a mask per row.
 2. A step advances them itself: the drawn token becomes the next input, positions and lengths grow by one, the id joins
    the mask, the slot of the next key follows from the page table. Pages for all steps of a burst are taken beforehand.
-3. After `steps` replays the host reads [steps, rows] token ids at once and cuts each text where it ends. A row whose
-   text ended in the middle has gone on harmlessly; one that reached its limit has stood still.
+3. After a burst of `steps` replays the host reads [steps, rows] token ids at once and cuts each text where it ends. A
+   row whose text ended in the middle has gone on harmlessly; one that reached its limit has stood still.
+   The next burst is begun before the tokens of this one are looked at: the device works while the host decodes text
+   and looks for stop strings. Rows that turn out to have ended go on once more for nothing, then stand still.
 4. Batch sizes are rounded up to a bucket; the rows in excess have length 0: they store nothing, read no page, and their
    draws are dropped.
 
@@ -22,10 +24,12 @@ No GPU has run this yet: on a CPU it is proven up to the capture itself (tests/t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lengthen import walk
 from lengthen.attention import Hook, PagedCache
@@ -44,6 +48,18 @@ class Running(Protocol):
     distinct: set[int]  # ids the repetition penalty applies to
     request: object  # .seed and .sampling
     prompt_tokens: int
+
+
+@dataclass
+class Burst:
+    """Steps that were given to the device."""
+
+    slots: list[int]  # of its rows, in the order of the buffers
+    size: int  # of the bucket
+    steps: int
+    tokens: Tensor  # [steps, rows] on the host, valid once `done` is
+    done: torch.cuda.Event | None
+    void: set[int] = field(default_factory=set)  # slots whose tokens do not count
 
 
 def buckets(rows: int) -> list[int]:
@@ -88,6 +104,7 @@ class DecodeGraphs:
         self.lines: dict[int, tuple[Running, int]] = {}  # slot -> whose ids, and how many of them, its line has
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool = None  # of the memory that all graphs use in turn
+        self.flying: Burst | None = None
         self.paused, self.notes = False, notes
         self.eager = "" if self.device.type == "cuda" else "there is no GPU"
         if self.eager:
@@ -103,48 +120,111 @@ class DecodeGraphs:
         return sampling.temperature < 1e-5 or 0 < sampling.top_k < CANDIDATES or self.width <= CANDIDATES
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Running]) -> list[list[int]]:
+    def run(self, rows: Sequence[Running], ahead: bool = False) -> list[list[int]]:
         """The next tokens of each row, as many as there were steps; fewer where a draw was left to the caller.
 
         Takes pages out of the pool for the rows. The keys and values of all returned tokens but a row's last are in
         its pages. A text that ends among its tokens is the caller's to cut.
+        ahead: begin the next burst before returning. While one is `flying` the next call must be `run` again, with
+        those of its rows that have not ended (or lost their pages): what the device does is ahead of their ids.
         """
-        steps = self._reserve(rows)
-        size = next(b for b in buckets(self.rows) if b >= len(rows))
-        replay = self.replays.get(size) or self._capture(size)
-        self._load(rows, size)
         try:
-            for _ in range(steps):
-                replay()
-            drawn = self.out[:steps, : len(rows)].T.tolist()  # the one host read
+            burst, self.flying = self.flying or self._start(rows), None
+            if ahead and not self.paused:
+                self.flying = self._go_on(burst, rows)
+            if burst.done:
+                burst.done.synchronize()
+            drawn = {slot: tokens for slot, tokens in zip(burst.slots, burst.tokens.T.tolist(), strict=True)}
         except BaseException:
+            self.flying = None
             self.lines.clear()  # the masks may have ids of draws that nobody has read
             raise
-        result = []
-        for row, tokens in zip(rows, drawn, strict=True):
-            whole = tokens[: tokens.index(-1)] if -1 in tokens else tokens
-            if len(whole) < steps:
-                self.paused = True
-                del self.lines[row.slot]  # it has ids of draws that do not count
-            else:
-                self.lines[row.slot] = row, len(row.ids) + steps
-            result.append(whole)
-        return result
+        given = {row.slot for row in rows}
+        for slot in drawn.keys() - given:  # ended, or preempted: what was drawn for it does not count
+            self.lines.pop(slot, None)
+        return [self._cut(row, drawn[row.slot], burst) for row in rows]
 
-    # -- before a burst
+    def _cut(self, row: Running, tokens: list[int], burst: Burst) -> list[int]:
+        """A row's tokens in front of a draw that was left out; from there on nothing counts, also in the next burst."""
+        if row.slot in burst.void:
+            tokens = [-1]
+        if -1 not in tokens:
+            return tokens
+        self.paused = True
+        self.lines.pop(row.slot, None)
+        if self.flying:
+            self.flying.void.add(row.slot)
+        return tokens[: tokens.index(-1)]
 
-    def _reserve(self, rows: Sequence[Running]) -> int:
-        """Gives the rows pages for a burst; returns its steps, fewer than usual where pages or texts come to an end."""
-        steps = min(self.steps, max(row.limit - len(row.ids) for row in rows))
+    # -- bursts
+
+    def _start(self, rows: Sequence[Running]) -> Burst:
+        """A burst for rows whose ids the host has."""
+        steps = self._reserve(rows, 0)
+        assert steps > 0, "a row has no page for its newest token"
+        size = self._bucket(len(rows))
+        if size not in self.replays:
+            self._capture(size)
+        self._load(rows, size)
+        return self._fly(rows, [row.slot for row in rows], size, steps)
+
+    def _go_on(self, burst: Burst, rows: Sequence[Running]) -> Burst | None:
+        """The burst behind one whose tokens the host has not seen; None if it must see them first.
+
+        The state is on the device. Only the pages are new, and the rows of `burst` that are not in `rows` stand still:
+        their pages may be somebody else's from here on.
+        """
+        small = not rows or self._bucket(len(rows)) < burst.size
+        steps = 0 if small else self._reserve(rows, burst.steps)
+        if not steps:
+            return None
+        alive = {row.slot: row for row in rows}
+        ends = [alive[slot].limit - 1 if slot in alive else 0 for slot in burst.slots]
+        self._upload(self.ints[2, : len(ends)], ends)
+        self._upload(self.table[: len(ends)], [self._padded(alive.get(slot)) for slot in burst.slots])
+        return self._fly(rows, burst.slots, burst.size, steps)
+
+    def _fly(self, rows: Sequence[Running], slots: list[int], size: int, steps: int) -> Burst:
+        """Queues the steps and the copy of their tokens."""
+        self.step.zero_()
+        for row in rows:
+            self.lines[row.slot] = row, self.lines[row.slot][1] + steps
+        for _ in range(steps):
+            self.replays[size]()
+        drawn, done = self.out[:steps, : len(slots)], None
+        if drawn.is_cuda:
+            tokens = torch.empty(drawn.shape, dtype=torch.long, pin_memory=True)
+            tokens.copy_(drawn, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        else:
+            tokens = drawn.clone()
+        return Burst(slots, size, steps, tokens, done)
+
+    def _bucket(self, rows: int) -> int:
+        return next(size for size in buckets(self.rows) if size >= rows)
+
+    def _padded(self, row: Running | None) -> list[int]:
+        """A line of the page table."""
+        pages = row.pages if row else []
+        return pages + [-1] * (self.table.shape[1] - len(pages))
+
+    def _upload(self, target: Tensor, values: list) -> None:
+        """Queued behind what runs, without waiting for it."""
+        target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
+
+    def _reserve(self, rows: Sequence[Running], behind: int) -> int:
+        """Gives the rows pages for a burst that begins `behind` tokens after their ids; returns its steps, fewer than
+        usual where pages or texts come to an end."""
+        steps = max(0, min(self.steps, max(row.limit - len(row.ids) - behind for row in rows)))
 
         def missing() -> list[int]:
-            ends = [min(len(row.ids) + steps - 1, row.limit - 1) for row in rows]
+            ends = [min(len(row.ids) + behind + steps - 1, row.limit - 1) for row in rows]
             return [max(0, self.cache.pages_for(end) - len(row.pages)) for row, end in zip(rows, ends, strict=True)]
 
-        while sum(missing()) > len(self.cache.free):
+        while steps and sum(missing()) > len(self.cache.free):
             steps -= 1
-        assert steps > 0, "a row has no page for its newest token"
-        for row, count in zip(rows, missing(), strict=True):
+        for row, count in zip(rows, missing() if steps else [], strict=False):
             row.pages += [self.cache.take() for _ in range(count)]
         return steps
 
@@ -164,32 +244,29 @@ class DecodeGraphs:
             state = row.ids[-1], len(row.ids) - 1, row.limit - 1, written
             ints.append((*state, s.min_new_tokens, seed, s.top_k, row.slot))
             floats.append((s.temperature, s.top_p, s.repetition_penalty))
-            table.append(row.pages + [-1] * (self.table.shape[1] - len(row.pages)))
+            table.append(self._padded(row))
         excess = size - len(rows)
         ints += [(0, 0, 0, 0, 0, 0, 1, self.rows)] * excess
         floats += [(0.0, 1.0, 1.0)] * excess
-        table += [[-1] * self.table.shape[1]] * excess
-        self.ints[:, :size].copy_(torch.tensor(ints).T)
-        self.floats[:, :size].copy_(torch.tensor(floats).T)
-        self.table[:size].copy_(torch.tensor(table, dtype=torch.int32))
-        self.step.zero_()
+        table += [self._padded(None)] * excess
+        self._upload(self.ints[:, :size], list(zip(*ints, strict=True)))
+        self._upload(self.floats[:, :size], list(zip(*floats, strict=True)))
+        self._upload(self.table[:size], table)
         if clear:
             self.seen.index_fill_(0, torch.tensor(clear, device=self.device), False)
         if bits:
             self.seen.view(-1).index_fill_(0, torch.tensor(bits, device=self.device), True)
 
-    def _capture(self, size: int) -> Callable[[], None]:
-        """A call that runs one step for that many rows: the replay of a graph, or the step itself."""
-        replay = partial(self._step, size)
+    def _capture(self, size: int) -> None:
+        """Makes the call that runs one step for that many rows: the replay of a graph, or the step itself."""
+        self.replays[size] = partial(self._step, size)
         if not self.eager:
             self._load([], size)  # warm-up and capture compute rows in excess only: they touch nothing of a text
             try:
-                replay = self._graph(size).replay
+                self.replays[size] = self._graph(size).replay
             except RuntimeError as error:
                 self.eager = f"capturing it failed ({str(error).splitlines()[0]})"
                 self._say()
-        self.replays[size] = replay
-        return replay
 
     def _graph(self, size: int) -> torch.cuda.CUDAGraph:
         """Two steps on a side stream compile what has to be compiled; the third is captured."""

@@ -261,14 +261,15 @@ class Sampler:
 
     @torch.no_grad()
     def _step(self) -> None:
+        if self.graphs and self.graphs.flying:
+            self._burst([row for row in self.rows if row.slot in self.graphs.flying.slots])
+            return
         self._admit()
         plan = self._plan()
         decoding = all(count == 1 and row.computed + 1 == len(row.ids) for row, count in plan)
         if self.graphs and decoding and self.graphs.serves([row for row, _ in plan]):
-            try:
-                self._burst([row for row, _ in plan])
-            except torch.OutOfMemoryError:
-                self._back_off()
+            self.stats["decode_tokens"] -= len(plan)  # _burst counts its own
+            self._burst([row for row, _ in plan])
             return
         ready, keep, at = [], [], 0  # rows that have no more to compute draw a token
         for row, count in plan:
@@ -291,9 +292,12 @@ class Sampler:
 
     def _burst(self, rows: list[Row]) -> None:
         """Several steps for rows that only decode, on the device alone; texts are cut here where they end."""
-        bursts = self.graphs.run(rows)
-        self.stats["steps"] += max(map(len, bursts))
-        self.stats["decode_tokens"] -= len(rows)  # counted by _plan
+        try:
+            bursts = self.graphs.run(rows, ahead=not (self.queue and self.slots))
+        except torch.OutOfMemoryError:
+            self._back_off()
+            return
+        self.stats["steps"] += max(map(len, bursts), default=0)
         for row, tokens in zip(rows, bursts, strict=True):
             for token in tokens:
                 row.computed += 1

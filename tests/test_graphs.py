@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_sampler import EOS, make_prompts, make_sampler, write
-from test_walk import generate, write_hopefully
+from test_walk import expect_little, generate, write_hopefully
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,8 +33,8 @@ def bursts(monkeypatch) -> list[list[int]]:
     """Tokens per row of every burst."""
     sizes, own = [], DecodeGraphs.run
 
-    def run(self, rows):
-        result = own(self, rows)
+    def run(self, rows, **ahead):
+        result = own(self, rows, **ahead)
         sizes.append([len(tokens) for tokens in result])
         return result
 
@@ -106,6 +106,29 @@ def test_pages_stay_whole(walking, bursts):
         sampler.add(request)
     list(sampler.run())
     assert bursts and sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
+
+
+def test_a_caller_may_take_pages_while_a_burst_is_in_the_air(walking, monkeypatch):
+    """`logprobs` between two samples: it preempts rows for its pages, whose draws that nobody has read must neither
+    count nor be penalised. More requests come in meanwhile, too. The texts stay what they are."""
+    model, requests = tiny_model("llama"), mixed_requests()
+    plain = write(model, requests, **OPTIONS)
+    sampler, flying, texts = make_sampler(model, kv_tokens=304, context=300, **OPTIONS), [], {}
+    expect_little(sampler)
+    for request in requests[:9]:
+        sampler.add(request)
+    later = requests[9:]
+    for sample in sampler.run():
+        texts[sample.request.key] = sample.token_ids
+        flying.append(sampler.graphs.flying is not None)
+        before = sampler.stats["preemptions"]
+        if len(texts) % 3 == 0:
+            sampler.logprobs([([5] * 150, [6, 7])])
+        if later:
+            sampler.add(later.pop())
+    assert any(flying) and before
+    assert texts == {request.key: plain[request.key].token_ids for request in requests}
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
 
 
 def test_few_pages_make_short_bursts(walking, bursts):
@@ -249,7 +272,7 @@ def test_a_step_does_the_same_operations_whatever_the_buffers_hold(walking, monk
         sampler._step()
         sampler._step()
         steps = sampler.graphs
-        steps._reserve(sampler.rows)
+        steps._reserve(sampler.rows, 0)
         steps._load(sampler.rows, 4)
         operations.seen = []
         with torch.no_grad(), operations:

@@ -41,10 +41,15 @@ def generate(model, prompt: list[int], count: int) -> list[int]:
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
 
 
+def expect_little(sampler) -> None:
+    pages_for = sampler.cache.pages_for
+    sampler._expected_pages = lambda row: max(0, pages_for(len(row.ids) + 1) - len(row.pages))
+
+
 def write_hopefully(model, requests, **options) -> dict:
-    """`write` by a sampler that expects no more tokens, and so lets more texts in than its pages hold."""
+    """`write` by a sampler that expects one more token of each, and so lets more texts in than its pages hold."""
     sampler = make_sampler(model, **options)
-    sampler._expected_pages = lambda row: 0
+    expect_little(sampler)
     for request in requests:
         sampler.add(request)
     return {**{sample.request.key: sample for sample in sampler.run()}, None: sampler}
