@@ -95,7 +95,8 @@ def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
         return True
 
     monkeypatch.setattr(kernels.attention, "_on_kernels", interpreted)
-    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], page_tokens=16)
+    sizes = {"page_tokens": 16, "context": 32, "max_rows": 2}  # few pages, few splits: few programs to interpret
+    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], **sizes)
     assert len(calls) >= 10
     for i, prompt in enumerate(prompts):
         assert samples[i].token_ids == generate(model, prompt, 4), i
