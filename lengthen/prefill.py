@@ -6,6 +6,8 @@ given page tables: torch 2.11 has none, and 2.12's are wrong on FlashAttention 2
 does not carry (fp32, softcaps without flash-attn, head sizes above 256 or different for values) goes through `dense`,
 piece by piece, as everything does on a CPU. Sinks need no kernel of their own: with the log of the sum of a query's
 exponentials, out * sigmoid(lse - sink) puts the sink into the sum.
+
+No GPU has run the two FlashAttention calls yet; tests play the part of the first with a float64 stand-in.
 """
 
 import importlib.util
