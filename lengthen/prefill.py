@@ -3,9 +3,9 @@
 On a GPU all pieces go through one call of FlashAttention with variable lengths: flash-attn's if it is installed, else
 the one in torch itself (its operator directly: the function around it takes other arguments in torch 2.11 than later).
 Neither is given page tables: torch 2.11 has none, and later ones are wrong with FlashAttention 2 (pytorch#194167). What
-FlashAttention does not carry (fp32, softcaps without flash-attn, head sizes above 256 or different for values) goes through `dense`,
-piece by piece, as everything does on a CPU. Sinks need no kernel of their own: with the log of the sum of a query's
-exponentials, out * sigmoid(lse - sink) puts the sink into the sum.
+FlashAttention does not carry goes through `dense`, piece by piece, as everything does on a CPU: fp32, softcaps without
+flash-attn, head sizes above 256 or other ones for values. Sinks need no kernel of their own: with the log of the sum of
+a query's exponentials, out * sigmoid(lse - sink) puts the sink into the sum.
 
 No GPU has run the two FlashAttention calls yet; tests play the part of the first with a float64 stand-in.
 """
