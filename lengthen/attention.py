@@ -12,9 +12,10 @@ drafted tokens behind its newest one (lengthen/lookup.py): each sees the pages u
 Decoding does not gather the pages of a text; the queries go to the pages instead. Every page is multiplied, where it
 lies, by the query of the text that owns it: two batched products that stream the pool once, however ragged the texts
 are. The partial softmaxes are then joined per text. Pages are handed out lowest first and moved together when holes
-appear, so that the streamed range stays dense. A kernel that walks page tables (Triton on CUDA) can take the place
-of `_decode`: it needs `Batch` and the pool, nothing from the sampler. Where only a few texts bring drafts, these are
-a group of their own, whose pages are gathered: else every product has as many queries as the longest draft.
+appear, so that the streamed range stays dense. Where only a few texts bring drafts, these are a group of their own,
+whose pages are gathered: else every product has as many queries as the longest draft. That is the way of a CPU. On a
+GPU the pages lie as kernels/attention.py wants them, its kernels walk the page tables, and nothing needs to be moved:
+lengthen/walk.py.
 """
 
 import heapq
@@ -28,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lengthen import decoder
+from lengthen import decoder, walk
+from lengthen.prefill import dense
 from lengthen.records import UserError
 
 NAME = "lengthen_paged"  # key in transformers' registry
@@ -53,21 +55,30 @@ class LayerShape:
     window: int  # 0 = sees everything
 
 
+def walked(device: torch.device) -> bool:
+    """Whether kernels walk the page tables (a GPU), or the pool is streamed (a CPU). Tests may say otherwise."""
+    return device.type == "cuda"
+
+
 class PagedCache:
     """The pool of pages: which are free, and the tensors of every layer.
 
     Memory is `num_pages * page_tokens * bytes_per_token`; on a CPU the system commits it only when touched.
+    Where it is `walked`, keys are [pages, Hkv, S, D] as the values are, and pages may hold anything before their use.
     """
 
     def __init__(
         self, shapes: dict[int, LayerShape], num_pages: int, page_tokens: int, device: torch.device, dtype: torch.dtype
     ):
         self.num_pages, self.page_tokens, self.device = num_pages, page_tokens, device
+        self.walked = walked(device)
         P, S, kind = num_pages, page_tokens, {"device": device, "dtype": dtype}
-        self.keys = {i: torch.empty(P, s.heads, s.key_dim, S, **kind) for i, s in shapes.items()}
+        sizes = {i: (S, s.key_dim) if self.walked else (s.key_dim, S) for i, s in shapes.items()}
+        self.keys = {i: torch.empty(P, s.heads, *sizes[i], **kind) for i, s in shapes.items()}
         self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
         self.free = list(range(num_pages))  # a heap: the lowest page is handed out first
-        self.clean = 0  # pages below this hold finite numbers; a masked nan would still poison a sum
+        # Pages below this hold finite numbers: where all are streamed, a masked nan would still poison a sum.
+        self.clean = num_pages if self.walked else 0
 
     @staticmethod
     def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:
@@ -101,7 +112,7 @@ class PagedCache:
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""
         used = sorted(page for table in tables for page in table)
-        if not used or used[-1] + 1 <= len(used) + len(used) // 8 + 1:
+        if self.walked or not used or used[-1] + 1 <= len(used) + len(used) // 8 + 1:
             return
         holes = sorted(set(range(len(used))) - set(used))
         high = [page for page in used if page >= len(used)]
@@ -176,7 +187,7 @@ class Batch:
     shapes: dict[int, LayerShape] = field(default_factory=dict)  # filled by a probe
 
 
-_batch: Batch | None = None  # the forward pass in progress
+_batch: Batch | walk.Batch | None = None  # the forward pass in progress
 
 
 def attend(
@@ -217,8 +228,10 @@ def attend_packed(
     if batch.cache is None:
         batch.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], window)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return _dense(q, k, v, 0, scaling, window, softcap, sinks).transpose(0, 1)
+        return dense(q, k, v, 0, scaling, window, softcap, sinks).transpose(0, 1)
 
+    if batch.cache.walked:
+        return walk.attend(batch, layer, q, k, v, scaling, window, softcap, sinks)
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     keys[batch.pages, :, :, batch.slots] = k
     values[batch.pages, :, batch.slots] = v
@@ -237,7 +250,7 @@ def attend_packed(
             all_k = keys[piece.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
             all_v = values[piece.pages].transpose(0, 1).flatten(1, 2)[:, :total]
         some = q[here].transpose(0, 1)
-        out[here] = _dense(some, all_k, all_v, piece.start, *options).transpose(0, 1)
+        out[here] = dense(some, all_k, all_v, piece.start, *options).transpose(0, 1)
     return out
 
 
@@ -290,44 +303,6 @@ def _decode(
     return out.view(-1, Hq, Dv).to(q.dtype)
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: int,
-    scaling: float,
-    window: int,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Causal attention of one text's tokens start..start+n over its keys 0..start+n: q [Hq, n, D] -> [Hq, n, Dv]."""
-    n, total = q.shape[1], k.shape[1]
-    if not start and softcap is None and sinks is None and (not window or n <= window):
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
-    at = torch.arange(start, total, device=q.device)[:, None]
-    key = torch.arange(total, device=q.device)[None]
-    seen = key <= at
-    if window:
-        seen &= key > at - window
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
-    Hkv, G = k.shape[0], q.shape[0] // k.shape[0]
-    scores = (q.reshape(Hkv, G * n, -1) @ k.transpose(1, 2)).float().view(Hkv, G, n, total) * scaling
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill_(~seen, float("-inf"))
-    if sinks is not None:  # a column that takes weight and gives nothing
-        column = sinks.float().view(Hkv, G, 1, 1).expand(Hkv, G, n, 1)
-        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights.to(v.dtype).view(Hkv, G * n, total) @ v).view(q.shape[0], n, -1)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Joining a model
 
@@ -349,7 +324,7 @@ class Hook:
         self.shapes = self._probe()
 
     @contextmanager
-    def running(self, batch: Batch) -> Iterator[None]:
+    def running(self, batch: Batch | walk.Batch) -> Iterator[None]:
         global _batch
         assert _batch is None, "one forward pass at a time"
         before = [c._attn_implementation for c in self.configs]
@@ -373,7 +348,9 @@ class Hook:
             windows = {i: shape.window for i, shape in self.shapes.items()}
             self.lent = decoder.forwards(self.model, attend_packed, windows)
 
-    def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False) -> Tensor:
+    def forward(
+        self, batch: Batch | walk.Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False
+    ) -> Tensor:
         """ids, positions [T], keep [n] packed indices -> logits [n, V] of those tokens, in the model's dtype.
 
         hidden: what the head would be given instead, [n, H].
@@ -422,7 +399,7 @@ class Hook:
             return "" if error <= bound else why
 
         def split() -> Tensor:
-            cache = PagedCache(batch.shapes, 3, 4, device, dtype)
+            cache = PagedCache(batch.shapes, 3, 16 if walked(device) else 4, device, dtype)
             pages = [cache.take(), cache.take(), cache.take()]
             parts = [self.forward(piece_batch(cache, pages, 0, 5), ids[:5], at[:5], every[:5])]
             for i in range(5, 8):
@@ -453,11 +430,13 @@ def piece_batch(cache: PagedCache, pages: list[int], start: int, count: int) -> 
 
 def make_batch(
     cache: PagedCache, decode: Sequence[tuple[list[int], int, int]], prefill: Sequence[tuple[list[int], int, int]]
-) -> Batch:
+) -> Batch | walk.Batch:
     """The batch of decoding texts followed by pieces of prompts, each (pages, start, count), in this order.
 
     A decoding text has its newest token at `start`, and count - 1 drafted ones behind it.
     """
+    if cache.walked:
+        return walk.make_batch(cache, decode, prefill)
     S, device, pages, slots, at, pieces = cache.page_tokens, cache.device, [], [], 0, []
     plain, drafting = [], []
     for table, start, count in decode:

@@ -36,6 +36,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy, plain_head
 from lengthen.attention import Hook, PagedCache, make_batch, piece_batch
 from lengthen.decoder import physical_memory
 from lengthen.draw import draw, penalise
+from lengthen.graphs import DecodeGraphs
 from lengthen.lookup import LONGEST, Lookup, allot
 from lengthen.lora import Adapters
 from lengthen.meter import Meter, Progress, weight_bytes
@@ -149,8 +150,8 @@ class Sampler:
 
     `eos_ids` end a text. `context` is the model's, in tokens. `max_rows`: texts at once, 0 = auto. `kv_tokens`: room
     for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU; on CUDA nine tenths of what a pass of
-    the largest size leaves). `prefill_tokens`: prompt tokens in one step, 0 = auto. `lookup`: whether tokens are
-    guessed from a text's own; the texts are the same either way.
+    the largest size leaves). `prefill_tokens`: prompt tokens in one step, 0 = auto. `page_tokens`: 0 = auto (64 on a
+    CPU, 256 on CUDA). `lookup`: whether tokens are guessed from a text's own; the texts are the same either way.
     Raises UserError for models that the attention hook cannot carry. `notes` are lines for people, `stats` counts.
     """
 
@@ -164,7 +165,7 @@ class Sampler:
         max_rows: int = 0,
         kv_tokens: int = 0,
         prefill_tokens: int = 0,
-        page_tokens: int = 64,
+        page_tokens: int = 0,
         lookup: bool = True,
     ):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, set(eos_ids)
@@ -175,6 +176,7 @@ class Sampler:
         self.prefill_tokens = prefill_tokens or (8192 if cuda else 512)
         kind = self.device.type if self.device.type in FREE else "cpu"
         self.free_tokens, self.hurdle = FREE[kind] if lookup else 0, HURDLE[kind]
+        page_tokens = page_tokens or (256 if cuda else 64)
         self.notes: list[str] = []
         self.hook = Hook(model)
         self.head, why = plain_head(model)  # None = scores are read from the model's own logits
@@ -211,6 +213,10 @@ class Sampler:
             0,
         )
         self.stats["seconds"] = 0.0
+        self.graphs = None  # where page tables are walked, steps that only decode run several at a time
+        if self.cache.walked:
+            size = {"rows": self.max_rows, "context": self.context, "vocabulary": self.vocabulary}
+            self.graphs = DecodeGraphs(self.hook, self.cache, **size, eos_ids=self.eos_ids, notes=self.notes)
         self.meter, self.weight_bytes = Meter(), weight_bytes(model)
 
     def _make_pools(self, pages: int, page_tokens: int) -> tuple[PagedCache, PagedCache]:
@@ -268,6 +274,7 @@ class Sampler:
     def close(self) -> None:
         """Gives the memory of keys and values and of the weights' copies back."""
         self.hook.lent.clear()
+        self.graphs = None
         self.prefixes.clear()
         self.cache.keys.clear()
         self.cache.values.clear()
@@ -368,8 +375,15 @@ class Sampler:
     @torch.no_grad()
     def _step(self) -> None:
         began = time.perf_counter()
+        if self.graphs and self.graphs.flying:
+            self._burst([row for row in self.rows if row.slot in self.graphs.flying.slots], began)
+            return
         self._admit()
         plan = self._plan()
+        decoding = all(count == 1 and row.computed + 1 == len(row.ids) for row, count in plan)
+        if self.graphs and decoding and self.graphs.serves([row for row, _ in plan]):
+            self._burst([row for row, _ in plan], began)
+            return
         asked, keep, at = [], [], 0  # rows that have no more to compute draw a token, and one behind each drafted one
         for row, count in plan:
             at += count
@@ -395,6 +409,30 @@ class Sampler:
             self._accept(row, tokens[:count])
             del tokens[:count]
         self.meter.add(time.perf_counter() - began, read, self.stats["decode_tokens"] - made)
+
+    def _burst(self, rows: list[Row], began: float) -> None:
+        """Several steps for rows that only decode, on the device alone; texts are cut here where they end."""
+        try:
+            bursts = self.graphs.run(rows, ahead=not (self.queue and self.slots))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self._back_off()
+            return
+        steps, made = max(map(len, bursts), default=0), self.stats["decode_tokens"]
+        self.stats["steps"] += steps
+        for row, tokens in zip(rows, bursts, strict=True):
+            if tokens and not row.written:
+                self.prefixes.keep(self.adapter, row.request.prompt_ids, self.cache, row.pages)
+            for token in tokens:
+                row.computed += 1
+                self.stats["decode_tokens"] += 1
+                self.stats["row_steps"] += 1
+                self._advance(row, token)
+                if row.slot < 0:  # finished
+                    break
+        read = sum(row.computed for row in rows) * self.bytes_per_token + self.weight_bytes
+        self.meter.add(time.perf_counter() - began, steps * read, self.stats["decode_tokens"] - made)
 
     def _admit(self) -> None:
         """Moves requests from the queue into free rows, as far as the pages are likely to last."""

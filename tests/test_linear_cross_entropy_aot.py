@@ -23,20 +23,22 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def compile_one(kernel, meta: dict, arch: int, warps: int, stages: int) -> dict:
-    """Compile with the types and alignments of a real launch; read registers and instructions off the cubin."""
+def compile_kernel(kernel, meta: dict, types: dict, arch: int, warps: int, stages: int) -> dict:
+    """Compile with the types and alignments of a real launch; read registers and instructions off the cubin.
+
+    types: of the pointers, and of what else is no int32. Aligned pointers and sizes are what torch and the models'
+    shapes give.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # pointer types by name; aligned pointers and sizes are what torch and the models' shapes give
-    fp32, int64 = ("zt_ptr", "part_ptr", "coef_ptr", "sums_ptr", "u_ptr", "z_ptr"), ("t_ptr", "rows_ptr")
     signature = {}
     for name in kernel.arg_names:
         if name in meta:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in fp32 else "*i64" if name in int64 else "*bf16"
+            signature[name] = "*" + types[name]
         else:
             signature[name] = "fp32" if name in ("scale", "softcap", "eps") else "i32"
     aligned = [
@@ -65,6 +67,22 @@ def compile_one(kernel, meta: dict, arch: int, warps: int, stages: int) -> dict:
         "shared": compiled.metadata.shared,
         "warps": warps,
     }
+
+
+def compile_one(kernel, meta: dict, arch: int, warps: int, stages: int) -> dict:
+    types = dict.fromkeys(kernel.arg_names, "bf16")
+    types |= dict.fromkeys(("zt_ptr", "part_ptr", "coef_ptr", "sums_ptr", "u_ptr", "z_ptr"), "fp32")
+    types |= dict.fromkeys(("t_ptr", "rows_ptr"), "i64")
+    return compile_kernel(kernel, meta, types, arch, warps, stages)
+
+
+def run_compiler(script: str, arch: int) -> dict:
+    """A test file as a script, in a process where Triton compiles -> the JSON of its last line."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run([sys.executable, script, str(arch)], env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def compile_all(arch: int) -> dict:
@@ -97,11 +115,7 @@ def compile_all(arch: int) -> dict:
 @needs_triton
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_kernels_fit_the_card(arch):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run([sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout.splitlines()[-1])
+    report = run_compiler(__file__, arch)
     assert len(report) >= 5, report.keys()
     for name, used in report.items():
         assert used["stack"] == 0 and used["spills"] == 0, (name, used)

@@ -1,0 +1,326 @@
+"""Bursts of decoding steps on static buffers, on a CPU step by step, against the sampler's own steps and generate.
+
+    pytest tests/test_graphs.py
+
+What this cannot show is the capture itself: that the steps do the same operations whatever is in the buffers, and
+never ask the host, is checked operation by operation.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_sampler import EOS, make_prompts, make_sampler, write
+from test_walk import expect_little, generate, write_hopefully
+from tiny import FAMILIES, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lengthen import attention, graphs, walk
+from lengthen.graphs import DecodeGraphs, buckets
+from lengthen.sampler import Request, Sampling
+
+OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
+
+
+@pytest.fixture
+def walking(monkeypatch):
+    monkeypatch.setattr(attention, "walked", lambda device: True)
+
+
+@pytest.fixture
+def bursts(monkeypatch) -> list[list[int]]:
+    """Tokens per row of every burst."""
+    sizes, own = [], DecodeGraphs.run
+
+    def run(self, rows, **ahead):
+        result = own(self, rows, **ahead)
+        sizes.append([len(tokens) for tokens in result])
+        return result
+
+    monkeypatch.setattr(DecodeGraphs, "run", run)
+    return sizes
+
+
+def test_buckets():
+    assert buckets(1) == [1]
+    assert buckets(48) == [1, 2, 4, 8, 16, 24, 32, 48]
+    assert buckets(200)[-5:] == [96, 128, 160, 192, 200]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_generate_token_by_token(walking, bursts, family):
+    """With the penalty; 7 ragged prompts through 5 rows (buckets 1, 2, 4 and 5: padded and full)."""
+    model, prompts = tiny_model(family), make_prompts(7)
+    greedy = Sampling(temperature=0, max_new_tokens=29)
+    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], max_rows=5, **OPTIONS)
+    for i, prompt in enumerate(prompts):
+        assert samples[i].token_ids == generate(model, prompt, 29), i
+    assert max(map(len, bursts)) == 5 and max(map(max, bursts)) == graphs.STEPS
+    assert samples[None].notes.count("decoding steps are started one by one, not as CUDA graphs: there is no GPU") == 1
+
+
+def mixed_requests() -> list[Request]:
+    """Every setting that goes into the buffers, other rows beside other rows, texts that end early and late, two seeds
+    beyond 63 bits, prompts that share their pages."""
+    prompts = make_prompts(6, 60)
+    settings = [
+        Sampling(max_new_tokens=40),
+        Sampling(temperature=0, max_new_tokens=17),
+        Sampling(temperature=1.3, top_p=1, top_k=50, repetition_penalty=1, max_new_tokens=33),
+        Sampling(top_k=1, repetition_penalty=1.5, max_new_tokens=9),
+        Sampling(temperature=2.0, top_k=5, top_p=0.5, max_new_tokens=64),
+        Sampling(min_new_tokens=30, max_new_tokens=50, temperature=1.5, top_k=60, top_p=1),
+    ]
+    seeds = [3, -5, 2**63 + 9, 2**64 - 1, 0, 77]
+    return [
+        Request((i, j), prompts[(i + j) % 6] * (1 + j), seeds[i] + j, s, penalty_from=3 * j)
+        for i, s in enumerate(settings)
+        for j in range(3)
+    ]
+
+
+ENDS = {EOS, *range(3, 60)}  # rare tokens that end texts in the middle of bursts
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    """The mixed requests by the pool that a CPU streams, step by step."""
+    samples = write(tiny_model("qwen3"), mixed_requests(), eos_ids=ENDS, max_rows=7, **OPTIONS)
+    assert samples[None].graphs is None
+    return samples
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 7}, {"max_rows": 4, "kv_tokens": 304, "context": 300}])
+def test_bursts_write_what_single_steps_write(walking, bursts, plain, monkeypatch, options):
+    """Sampled and greedy, token by token and in how they end; the second run has too few pages and preempts rows."""
+    own, excess = DecodeGraphs._load, []
+
+    def load(self, rows, size):
+        excess.append(size - len(rows))
+        own(self, rows, size)
+
+    monkeypatch.setattr(DecodeGraphs, "_load", load)
+    ours = write_hopefully(tiny_model("qwen3"), mixed_requests(), eos_ids=ENDS, **OPTIONS, **options)
+    keys = [key for key in plain if key]
+    for key in keys:
+        assert (ours[key].token_ids, ours[key].finish) == (plain[key].token_ids, plain[key].finish), key
+    assert {"eos", "length"} <= {ours[key].finish for key in keys}
+    assert {0} < set(excess) and len(bursts) >= 10 and ("kv_tokens" not in options or ours[None].stats["preemptions"])
+    sampler, made = ours[None], sum(ours[key].num_tokens for key in keys)
+    assert sampler.stats["row_steps"] == plain[None].stats["row_steps"] == made
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
+
+
+def test_a_caller_may_take_pages_while_a_burst_is_in_the_air(walking, plain):
+    """`logprobs` between two samples: it preempts rows for its pages, whose draws that nobody has read must neither
+    count nor be penalised. More requests come in meanwhile, too. The texts stay what they are."""
+    sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, kv_tokens=304, context=300, **OPTIONS)
+    expect_little(sampler)
+    requests, flying, texts = mixed_requests(), [], {}
+    for request in requests[:9]:
+        sampler.add(request)
+    later = requests[9:]
+    for sample in sampler.run():
+        texts[sample.request.key] = sample.token_ids
+        flying.append(sampler.graphs.flying is not None)
+        if len(texts) % 3 == 0:
+            sampler.logprobs([([5] * 150, [6, 7])])
+        if later:
+            sampler.add(later.pop())
+    assert any(flying) and sampler.stats["preemptions"]
+    assert texts == {request.key: plain[request.key].token_ids for request in requests}
+    assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
+
+
+def test_few_pages_make_short_bursts(walking, monkeypatch):
+    """Two texts and 4 pages of 16: a burst takes no page that is not free, and its steps shrink to what there is."""
+    model, own, shrunk = tiny_model(), DecodeGraphs._reserve, []
+
+    def reserve(self, rows, behind):
+        steps = own(self, rows, behind)
+        shrunk.append(steps < min(graphs.STEPS, max(row.limit - len(row.ids) - behind for row in rows)))
+        return steps
+
+    monkeypatch.setattr(DecodeGraphs, "_reserve", reserve)
+    greedy = Sampling(temperature=0, max_new_tokens=30)
+    requests = [Request(i, p, i, greedy) for i, p in enumerate(([5] * 14, [9] * 14))]
+    samples = write_hopefully(model, requests, kv_tokens=64, context=64, max_rows=2, **OPTIONS)
+    for i in (0, 1):
+        assert samples[i].token_ids == generate(model, requests[i].prompt_ids, 30)
+    assert any(shrunk) and samples[None].cache.num_pages == 4
+
+
+def test_running_out_of_memory_in_a_burst_changes_no_text(walking, monkeypatch):
+    """The third step ever fails; what the first two drew was never read, and their ids must not be penalised."""
+    model, own, count = tiny_model(), DecodeGraphs._step, [0]
+    requests = [Request(i, p, i, Sampling(temperature=0, max_new_tokens=20)) for i, p in enumerate(make_prompts(4))]
+
+    def fails_once(self, size):
+        count[0] += 1
+        if count[0] == 3:
+            raise torch.OutOfMemoryError("no memory")
+        own(self, size)
+
+    monkeypatch.setattr(DecodeGraphs, "_step", fails_once)
+    samples = write(model, requests, **OPTIONS)
+    assert count[0] > 10 and "out of memory: 2 rows at once from now on" in samples[None].notes
+    for i, request in enumerate(requests):
+        assert samples[i].token_ids == generate(model, request.prompt_ids, 20)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_capturing_touches_no_text(walking, monkeypatch, plain, works):
+    """A stand-in for the capture runs steps on what is in the buffers then, and buckets are captured while texts are
+    running. Where it fails the step itself is the replay, which is said once."""
+    captured = []
+
+    def graph(self, size):
+        captured.append(size)
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        for _ in range(3):
+            self.step.zero_()
+            self._step(size)
+        return SimpleNamespace(replay=partial(self._step, size))
+
+    monkeypatch.setattr(DecodeGraphs, "_graph", graph)
+    sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, max_rows=7, **OPTIONS)
+    sampler.graphs.eager = ""
+    sampler.notes.clear()
+    for request in mixed_requests()[: 18 if works else 8]:
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == plain[sample.request.key].token_ids
+    failed = "capturing it failed (operation not permitted when stream is capturing)"
+    said = [f"decoding steps are started one by one, not as CUDA graphs: {failed}"]
+    assert (len(captured) > 2, sampler.notes) == ((True, []) if works else (False, said))
+
+
+def test_a_draw_among_too_many_ties_is_left_to_the_caller(walking, bursts, monkeypatch):
+    """A head that gives every 100 ids the same logit: top-k keeps ties, so 64 candidates are too few. The burst
+    is cut there, the next step draws from the whole vocabulary, and the texts are those of single steps."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight[::100].repeat_interleave(100, 0)[: len(model.lm_head.weight)])
+    requests = [Request(i, p, i, Sampling(max_new_tokens=20, top_p=1)) for i, p in enumerate(make_prompts(3))]
+    ours = write(model, requests, **OPTIONS)
+    assert any(0 in one for one in bursts)
+    monkeypatch.setattr(attention, "walked", lambda device: False)
+    theirs = write(model, requests, **OPTIONS)
+    assert all(ours[i].token_ids == theirs[i].token_ids for i in range(3))
+
+
+def test_rows_without_top_k_are_not_served(walking, bursts):
+    requests = [Request(i, p, i, Sampling(max_new_tokens=5, top_k=0)) for i, p in enumerate(make_prompts(2))]
+    samples = write(tiny_model(), requests, **OPTIONS)
+    assert not bursts and samples[0].num_tokens == 5
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation and the shapes of its results, but not those inside the kernels' references."""
+
+    ASKS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "item",
+        "is_nonzero",
+        "repeat_interleave",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.inside = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not self.inside:
+            name = func.overloadpacket.__name__
+            assert not any(name.startswith(ask) for ask in self.ASKS), f"{name} asks the host"
+            shapes = [
+                tuple(x.shape)
+                for x in (result if isinstance(result, (tuple, list)) else [result])
+                if hasattr(x, "shape")
+            ]
+            assert name != "lift_fresh" or shapes == [()], "a tensor is made from a list: a copy from the host"
+            self.seen.append((name, shapes))
+        return result
+
+    def opaque(self, function):
+        def call(*args, **kwargs):
+            self.inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+
+        return call
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_does_the_same_operations_whatever_the_buffers_hold(walking, monkeypatch, family):
+    """So it can be captured: no host read, and neither the operations nor their shapes follow the data (texts of other
+    lengths, with other settings, one beyond its limit, one row in excess)."""
+    operations = Operations()
+    for name in ("store_pages", "paged_attention"):
+        monkeypatch.setattr(walk, name, operations.opaque(getattr(walk, name)))
+    monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
+    sampler = make_sampler(tiny_model(family), **OPTIONS)
+    recorded = []
+    for lengths, settings in (
+        ((3, 70), {}),
+        ((20, 1), {"temperature": 0, "repetition_penalty": 1, "max_new_tokens": 3}),
+    ):
+        for i, n in enumerate(lengths):
+            sampler.add(Request(i, [7] * n, i, Sampling(**settings)))
+        sampler._step()
+        sampler._step()
+        steps = sampler.graphs
+        steps._reserve(sampler.rows, 0)
+        steps._load(sampler.rows, 4)
+        operations.seen = []
+        with torch.no_grad(), operations:
+            steps._step(4)
+            steps._step(4)
+        half = len(operations.seen) // 2
+        assert half > 40 and operations.seen[:half] == operations.seen[half:]
+        recorded.append(operations.seen)
+        for row in list(sampler.rows):
+            sampler._release(row)
+    assert recorded[0] == recorded[1]
+
+
+def test_the_check_sees_a_host_read():
+    with pytest.raises(AssertionError, match="asks the host"), Operations():
+        bool(torch.ones(1).any())
+    with pytest.raises(AssertionError, match="copy from the host"), Operations():
+        torch.tensor([1, 2])
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_graphs_write_what_generate_writes_in_fp32(family):
+    model, prompts = tiny_model(family).cuda(), make_prompts(7)
+    greedy = Sampling(temperature=0, max_new_tokens=29)
+    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], max_rows=5, **OPTIONS)
+    assert not samples[None].graphs.eager and samples[None].graphs.replays
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt], device="cuda")
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 29}
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i
+
+
+@pytest.mark.needs_cuda
+def test_gpu_graphs_on_and_off_write_the_same(monkeypatch):
+    model, requests = tiny_model("qwen3").cuda(), mixed_requests()
+    ours = write(model, requests, max_rows=7, **OPTIONS)
+    monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
+    theirs = write(model, requests, max_rows=7, **OPTIONS)
+    assert all(ours[r.key].token_ids == theirs[r.key].token_ids for r in requests)

@@ -1,0 +1,236 @@
+"""The GPU's code path on a CPU: page tables, slots and lengths go to the kernels' torch references.
+
+    pytest tests/test_walk.py
+
+Oracles: transformers' generate, one prompt at a time, and the pool that a CPU streams (tests/test_sampler.py).
+"""
+
+import sys
+
+import pytest
+import torch
+from test_sampler import make_prompts, make_sampler, write
+from tiny import FAMILIES, tiny_model
+
+import kernels.attention
+from lengthen import attention, prefill
+from lengthen.prefill import Bounds, attend_pieces
+from lengthen.sampler import Request, Sampling
+from lengthen.walk import make_batch
+
+GREEDY = Sampling(temperature=0, max_new_tokens=24)
+
+
+@pytest.fixture
+def walking(monkeypatch):
+    """Every pool is walked by kernels from here on; what nobody stored is nan, as it may be on a GPU."""
+    own = attention.PagedCache.__init__
+
+    def poisoned(self, *args):
+        own(self, *args)
+        for pool in (*self.keys.values(), *self.values.values()):
+            pool.fill_(torch.nan)
+
+    monkeypatch.setattr(attention, "walked", lambda device: True)
+    monkeypatch.setattr(attention.PagedCache, "__init__", poisoned)
+
+
+def generate(model, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": count}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def expect_little(sampler) -> None:
+    pages_for = sampler.cache.pages_for
+    sampler._expected_pages = lambda row: max(0, pages_for(len(row.ids) + 1) - len(row.pages))
+
+
+def write_hopefully(model, requests, **options) -> dict:
+    """`write` by a sampler that expects one more token of each, and so lets more texts in than its pages hold."""
+    sampler = make_sampler(model, **options)
+    expect_little(sampler)
+    for request in requests:
+        sampler.add(request)
+    return {**{sample.request.key: sample for sample in sampler.run()}, None: sampler}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_generate_token_by_token(walking, family):
+    """8 ragged prompts through 4 rows in pages of 16; windows (24) are shorter than most texts, prompts come in pieces
+    of at most 30 tokens, so that later pieces read their keys out of the pages."""
+    model, prompts = tiny_model(family), make_prompts(8)
+    samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
+    assert samples[None].cache.walked
+    for i, prompt in enumerate(prompts):
+        assert samples[i].token_ids == generate(model, prompt, 24), i
+
+
+def test_sampled_texts_are_those_of_the_streamed_pool(walking, monkeypatch):
+    """Sampling, shared prompts (pages are copied), few pages (rows are preempted): the same tokens by both ways."""
+    model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
+    requests = [
+        Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
+    ]
+    options = {"page_tokens": 16, "kv_tokens": 320, "context": 300}
+    ours = write_hopefully(model, requests, **options)
+    assert ours[None].stats["shared_tokens"] and ours[None].stats["preemptions"]
+    monkeypatch.setattr(attention, "walked", lambda device: False)
+    theirs = write(model, requests, **options)
+    for key in (request.key for request in requests):
+        assert ours[key].token_ids == theirs[key].token_ids
+
+
+def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
+    """The same sampler on the Triton kernels, interpreted."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("compiled kernels take no CPU tensors")
+    model, prompts = tiny_model(), make_prompts(2, 20)
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    calls = []
+
+    def interpreted(path, device):
+        calls.append(path)
+        return True
+
+    monkeypatch.setattr(kernels.attention, "_on_kernels", interpreted)
+    sizes = {"page_tokens": 16, "context": 32, "max_rows": 2}  # few pages, few splits: few programs to interpret
+    samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], **sizes)
+    assert len(calls) >= 10
+    for i, prompt in enumerate(prompts):
+        assert samples[i].token_ids == generate(model, prompt, 4), i
+
+
+def test_a_batch_with_drafts_is_one_forward_pass(walking):
+    """A text with two drafted tokens, one with none, one with seven, and a piece of a prompt behind its first part:
+    the logits of one packed pass are those of whole texts."""
+    model, hook = (m := tiny_model("gemma3")), attention.Hook(m)
+    cache = attention.PagedCache(hook.shapes, 40, 16, torch.device("cpu"), torch.float32)
+    texts = [[int(t) for t in torch.randint(3, 500, (n,))] for n in (40, 17, 30, 50)]
+    tables = [[cache.take() for _ in range(4)] for _ in texts]
+    known, new = [37, 16, 22, 20], [3, 1, 8, 30]
+
+    early = [(table, 0, n) for table, n in zip(tables, known, strict=True)]
+    ids = torch.tensor([t for text, n in zip(texts, known, strict=True) for t in text[:n]])
+    at = torch.tensor([p for n in known for p in range(n)])
+    hook.forward(make_batch(cache, [], early), ids, at, torch.tensor([0]))
+
+    late = [(table, n, count) for table, n, count in zip(tables, known, new, strict=True)]
+    batch = make_batch(cache, late[:3], late[3:])
+    assert batch.lengths.tolist() == [40, 17, 30] and batch.spread.tolist()[:8] == [0] * 5 + [0, 1, 2]
+    ids = torch.tensor([t for text, n, c in zip(texts, known, new, strict=True) for t in text[n : n + c]])
+    at = torch.tensor([p for n, c in zip(known, new, strict=True) for p in range(n, n + c)])
+    got = hook.forward(batch, ids, at, torch.arange(len(ids)))
+    want = [model(torch.tensor([text]), use_cache=False).logits[0, n:] for text, n in zip(texts, known, strict=True)]
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-3, atol=2e-4)
+
+
+def oracle(q, k, v, bounds, scaling, window, softcap, sinks):
+    """float64, one query at a time."""
+    out = []
+    for i in range(len(bounds.queries) - 1):
+        first, last = bounds.queries[i : i + 2]
+        keys, values = (x[slice(*bounds.keys[i : i + 2])].double().transpose(0, 1) for x in (k, v))
+        for at in range(first, last):
+            seen = keys.shape[1] - (last - 1 - at)
+            low = max(0, seen - window) if window else 0
+            some = keys[:, low:seen].repeat_interleave(q.shape[1] // k.shape[1], 0)
+            scores = (some @ q[at].double()[..., None])[..., 0] * scaling
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None]], 1)
+            weights = scores.softmax(1)[:, : some.shape[1]]
+            out.append((weights[:, None] @ values[:, low:seen].repeat_interleave(q.shape[1] // k.shape[1], 0))[:, 0])
+    return torch.stack(out)
+
+
+PIECES = {"whole prompts": ([5, 1, 20], [5, 1, 20]), "behind earlier parts": ([5, 1, 20], [9, 30, 20])}
+OPTIONS = [{}, {"window": 4}, {"softcap": 3.0}, {"sinks": True}, {"window": 4, "softcap": 3.0, "sinks": True}]
+
+
+def make_pieces(pieces, dtype=torch.float32, device="cpu", D=32, sinks=False, window=0, softcap=None):
+    g = torch.Generator().manual_seed(0)
+    bounds = Bounds.make(*PIECES[pieces], torch.device(device))
+    q = torch.randn(bounds.queries[-1], 6, D, generator=g)
+    k, v = (torch.randn(bounds.keys[-1], 2, D, generator=g) for _ in range(2))
+    sinks = torch.linspace(-1, 3, 6, device=device) if sinks else None
+    return *(x.to(device, dtype) for x in (q, k, v)), bounds, D**-0.5, window, softcap, sinks
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("pieces", PIECES)
+def test_pieces_attend_to_all_their_keys(monkeypatch, pieces, options):
+    """Also where a piece is computed 7 queries at a time, as long ones are."""
+    case = make_pieces(pieces, **options)
+    want = oracle(*case)
+    for queries in (1024, 7):
+        monkeypatch.setattr(prefill, "QUERIES", queries)
+        torch.testing.assert_close(attend_pieces(*case).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_flash_attention_is_called_as_it_wants(monkeypatch, options):
+    """Its contract, played by a float64 stand-in: causal from the lower right, a window that leaves out its own token,
+    the log of the sum per head and query. Sinks come in behind it."""
+    case = make_pieces("behind earlier parts", **options)
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, return_attn_probs):
+        assert causal and return_attn_probs and (max_q, max_k) == (20, 30)
+        bounds, width = Bounds(cu_q.tolist(), cu_k.tolist(), cu_q, cu_k), window_size[0] + 1
+        assert window_size in ((3, 0), (-1, -1))
+        out = oracle(q, k, v, bounds, softmax_scale, width, softcap, None)
+        ones = torch.ones_like(v)
+        zero = torch.zeros(q.shape[1])
+        with_sink = oracle(q, k, ones, bounds, softmax_scale, width, softcap, zero)[..., 0]  # S / (S + 1)
+        return out, torch.log(with_sink / (1 - with_sink)).T, None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", type("Module", (), {"flash_attn_varlen_func": stand_in}))
+    monkeypatch.setattr(prefill, "flash_kernel", lambda q, v, softcap: prefill._flash_attn)
+    torch.testing.assert_close(attend_pieces(*case), oracle(*case), rtol=1e-6, atol=1e-6)
+
+
+def test_which_kernel_serves_which_inputs(monkeypatch):
+    """CUDA tensors are played by shapes: this is the table of the docstring."""
+
+    class Fake:
+        device = torch.device("cuda")
+
+        def __init__(self, dim, dtype=torch.bfloat16):
+            self.shape, self.dtype = (9, 4, dim), dtype
+
+    monkeypatch.setattr(prefill, "_ampere", lambda device: True)
+    for installed in (True, False):
+        monkeypatch.setattr(prefill, "_has_flash_attn", lambda installed=installed: installed)
+        own = prefill._flash_attn if installed else prefill._torch_flash
+        assert prefill.flash_kernel(Fake(128), Fake(128), None) is own
+        assert prefill.flash_kernel(Fake(128), Fake(128), 30.0) is (own if installed else None)
+        for q, v in (
+            (Fake(192), Fake(128)),
+            (Fake(512), Fake(512)),
+            (Fake(64, torch.float32), Fake(64, torch.float32)),
+        ):
+            assert prefill.flash_kernel(q, v, None) is None
+    monkeypatch.setattr(prefill, "_ampere", lambda device: False)
+    assert prefill.flash_kernel(Fake(128), Fake(128), None) is None
+    assert prefill.flash_kernel(torch.zeros(9, 4, 64), torch.zeros(9, 4, 64), None) is None
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("pieces", PIECES)
+def test_gpu_flash_attention_agrees(pieces, options):
+    case = make_pieces(pieces, torch.bfloat16, "cuda", 64, **options)
+    torch.testing.assert_close(attend_pieces(*case).double(), oracle(*case), rtol=0, atol=3e-2)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_greedy_is_generate_in_fp32(family):
+    model, prompts = tiny_model(family).cuda(), make_prompts(8)
+    samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt], device="cuda")
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 24}
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i
