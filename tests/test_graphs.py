@@ -91,7 +91,7 @@ def plain() -> dict:
     return samples
 
 
-@pytest.mark.parametrize("options", [{"max_rows": 7}, {"max_rows": 4, "kv_tokens": 304, "context": 300}])
+@pytest.mark.parametrize("options", [{"max_rows": 6}, {"max_rows": 4, "kv_tokens": 304, "context": 300}])
 def test_bursts_write_what_single_steps_write(walking, bursts, plain, monkeypatch, options):
     """Sampled and greedy, token by token and in how they end; the second run has too few pages and preempts rows."""
     own, excess = DecodeGraphs._load, []
