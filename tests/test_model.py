@@ -14,7 +14,6 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from tiny import CHAT_TEMPLATE, CONTEXT, save_tiny, tiny_config, tiny_model, tiny_tokenizer
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lengthen import cli, lora
@@ -116,28 +115,6 @@ def test_context_is_the_models(rope, context):
 def test_a_tokenizers_smaller_limit_is_told_and_not_obeyed():
     limit, remark = model_module.context_length(LlamaConfig(max_position_embeddings=32768), tiny_tokenizer())
     assert limit == 32768 and "2,048" in remark
-
-
-def test_nf4_weights_are_made_tensor_by_tensor(tmp_path):
-    """Never the whole model unquantised: at most the quantised one and a shard (pages of the mapped files apart)."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "head_dim": 128}
-    whole = tiny_model(**sizes).to(torch.bfloat16)
-    whole.save_pretrained(tmp_path, max_shard_size="8MB")
-    tiny_tokenizer().save_pretrained(tmp_path)
-    shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    assert len(shards) >= 4 and sum(shards) > 35e6
-    load_model(str(tmp_path), device="cpu", quantize="nf4", dtype="bfloat16")  # imports, tables of bitsandbytes
-    loaded = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        loaded.append(load_model(str(tmp_path), device="cpu", quantize="nf4", dtype="bfloat16"))
-    now = most = 0
-    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    quantized = sum(p.numel() * p.itemsize for p in loaded[0].model.parameters())
-    assert quantized < 0.4 * sum(shards)
-    assert quantized < most < quantized + max(shards), (quantized, most, max(shards))
 
 
 @pytest.mark.parametrize(("memory", "chosen"), [(24e9, "nf4"), (39.9e9, "nf4"), (42.3e9, "none"), (80e9, "none")])
