@@ -41,7 +41,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from extend import first_half  # noqa: E402
+from extend import shown  # noqa: E402
 from lengthen.chat import fill  # noqa: E402
 from lengthen.lookup import Lookup  # noqa: E402
 from lengthen.model import LoadedModel, demo_file, load_model  # noqa: E402
@@ -225,7 +225,7 @@ def extender_prompts(loaded: LoadedModel, count: int, rows: int, limit: int) -> 
     drafts = run_sampler(loaded, encoded, limit, rows, 0)["texts"]
     prompts = []
     for text, ids in zip(asked, drafts, strict=True):
-        draft = first_half(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+        draft = shown(loaded.tokenizer.decode(ids, skip_special_tokens=True, 1, 2))
         content = fill("extend", "en", instruction=text, draft=draft)
         prompts.append(loaded.chat.encode([{"role": "user", "content": content}]))
     return prompts
