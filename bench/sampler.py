@@ -225,7 +225,7 @@ def extender_prompts(loaded: LoadedModel, count: int, rows: int, limit: int) -> 
     drafts = run_sampler(loaded, encoded, limit, rows, 0)["texts"]
     prompts = []
     for text, ids in zip(asked, drafts, strict=True):
-        draft = shown(loaded.tokenizer.decode(ids, skip_special_tokens=True, 1, 2))
+        draft = shown(loaded.tokenizer.decode(ids, skip_special_tokens=True), 1, 2)
         content = fill("extend", "en", instruction=text, draft=draft)
         prompts.append(loaded.chat.encode([{"role": "user", "content": content}]))
     return prompts

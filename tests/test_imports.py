@@ -1,6 +1,7 @@
 """pytest tests/test_imports.py: who may import whom, read from the source; and that the leaves load without torch."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -150,3 +151,16 @@ def test_the_test_sees_every_kind_of_import(tmp_path):
     always = {"a", "b.c", "d", "lengthen.text", "f", "g", "typing"}
     assert imports(path, top_only=True) == always
     assert imports(path) == always | {"i", "l.m", "o"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_every_bench_finds_what_it_imports(path):
+    """bench/sampler.py imported a function of extend.py that had got another name."""
+    spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    assert callable(module.main)
