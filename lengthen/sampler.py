@@ -422,13 +422,8 @@ class Sampler:
         steps, made = max(map(len, bursts), default=0), self.stats["decode_tokens"]
         self.stats["steps"] += steps
         for row, tokens in zip(rows, bursts, strict=True):
-            if tokens and not row.written:
-                self.prefixes.keep(self.adapter, row.request.prompt_ids, self.cache, row.pages)
             for token in tokens:
-                row.computed += 1
-                self.stats["decode_tokens"] += 1
-                self.stats["row_steps"] += 1
-                self._advance(row, token)
+                self._accept(row, [token])
                 if row.slot < 0:  # finished
                     break
         read = sum(row.computed for row in rows) * self.bytes_per_token + self.weight_bytes
