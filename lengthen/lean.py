@@ -622,8 +622,8 @@ class _LayerFunction(torch.autograd.Function):
 class Lean:
     """The lean layers that a model runs on; none where `why` says what stands against it."""
 
-    def __init__(self, config, layers: list[Layer], host: Host | None, why: str = ""):
-        self.config, self.layers, self.host, self.why = config, layers, host, why
+    def __init__(self, layers: list[Layer], host: Host | None, why: str = ""):
+        self.layers, self.host, self.why = layers, host, why
 
     def set(self, settings: Settings) -> None:
         """Before a forward pass (a step that broke off is cleared away)."""
@@ -662,26 +662,26 @@ def apply(model: nn.Module, settings: Settings = Settings(), host_limit: int = 0
     decoder = model.get_decoder()
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     if why := _cannot(model, layers):
-        return Lean(model.config, [], None, why)
+        return Lean([], None, why)
     inputs, asked = _watch(decoder, layers)
     host = Host(model.device, host_limit)
     lent = []
     for layer in layers:
         told = asked.get(layer.self_attn, {})
         if told.get("softcap") or told.get("s_aux") is not None or "scaling" not in told:
-            return Lean(model.config, [], None, "its attention is of another kind")
+            return Lean([], None, "its attention is of another kind")
         lent.append(Layer(layer, told["scaling"], told.get("sliding_window") or 0, host))
     was_training = model.training
     model.eval()  # dropout would draw other masks in the model's own code
     try:
         for layer, given in zip(lent, inputs, strict=True):
             if not _agrees(layer, given):
-                return Lean(model.config, [], None, "a layer differs from what it looks like")
+                return Lean([], None, "a layer differs from what it looks like")
     finally:
         model.train(was_training)
     for layer in lent:
         layer.module.forward, layer.module.gradient_checkpointing = layer, False
-    lean = Lean(model.config, lent, host)
+    lean = Lean(lent, host)
     lean.set(settings)
     return lean
 

@@ -10,8 +10,7 @@ from itertools import product
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
-from torch.profiler import ProfilerActivity, profile
+from tiny import FAMILIES, peak_bytes, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -389,18 +388,6 @@ def test_each_level_keeps_what_its_formula_says(family, monkeypatch):
         assert saved_bytes(model, samples) == rest
         assert wanted <= lent.host.bytes < wanted + 2 * 64
         assert len(lent.host.free) == lent.host.taken  # the graph is gone: everything is free again
-
-
-def peak_bytes(work) -> int:
-    """Most memory allocated at a time by `work`, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 BROAD = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": 1}

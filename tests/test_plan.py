@@ -3,8 +3,7 @@
 import pytest
 import torch
 from test_train import some_pairs, with_lora
-from tiny import tiny_config
-from torch.profiler import ProfilerActivity, profile
+from tiny import peak_bytes, tiny_config
 from transformers import AutoConfig
 
 import train
@@ -20,18 +19,6 @@ def budget_of(family: str, dtype=torch.float32, cuda: bool = False, **changes) -
     config = tiny_config(family, **changes)
     shape = {"rank": 4, "targets": "all-linear", "dtype": dtype}
     return Budget(plan.facts_of(plan.meta_model(config, dtype), cuda=cuda, **shape), plan.trace(config, **shape))
-
-
-def profiled_peak(work) -> int:
-    """Most bytes alive at a time beyond what was there before, by torch's own profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
-        work()
-    events = [e for e in traced.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -56,7 +43,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, lean_layers, ch
         train.row_loss(model, abilities, [pair])[0].backward()
 
     step()  # the gradients are there from the second step on
-    measured = profiled_peak(step)
+    measured = peak_bytes(step)
     budget = budget_of(family, **WIDE)
     budget = Budget(budget.facts, None if lean_layers else budget.traced)
     parts = budget.activations(settings, 1000, len(pair.ids) - pair.num_prompt)
