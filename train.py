@@ -50,7 +50,15 @@ from lengthen import cli, lean, lora, parallel, plan, steplog
 from lengthen.chat import Chat, fill, template_hashes
 from lengthen.checkpoint import TrainingFolder, restore_state, training_state
 from lengthen.jobs import read_sidecar
-from lengthen.model import DTYPES, NF4_BELOW, context_length, load_config, load_model, load_tokenizer
+from lengthen.model import (
+    DTYPES,
+    NF4_BELOW,
+    context_length,
+    embeddings_to_host,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from lengthen.packed import Abilities, checkpointed, examine, pack
 from lengthen.pairs import NAME as PAIRS
 from lengthen.pairs import Pair, PairFile, read_pairs, write_pairs
@@ -348,6 +356,17 @@ def shrink_or_stop(memory: Memory, tokens: int, auto_shrink: bool) -> None:
     )
 
 
+def adamw(parameters: list[torch.nn.Parameter], rate: float, bits: int) -> torch.optim.Optimizer:
+    """AdamW without weight decay; bits 8: both moments in blocks of 256 with a scale (arXiv 2110.02861)."""
+    if bits == 32:
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--adam-bits 8 needs bitsandbytes", "pip install bitsandbytes, or --adam-bits 32") from None
+    return AdamW8bit(parameters, lr=rate, weight_decay=0.0)
+
+
 def spike_ceiling(losses: list[float]) -> float:
     """The loss above which a step is skipped, from the losses of the steps before it that were not."""
     if len(losses) < SPIKE_FROM:
@@ -391,6 +410,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="control: as many target tokens as that training, not --epochs",
     )
     add("--learning-rate", type=number, default=1e-4, help="its peak, behind the warm-up")
+    add("--adam-bits", type=int, choices=(32, 8), default=32, help="of AdamW's moments; 8 needs bitsandbytes")
     add("--batch-size", type=count, default=1, help="pairs packed into one row; memory may split it, the result stays")
     add("--accumulate", type=count, default=1, help="rows a step, weighted by their tokens")
 
@@ -399,6 +419,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vram", type=number, default=0.0, help="GB of GPU memory to stay within; 0 = what the card has free")
     add("--checkpoint", choices=("auto", *plan.LEVELS), default="auto", help=CHECKPOINT_HELP)
     add("--offload", action="store_true", help="keep what waits for the backward pass in host memory")
+    add("--host-gb", type=number, default=0.0, help="GB of host memory that --offload may take; 0 = what it needs")
+    add("--embeddings", choices=("device", "host"), default="device", help="where the input embedding lies")
     add("--tile-rows", type=cli.at_least(0), default=0, help="tokens that an MLP takes at a time; 0 = by the plan")
     add("--auto-shrink", action="store_true", help="out of memory: do the step again with leaner settings")
     budget = "0 = 3 on a CPU, all that --vram leaves on a GPU"
@@ -417,7 +439,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 SETTINGS = (  # what changes the result
     *("role", "language", "seed", "quantize", "max_length", "keep_lines"),
     *("rank", "alpha", "rslora", "dropout", "targets"),
-    *("epochs", "learning_rate", "batch_size", "accumulate"),
+    *("epochs", "learning_rate", "adam_bits", "batch_size", "accumulate"),
 )
 
 
@@ -495,6 +517,8 @@ def show_plan(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
     model = plan.meta_model(config, dtype)
+    if args.embeddings == "host":
+        embeddings_to_host(model)
     lean_layers = not lean.stands_against(model, "cuda" if cuda else "cpu", dtype)
     budget = budget_of(args, model, dtype, nf4, cuda, lean_layers)
     room, wanted = room_of(args, budget, device, vram), wanted_of(args)
@@ -518,7 +542,7 @@ def show_plan(args: argparse.Namespace) -> None:
 def memory_of(args: argparse.Namespace, loaded, abilities: Abilities, longest: int, processes: Processes) -> Memory:
     """What decides, row by row, what is kept and what is computed again."""
     model, cuda = loaded.model, loaded.device.type == "cuda"
-    lent = lean.apply(model)
+    lent = lean.apply(model, host_limit=int(1e9 * args.host_gb))
     for line in lent.notes():
         cli.say(line)
     lean_layers = bool(lent.layers)
@@ -535,10 +559,11 @@ def budget_of(
 
     token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
     """
+    limits = {"adam_bits": args.adam_bits, "host_bytes": 1e9 * args.host_gb}
     shape = {"rank": args.rank, "targets": args.targets, "dtype": dtype}
     facts = plan.facts_of(model, nf4=nf4, cuda=cuda, **shape)
     if lean_layers:
-        return Budget(facts, None)
+        return Budget(facts, None, **limits)
     try:
         traced = plan.trace(model.config, dropout=args.dropout, **shape)
     except UserError as error:
@@ -547,7 +572,7 @@ def budget_of(
         cli.say(f"{error.message}: its activations are measured instead")
         traced = plan.from_saved_bytes(facts, token_bytes)
     plan.check_served(wanted_of(args), traced)
-    return Budget(facts, traced)
+    return Budget(facts, traced, **limits)
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
@@ -596,6 +621,8 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     model = loaded.model
     for line in loaded.notes:
         cli.say(line)
+    if args.embeddings == "host":
+        embeddings_to_host(model)
 
     # 2) LoRA: fresh, or the adapter of the iteration before
     base_hash = lora.base_hash(model)
@@ -609,7 +636,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     per_step = args.batch_size * args.accumulate
     longest = int(pairs.lengths.max())  # of a row, too: short pairs share one only where that costs nothing
     memory = memory_of(args, loaded, abilities, longest, processes)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = adamw(parameters, args.learning_rate, args.adam_bits)
 
     # 3) go on from the last checkpoint, if there is one
     per_epoch = math.ceil(len(pairs) / per_step)

@@ -292,13 +292,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3) the loop and its controls
     settings.benchmark = str(reported)
-    stages, _ = loop.execute([s for s in loop.plan(settings) if "final" not in s.part])
+    last = f"iter_{args.iterations}"
+    unused = (last, "train extender")  # what it would extend are drafts of a further iteration
+    steps = [s for s in loop.plan(settings) if "final" not in s.part and (s.part, s.name) != unused]
+    stages, _ = loop.execute(steps)
 
     # 4) what came of it
     names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
     models = {name: answers_of(Path(args.run) / "eval" / name) for name in names}
     rows = {name: measured(models["base"], groups) for name, groups in models.items()}
-    last = f"iter_{args.iterations}"
     said = verdict(rows["base"], rows[last])
     pairs = {f"{s['part']} {s['stage'].removeprefix('train ')}": s["pairs"] for s in stages if "pairs" in s}
     cost = {s["part"] + " " + s["stage"]: (s.get("tokens"), s["seconds"]) for s in stages}

@@ -17,6 +17,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn, optim
@@ -177,7 +178,8 @@ def training_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Te
     for i, parameter in enumerate(lora.lora_parameters(model)):
         tensors[f"{i}.weight"] = parameter
         for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{i}.{name}"] = value
+            if not name.startswith("qmap"):  # bitsandbytes' table of what 8 bits stand for: a constant
+                tensors[f"{i}.{name}"] = torch.as_tensor(value)
     return tensors
 
 
@@ -185,6 +187,12 @@ def restore_state(model: nn.Module, optimizer: optim.Optimizer, tensors: dict[st
     """Take over what training_state gave."""
     for i, parameter in enumerate(lora.lora_parameters(model)):
         parameter.data.copy_(tensors[f"{i}.weight"])
-        if f"{i}.step" in tensors:  # not yet there where every step so far was skipped
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {name: tensors[f"{i}.{name}"].to(parameter.device) for name in moments}
+        if f"{i}.step" not in tensors:  # every step so far was skipped
+            continue
+        if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes', which counts its steps as an int
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, i)
+        for name in (key.partition(".")[2] for key in tensors if key.startswith(f"{i}.")):
+            value = tensors[f"{i}.{name}"]
+            if name != "weight":
+                counted = not value.is_floating_point() and not value.dim()
+                optimizer.state[parameter][name] = value.item() if counted else value.to(parameter.device)

@@ -389,6 +389,30 @@ def _check_rows(name: str, model: transformers.PreTrainedModel) -> None:
             )
 
 
+class HostEmbedding(torch.nn.Module):
+    """An embedding whose matrix stays in host memory; its rows, [..., H], come to the device of the ids."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = weight  # no parameter and no buffer: it neither moves with the model nor stands for its device
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+
+
+def embeddings_to_host(model: transformers.PreTrainedModel) -> None:
+    """Frees what the input embedding takes on the device: V x H, 1 GB for an 8B model. UserError where it is needed.
+
+    A model without data (torch's meta device) is changed alike, for the plan.
+    """
+    old, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(old) is not torch.nn.Embedding or (head is not None and head.weight is old.weight):
+        why = "it is the head, too" if type(old) is torch.nn.Embedding else f"it is a {type(old).__name__}"
+        raise UserError(f"--embeddings host cannot move the embedding of this model: {why}", "leave it out")
+    weight = old.weight.detach()
+    model.set_input_embeddings(HostEmbedding(weight if weight.is_meta else weight.cpu()))
+
+
 def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:
     """The EOS ids of the generation config, which is then reduced to them: its sampling defaults must not leak in."""
     eos = model.generation_config.eos_token_id if model.generation_config else None

@@ -4,7 +4,8 @@ A step's peak (GB = 1e9 bytes) is the sum of
 
     weights       frozen: linear layers (NF4: 4.127 bits each), embedding and head, norms and biases
     dequantised   the largest matrix, for as long as it is multiplied (NF4 only)
-    LoRA          fp32 weights, gradients and Adam's two moments: 16 bytes a parameter; bf16 copies while they are used
+    LoRA          fp32 weights, gradients and Adam's two moments: 16 bytes a parameter, 10 with moments of 8 bits; bf16
+                  copies while they are used
     kept          what the forward pass leaves for the backward pass, by the level of --checkpoint
     working set   what the backward pass of one layer holds beside that, or the loss, whichever is more
     reserve       CUDA's context, cuBLAS's workspaces, and a tenth of the activations for what the allocator cannot join
@@ -19,7 +20,8 @@ not derived but counted: the decoder runs, one and two layers deep, on torch's m
     attention   X, out, lse                                           q, k, v, o, gate, up; attention not
     full        X                                                     the same, and attention
 
---offload moves what is kept to pinned host memory, but for the two layers on their way; --tile-rows works through the
+--offload moves what is kept to pinned host memory, but for the two layers on their way, and --host-gb bounds that;
+--embeddings host leaves the input embedding there, of which a row takes T lines; --tile-rows works through the
 MLP so many tokens at a time. A plan may treat only the first layers this way: `Settings.layers`.
 
 Time is the floor: FLOPs / the card's dense bf16 peak. Per token, N the weights of the linear layers, T the length:
@@ -33,6 +35,7 @@ with a frozen base, FlashAttention and a loss without logits.
 """
 
 import copy
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -53,7 +56,7 @@ from lengthen.records import UserError
 GENERIC_LEVELS = ("none", "full")  # what transformers' own layers can do
 TILE_ROWS = 4096  # tokens of an MLP tile: large enough for full matrix products, 0.6 GB on an 8B model
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits, a scale of 8 bits for 64 weights, an fp32 constant for 256 scales
-LORA_BYTES = {"LoRA weights": 4, "LoRA gradients": 4, "optimizer moments": 8}  # a parameter, fp32 AdamW
+MOMENT_BYTES = {32: 8, 8: 2 + 2 * 4 / 256}  # of AdamW, a parameter; 8 bits: and an fp32 scale for 256 of them
 CONTEXT_BYTES = 1.0e9  # CUDA context, cuBLAS workspaces
 SLACK = 0.10  # of the activations: blocks that the allocator holds and cannot join
 BUFFERED_LAYERS = 2  # offloading: one layer on its way while another is in use
@@ -98,7 +101,7 @@ class Facts:
     linear: int  # weights of all linear layers of the decoder
     down: int  # of the MLPs' down projections among them: the one product that is never recomputed
     largest: int  # the largest of their matrices
-    embedding: int  # embedding, and the head where it has its own
+    embedding: int  # embedding, and the head where it has its own; what is left in host memory is not counted
     rest: int  # norms, biases
     lora: int  # trained parameters
     lora_a: int  # of their first matrices, A
@@ -123,6 +126,7 @@ def facts_of(
     weights = {name: layer.in_features * layer.out_features for name, layer in linears.items()}
     down = {name for name in weights if name.endswith("down_proj")}
     tables = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    tables &= set(model.parameters())  # a HostEmbedding's is none
     counted = tables | {layer.weight for layer in linears.values()} | set(lora.lora_parameters(model))
     trained = {
         name: rank * (linears[name].in_features + linears[name].out_features)
@@ -337,10 +341,13 @@ def loss_bytes(facts: Facts, targets: int) -> float:
 
 
 class Budget:
-    """What a step of this model takes; `traced` = transformers' layers, None = the memory-lean layer."""
+    """What a step of this model takes; `traced` = transformers' layers, None = the memory-lean layer.
 
-    def __init__(self, facts: Facts, traced: Traced | None):
-        self.facts, self.traced = facts, traced
+    adam_bits: of AdamW's moments, 32 or 8. host_bytes: the most that --offload may move, 0 = all of it.
+    """
+
+    def __init__(self, facts: Facts, traced: Traced | None, adam_bits: int = 32, host_bytes: float = 0.0):
+        self.facts, self.traced, self.adam_bits, self.host_bytes = facts, traced, adam_bits, host_bytes
 
     def static(self) -> dict[str, float]:
         """Component -> bytes that are there whatever the length."""
@@ -352,9 +359,8 @@ class Budget:
         }
         if f.nf4 and self.traced:  # the memory-lean layer counts its own
             parts["dequantised weight"] = float(f.largest * f.item)
-        for name, each in LORA_BYTES.items():
-            parts[name] = float(f.lora * each)
-        return parts
+        each = {"LoRA weights": 4, "LoRA gradients": 4, "optimizer moments": MOMENT_BYTES[self.adam_bits]}
+        return parts | {name: float(f.lora * size) for name, size in each.items()}
 
     def activations(self, settings: Settings, tokens: int, targets: int = -1) -> dict[str, float]:
         """Component -> bytes that a row of so many tokens adds; targets: tokens that are learned (-1 = all).
@@ -378,7 +384,7 @@ class Budget:
             each = lean_kept(f, settings.checkpoint) * tokens
             kept = (f.layers - some) * lean_kept(f, "none") * tokens + some * each
             if settings.offload:
-                offloaded = max(0, some - BUFFERED_LAYERS) * each
+                offloaded = min(max(0, some - BUFFERED_LAYERS) * each, self.host_bytes or math.inf)
             work = lean_backward(f, tokens, settings)
         loss = loss_bytes(f, targets)
         parts = {"kept activations": kept - offloaded}
@@ -501,10 +507,10 @@ def measured_flops(size: int = 1024) -> float:
 
 HELPS = {  # what makes a component smaller
     "linear weights": "--quantize nf4, or a smaller model",
-    "embedding and head": "a smaller model",
+    "embedding and head": "--embeddings host, or a smaller model",
     "LoRA weights": "a smaller --rank",
     "LoRA gradients": "a smaller --rank",
-    "optimizer moments": "a smaller --rank",
+    "optimizer moments": "--adam-bits 8, or a smaller --rank",
     "kept activations": "--checkpoint full, or a smaller --max-length",
     "working set of a layer's backward": "a smaller --max-length",
     "loss": "a smaller --max-length",

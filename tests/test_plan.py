@@ -1,5 +1,7 @@
 """plan.py: bytes against the profiler, numbers against the published ones.  python -m pytest tests/test_plan.py"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_train import some_pairs, with_lora
@@ -8,6 +10,7 @@ from transformers import AutoConfig
 
 import train
 from lengthen import lean, lora, plan
+from lengthen.model import embeddings_to_host
 from lengthen.packed import checkpointed, examine
 from lengthen.plan import Budget, Settings, Wanted
 from lengthen.records import UserError
@@ -216,6 +219,39 @@ def test_offloading_moves_bytes_to_the_host():
     everything = budget.activations(Settings("none", offload=True), 100_000)["offloaded (host memory)"]
     assert everything == 30 / 32 * budget.activations(Settings("none"), 100_000)["kept activations"]
     assert here["kept activations"] - moved["kept activations"] == moved["offloaded (host memory)"]
+
+
+def test_no_more_is_offloaded_than_the_host_may_take():
+    free, bound = (Budget(seven_b("llama", 32).facts, None, host_bytes=size) for size in (0.0, 10e9))
+    moved, some = (b.activations(Settings("full", offload=True), 100_000) for b in (free, bound))
+    assert moved["offloaded (host memory)"] > some["offloaded (host memory)"] == 10e9
+    assert sum(some[k] - moved[k] for k in ("kept activations", "offloaded (host memory)")) == pytest.approx(0)
+    assert bound.longest(Wanted(), 24e9) < free.longest(Wanted(), 24e9)
+
+
+def test_moments_of_8_bits_take_what_bitsandbytes_allocates():
+    optimizers = pytest.importorskip("bitsandbytes").optim
+    parameter = torch.nn.Parameter(torch.randn(64, 1024))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = optimizers.AdamW8bit([parameter])
+    optimizer.step()
+    state = {k: v for k, v in optimizer.state[parameter].items() if k != "step" and not k.startswith("qmap")}
+    assert sum(v.nbytes for v in state.values()) == plan.MOMENT_BYTES[8] * parameter.numel()
+    facts = seven_b("llama", 32).facts
+    assert Budget(facts, None, adam_bits=8).static()["optimizer moments"] == plan.MOMENT_BYTES[8] * 83_886_080
+
+
+def test_an_embedding_in_host_memory_is_not_on_the_card():
+    facts = []
+    for host in (False, True):
+        model = plan.meta_model(AutoConfig.for_model("llama", tie_word_embeddings=False, **LLAMA), torch.bfloat16)
+        if host:
+            embeddings_to_host(model)
+        facts.append(plan.facts_of(model, rank=32))
+    assert facts[0].embedding - facts[1].embedding == 128_256 * 4096
+    assert facts[0] == replace(facts[1], embedding=facts[0].embedding)  # nothing else is counted otherwise
+    with pytest.raises(UserError, match="it is the head, too"):
+        embeddings_to_host(plan.meta_model(tiny_config("llama", tie_word_embeddings=True), torch.float32))
 
 
 def test_what_only_the_lean_layer_can_do_is_refused_elsewhere():

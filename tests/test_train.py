@@ -769,6 +769,32 @@ def test_a_forced_level_gives_the_same_losses(run, checkpoint, more):
     assert f"goes with --checkpoint {checkpoint}" in err
 
 
+def losses_of(log: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in log]
+
+
+def test_an_embedding_in_host_memory_gives_the_same_losses(run):
+    assert losses_of(run("--embeddings", "host", output="host")[1]) == losses_of(run(output="plain")[1])
+
+
+def test_moments_of_8_bits_train_alike_and_resume_exactly(run, tmp_path, monkeypatch):
+    """Killed and run again: 8-bit states, scales and step counts come back as they were."""
+    pytest.importorskip("bitsandbytes")
+    flags = ("--adam-bits", "8", "--rank", "64", "--targets", "gate_proj")  # matrices below 4,096 elements stay fp32
+    whole, plain = run(*flags, output="whole")[1], run(*flags[2:], output="plain")[1]
+    assert losses_of(whole) == pytest.approx(losses_of(plain), rel=0.02) and losses_of(whole) != losses_of(plain)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        step, calls = train.train_step, iter(range(100))
+        context.setattr(train, "train_step", lambda *a, **k: die() if next(calls) == 5 else step(*a, **k))
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, output="killed")
+    assert losses_of(run(*flags, output="killed")[1]) == losses_of(whole)
+
+
 def test_levels_that_only_lean_layers_have_are_refused_without_them(run, own_layers):
     with pytest.raises(UserError, match="--offload needs the memory-lean layer"):
         run("--offload")
