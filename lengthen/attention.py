@@ -77,6 +77,7 @@ class PagedCache:
         self.keys = {i: torch.empty(P, s.heads, *sizes[i], **kind) for i, s in shapes.items()}
         self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
         self.free = list(range(num_pages))  # a heap: the lowest page is handed out first
+        self.holders = [0] * num_pages  # of each page: more than one where it is shared, which a streamed page is not
         # Pages below this hold finite numbers: where all are streamed, a masked nan would still poison a sum.
         self.clean = num_pages if self.walked else 0
 
@@ -95,11 +96,20 @@ class PagedCache:
                 self.keys[layer][self.clean : end].zero_()
                 self.values[layer][self.clean : end].zero_()
             self.clean = end
+        self.holders[page] = 1
         return page
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One more holds these pages: each is free again when all have given it back."""
+        assert self.walked, "a page that is streamed belongs to one text"
+        for page in pages:
+            self.holders[page] += 1
 
     def give_back(self, pages: list[int]) -> None:
         for page in pages:
-            heapq.heappush(self.free, page)
+            self.holders[page] -= 1
+            if not self.holders[page]:
+                heapq.heappush(self.free, page)
         pages.clear()
 
     def copy(self, source: list[int], target: list[int], of: "PagedCache | None" = None) -> None:
@@ -121,6 +131,7 @@ class PagedCache:
         for table in tables:
             table[:] = [moved.get(page, page) for page in table]
         self.free = list(range(len(used), self.num_pages))  # sorted, so a heap
+        self.holders = [int(page < len(used)) for page in range(self.num_pages)]
 
 
 @dataclass

@@ -190,11 +190,10 @@ class Sampler:
             free = self._free_on_cuda(page_tokens) if cuda else physical_memory() // 4
             kv_tokens = free // self.bytes_per_token
         pages = min(-(-kv_tokens // page_tokens), self.max_rows * -(-self.context // page_tokens))
-        self.cache, past = self._make_pools(pages, page_tokens)
+        self.cache, self.prefixes = self._make_pools(pages, page_tokens)
         if self.cache.num_pages * page_tokens < self.context:
             self.context = self.cache.num_pages * page_tokens
             self.notes.append(f"context held at {self.context} tokens: the KV memory has no room for more")
-        self.prefixes = PrefixCache(past)
         self.adapter = ""  # what keys and values were computed with: a key of the prefixes
         self.adapters: Adapters | None = None
 
@@ -219,17 +218,22 @@ class Sampler:
             self.graphs = DecodeGraphs(self.hook, self.cache, **size, eos_ids=self.eos_ids, notes=self.notes)
         self.meter, self.weight_bytes = Meter(), weight_bytes(model)
 
-    def _make_pools(self, pages: int, page_tokens: int) -> tuple[PagedCache, PagedCache]:
-        """The pool of running texts, and one of an eighth of it for prompts that ran. What does not fit is shrunk."""
+    def _make_pools(self, pages: int, page_tokens: int) -> tuple[PagedCache, PrefixCache]:
+        """Pages for running texts, and an eighth of them, shared or as many more, for prompts that ran.
+
+        What does not fit is shrunk.
+        """
         asked, dtype = pages, self.model.get_input_embeddings().weight.dtype
         while pages > 0:
             try:
-                pool = PagedCache(self.hook.shapes, pages, page_tokens, self.device, dtype)
-                past = PagedCache(self.hook.shapes, -(-pages // 8), page_tokens, self.device, dtype)
+                past, size = -(-pages // 8), (page_tokens, self.device, dtype)
+                pool = PagedCache(self.hook.shapes, pages, *size)
+                shared = PrefixCache(pool, past) if pool.walked else None
+                prefixes = shared or PrefixCache(PagedCache(self.hook.shapes, past, *size))
                 if pages < asked:
                     room, wish = pages * page_tokens, asked * page_tokens
                     self.notes.append(f"out of memory: keys and values have room for {room} tokens, not {wish}")
-                return pool, past
+                return pool, prefixes
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -237,10 +241,10 @@ class Sampler:
         raise UserError("no memory is left for keys and values", "a smaller model, or --quantize nf4")
 
     def _free_on_cuda(self, page_tokens: int) -> int:
-        """Bytes for keys and values: nine tenths of what the largest pass leaves, and of these eight ninths."""
+        """Bytes for keys and values: nine tenths of what the largest pass leaves."""
         taken = self._warm_up(page_tokens)
         torch.cuda.empty_cache()
-        return max(0, int((torch.cuda.mem_get_info(self.device)[0] - taken) * 0.8))
+        return max(0, int((torch.cuda.mem_get_info(self.device)[0] - taken) * 0.9))
 
     @torch.no_grad()
     def _warm_up(self, page_tokens: int) -> int:
@@ -451,10 +455,19 @@ class Sampler:
         pages, shared = self.prefixes.find(self.adapter, row.ids)
         if any(common_prefix(row.ids, other.ids) > shared + WORTH_WAITING for other in computing):
             return False
-        if shared >= SHARED and self._grow(row, shared):
-            self.cache.copy(pages, row.pages[: len(pages)], self.prefixes.pool)
-            row.computed = shared
-            self.stats["shared_tokens"] += shared
+        if shared >= SHARED:
+            whole = shared // self.cache.page_tokens if self.prefixes.shares else 0  # pages that need no copy
+            if self.prefixes.shares:
+                self.cache.give_back(row.pages)
+                self.cache.share(pages)  # those that are copied, too: until then they must not be forgotten
+                row.pages += pages[:whole]
+            rest = pages[whole:]
+            if self._grow(row, shared):
+                self.cache.copy(rest, row.pages[whole : len(pages)], self.prefixes.pool)
+                row.computed = shared
+                self.stats["shared_tokens"] += shared
+            if self.prefixes.shares:
+                self.cache.give_back(rest)
         return True
 
     def _start(self, request: Request, order: int) -> Row:
@@ -484,9 +497,12 @@ class Sampler:
         return max(0, self.cache.pages_for(min(row.limit, len(row.ids) + int(more))) - len(row.pages))
 
     def _grow(self, row: Row, tokens: int) -> bool:
-        """Gives the row pages for `tokens` tokens, the youngest row's if need be. False = it was the youngest."""
+        """Gives the row pages for `tokens` tokens: of prompts that ran, then the youngest row's, where none is free.
+
+        False = it was the youngest.
+        """
         while len(row.pages) < self.cache.pages_for(tokens):
-            if self.cache.free:
+            if self.cache.free or self.prefixes.give_way():
                 row.pages.append(self.cache.take())
             else:
                 youngest = self.rows[-1]

@@ -67,7 +67,7 @@ def test_greedy_is_generate_token_by_token(walking, family):
 
 
 def test_sampled_texts_are_those_of_the_streamed_pool(walking, monkeypatch):
-    """Sampling, shared prompts (pages are copied), few pages (rows are preempted): the same tokens by both ways."""
+    """Sampling, shared prompts, few pages (rows are preempted): the same tokens by both ways."""
     model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
     requests = [
         Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
@@ -79,6 +79,47 @@ def test_sampled_texts_are_those_of_the_streamed_pool(walking, monkeypatch):
     theirs = write(model, requests, **options)
     for key in (request.key for request in requests):
         assert ours[key].token_ids == theirs[key].token_ids
+
+
+def test_samples_of_a_prompt_share_its_pages(walking):
+    """A prompt of 5 pages and a half, 6 samples: 5 pages in common, one of their own each; and the texts of each alone.
+    A second prompt that differs on its fourth page shares three and copies the beginning of the fourth."""
+    model, prompt = tiny_model("qwen3"), (make_prompts(1, 90)[0] * 90)[:88]
+    other = [*prompt[:56], *(9 - prompt[56] % 2 for _ in range(30))]
+    requests = [Request(i, prompt if i < 6 else other, i, Sampling(max_new_tokens=6)) for i in range(7)]
+    sampler = make_sampler(model, page_tokens=16, max_rows=8, prefill_tokens=64, eos_ids=set())
+    sampler.add(requests[0])
+    seen, most, own = [], [], sampler._forward
+    for _ in sampler.run():
+        for request in requests[1:]:
+            sampler.add(request)
+        requests[1:] = []
+
+        def watch(plan, keep, hidden=False):
+            tables = {row.request.key: list(row.pages) for row, _ in plan}
+            seen.append(tables)
+            most.append(len({page for table in tables.values() for page in table}))
+            return own(plan, keep, hidden)
+
+        sampler._forward = watch
+    whole = next(tables for tables in seen if len(tables) == 6)
+    assert len({tuple(table[:5]) for key, table in whole.items() if key < 6}) == 1
+    assert len({table[5] for key, table in whole.items() if key < 6}) == 5
+    assert whole[6][:3] == whole[1][:3] and whole[6][3] != whole[1][3] and max(most) == 5 + 5 + 3
+    assert sampler.stats["shared_tokens"] == 5 * 87 + 56
+
+
+def test_prompts_that_ran_give_way_to_running_texts(walking):
+    """One page is left beside a prompt that is remembered: it is forgotten before a row is preempted."""
+    model, (first, second) = tiny_model(), (p * 2 for p in make_prompts(2, 40))
+    sampler = make_sampler(model, page_tokens=16, kv_tokens=128, context=128, eos_ids=set())
+    sampler.prefixes.room = 8
+    for i, prompt in enumerate((first, second)):
+        sampler.add(Request(i, prompt[:30], i, Sampling(max_new_tokens=90 if i else 4)))
+        list(sampler.run())
+        held = [node.page for node in sampler.prefixes.order]
+        assert sorted([*sampler.cache.free, *held]) == list(range(8))
+    assert not sampler.stats["preemptions"] and len(held) == 2  # the second's
 
 
 def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
