@@ -27,7 +27,6 @@ Example (SmolLM2-135M on a CPU: ~3 GB of memory for rows of 1,000 tokens):
 """
 
 import argparse
-import functools
 import itertools
 import math
 import os
@@ -46,24 +45,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from lengthen import cli, lean, lora, parallel, plan, steplog
+from lengthen import cli, lora, parallel, plan, steplog
 from lengthen.chat import Chat, fill, template_hashes
 from lengthen.checkpoint import TrainingFolder, restore_state, training_state
 from lengthen.jobs import read_sidecar
-from lengthen.model import (
-    DTYPES,
-    NF4_BELOW,
-    context_length,
-    embeddings_to_host,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
-from lengthen.packed import Abilities, checkpointed, examine, pack
+from lengthen.memory import Memory, memory_of, show_plan
+from lengthen.model import context_length, embeddings_to_host, load_config, load_model, load_tokenizer
+from lengthen.packed import Abilities, examine, pack
 from lengthen.pairs import NAME as PAIRS
 from lengthen.pairs import Pair, PairFile, read_pairs, write_pairs
 from lengthen.parallel import Processes
-from lengthen.plan import Budget, Memory, Settings, Wanted
 from lengthen.records import LowYield, UserError, draw_seed, each_record, fingerprint, no_room, to_line
 from lengthen.text import count_words, detect_language, remove_lines
 
@@ -76,7 +67,6 @@ SKIPS_ALLOWED = 2  # steps in a row that are skipped; one more stops the run
 SPIKE, SPIKE_NATS, SPIKE_WINDOW, SPIKE_FROM = 3.0, 1.0, 32, 16
 PATIENCE = 5.0  # seconds
 BLOCK = 64  # records that are encoded at a time
-CPU_ACTIVATION_GB = 3.0  # kept for the backward pass before layers are recomputed: SmolLM2 then stays below 6 GB in all
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -280,7 +270,7 @@ class Step(NamedTuple):
 def train_step(
     model,
     abilities: Abilities,
-    memory,
+    memory: Memory,
     optimizer,
     pairs: list[Pair],
     per_row: int,
@@ -290,7 +280,7 @@ def train_step(
     auto_shrink: bool = False,
     processes: Processes = Processes(),  # noqa: B008  frozen, so one for all calls
 ) -> Step:
-    """One optimizer step over the pairs. memory: Memory of lengthen/plan.py.
+    """One optimizer step over the pairs. memory: what each row keeps.
 
     Rows accumulate; each counts by its tokens, so the gradient is that of all pairs in one batch, in one process or in
     several. A loss or a norm that is not finite, or a loss above `ceiling`, leaves weights and optimizer alone. Where
@@ -457,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, processes: Processes) -> None:
     if args.plan:
         if processes.first:
-            show_plan(args)
+            show_plan(args, MAX_LENGTH[args.role])
         return
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter)}
@@ -500,95 +490,6 @@ def check_processes(args: argparse.Namespace, processes: Processes) -> None:
             f"{args.output} was begun by {count} process{'es' * (count > 1)}, this command runs {processes.count}",
             f"torchrun --nproc-per-node {count} train.py …, or --overwrite",
         )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The plan
-
-
-def show_plan(args: argparse.Namespace) -> None:
-    """--plan: what this training would take, from the model's configuration alone."""
-    config = load_config(args.model, args.trust_remote_code)
-    context, _ = context_length(config, load_tokenizer(args.model, args.trust_remote_code))
-    has_gpu = torch.cuda.is_available() and args.device != "cpu"
-    device = torch.device("cuda" if has_gpu else "cpu")
-    cuda = has_gpu or args.vram > 0
-    vram = args.vram or (torch.cuda.get_device_properties(device).total_memory / 1e9 if has_gpu else 0.0)
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
-    nf4 = args.quantize == "nf4" or (args.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
-    model = plan.meta_model(config, dtype)
-    if args.embeddings == "host":
-        embeddings_to_host(model)
-    lean_layers = not lean.stands_against(model, "cuda" if cuda else "cpu", dtype)
-    budget = budget_of(args, model, dtype, nf4, cuda, lean_layers)
-    room, wanted = room_of(args, budget, device, vram), wanted_of(args)
-    tokens = args.max_length or min(MAX_LENGTH[args.role], context)
-    where = f"a card of {vram:g} GB" if cuda else "this CPU"
-    kind = str(dtype).removeprefix("torch.")
-    cli.say(f"{args.model} on {where}: rank {args.rank}, {'nf4, ' if nf4 else ''}{kind}, one row of {tokens:,} tokens")
-    lines, record = plan.table(budget, wanted, tokens, room)
-    peaks = plan.cards_of(vram) if args.vram or has_gpu else {}
-    if not args.vram:
-        flops, name = plan.peak_flops(device)
-        peaks = {name: flops} if flops else peaks
-    step = budget.flops([tokens], [tokens], budget.choose(wanted, tokens, room))
-    for line in [*lines, *plan.time_lines(step, peaks)]:
-        cli.say(line)
-    if tokens > context:
-        cli.say(f"warning: {args.model} takes {context:,} tokens: longer pairs are left out")
-    cli.emit({"stage": "plan", "model": args.model, "rank": args.rank, "quantize": "nf4" if nf4 else "none", **record})
-
-
-def memory_of(args: argparse.Namespace, loaded, abilities: Abilities, longest: int, processes: Processes) -> Memory:
-    """What decides, row by row, what is kept and what is computed again."""
-    model, cuda = loaded.model, loaded.device.type == "cuda"
-    lent = lean.apply(model, host_limit=int(1e9 * args.host_gb))
-    for line in lent.notes():
-        cli.say(line)
-    lean_layers = bool(lent.layers)
-    budget = budget_of(args, model, loaded.dtype, loaded.quantize == "nf4", cuda, lean_layers, abilities.token_bytes)
-    room = -processes.most(-room_of(args, budget, loaded.device, args.vram), loaded.device)  # the least of all
-    apply = lent.set if lean_layers else functools.partial(follow, checkpointed(model))
-    return Memory(budget, wanted_of(args), room, longest, apply)
-
-
-def budget_of(
-    args: argparse.Namespace, model, dtype: torch.dtype, nf4: bool, cuda: bool, lean_layers: bool, token_bytes=0
-) -> Budget:
-    """The sizes of the model, loaded or on the meta device, and the activations of its layers.
-
-    token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
-    """
-    limits = {"adam_bits": args.adam_bits, "host_bytes": 1e9 * args.host_gb}
-    shape = {"rank": args.rank, "targets": args.targets, "dtype": dtype}
-    facts = plan.facts_of(model, nf4=nf4, cuda=cuda, **shape)
-    if lean_layers:
-        return Budget(facts, None, **limits)
-    try:
-        traced = plan.trace(model.config, dropout=args.dropout, **shape)
-    except UserError as error:
-        if not token_bytes:
-            raise
-        cli.say(f"{error.message}: its activations are measured instead")
-        traced = plan.from_saved_bytes(facts, token_bytes)
-    plan.check_served(wanted_of(args), traced)
-    return Budget(facts, traced, **limits)
-
-
-def wanted_of(args: argparse.Namespace) -> Wanted:
-    return Wanted(args.checkpoint, args.offload, args.tile_rows)
-
-
-def room_of(args: argparse.Namespace, budget: Budget, device: torch.device, vram: float) -> float:
-    limits = {"vram_gb": vram, "activation_gb": args.activation_gb, "cpu_gb": CPU_ACTIVATION_GB}
-    return plan.room_for(budget, device, **limits)
-
-
-def follow(layers: list, settings: Settings) -> None:
-    """Makes transformers' own layers keep and recompute what a plan says; lean layers have Lean.set."""
-    count = 0 if settings.checkpoint == "none" else len(layers) if settings.layers < 0 else settings.layers
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < count
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -635,7 +536,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder, processes: Processes
     model.train()
     per_step = args.batch_size * args.accumulate
     longest = int(pairs.lengths.max())  # of a row, too: short pairs share one only where that costs nothing
-    memory = memory_of(args, loaded, abilities, longest, processes)
+    memory = memory_of(args, model, abilities, longest, processes, nf4=loaded.quantize == "nf4")
     optimizer = adamw(parameters, args.learning_rate, args.adam_bits)
 
     # 3) go on from the last checkpoint, if there is one

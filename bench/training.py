@@ -40,11 +40,13 @@ from torch import nn  # noqa: E402
 from transformers import AutoConfig, PreTrainedModel  # noqa: E402
 
 import train  # noqa: E402
-from lengthen import lean, lora  # noqa: E402
+from lengthen import lora  # noqa: E402
+from lengthen.memory import memory_of  # noqa: E402
 from lengthen.model import load_model  # noqa: E402
-from lengthen.packed import checkpointed, examine  # noqa: E402
+from lengthen.packed import examine  # noqa: E402
 from lengthen.pairs import Pair  # noqa: E402
-from lengthen.plan import Budget, Memory, Wanted, facts_of, meta_model, trace  # noqa: E402
+from lengthen.parallel import Processes  # noqa: E402
+from lengthen.plan import meta_model  # noqa: E402
 
 SHAPES = {  # name: (family, rank, sizes)
     "Qwen2.5-7B": ("qwen2", 16, (152_064, 3584, 18_944, 28, 28, 4)),
@@ -111,15 +113,10 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Cal
     parameters = lora.attach(model, rank, 2 * rank)
     abilities = examine(model)
     model.train()
-    cuda = model.device.type == "cuda"
-    shape = {"rank": rank, "targets": "all-linear", "dtype": model.get_input_embeddings().weight.dtype}
+    flags = "--role generator --model none --input none --output none".split()
+    flags += ["--rank", str(rank), "--vram", str(vram_gb)]
     nf4 = any(type(m).__name__ == "Linear4bit" for m in model.modules())
-    lent = lean.apply(model)
-    own = checkpointed(model)
-    budget = Budget(facts_of(model, nf4=nf4, cuda=cuda, **shape), None if lent.layers else trace(model.config, **shape))
-    room = 1e9 * vram_gb if vram_gb else float("inf")
-    apply = lent.set if lent.layers else lambda settings: train.follow(own, settings)
-    memory = Memory(budget, Wanted(), room, longest, apply)
+    memory = memory_of(train.parse_args(flags), model, abilities, longest, Processes(), nf4=nf4)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(pairs: list[Pair]) -> str:

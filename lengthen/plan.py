@@ -428,7 +428,7 @@ class Budget:
     def longest(self, wanted: "Wanted", room: float) -> int:
         """The most tokens of a row that fit with any of the settings left open, 0 = none."""
         some = self.candidates(wanted, 1)
-        return _most(lambda tokens: any(self.card_bytes(s, tokens) <= room for s in some))
+        return most_tokens(lambda tokens: any(self.card_bytes(s, tokens) <= room for s in some))
 
     def flops(self, lengths: list[int], targets: list[int], settings: Settings) -> float:
         """FLOPs of a step over samples of these lengths, of which so many tokens are learned."""
@@ -450,6 +450,17 @@ class Budget:
         seen = f.window * (1 - f.window / (2 * length)) if 0 < f.window < length else length / 2  # keys, on average
         attention = 4 * seen * f.query * f.layers * (3.5 + again)
         return products + attention + 4 * target_share * f.vocab * f.hidden
+
+
+def most_tokens(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits (0 = not even 1), where all below a number that fits do; at most 2^30."""
+    low, high = 0, 1
+    while fits(high) and high < 1 << 30:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 @dataclass(frozen=True)
@@ -567,68 +578,3 @@ def time_lines(flops: float, peaks: dict[str, float]) -> list[str]:
     return [
         f"at least {flops / peak:,.2f} s a step at {peak / 1e12:,.3g} TFLOP/s: {name}" for name, peak in peaks.items()
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# While training
-
-
-class Memory:
-    """Chooses the settings of each row, and leaner ones once memory ran out.
-
-    longest: tokens of the longest row to come. `apply` makes the model's layers follow the settings.
-    """
-
-    def __init__(self, budget: Budget, wanted: Wanted, room: float, longest: int, apply: Callable[[Settings], None]):
-        self.budget, self.room, self.apply = budget, room, apply
-        self.candidates = budget.candidates(wanted, longest)
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens that samples may fill a row with: what fits with the first candidate, 1 at the least."""
-        return max(1, _most(lambda tokens: self.budget.card_bytes(self.candidates[0], tokens) <= self.room))
-
-    def choice(self, tokens: int) -> Settings:
-        """The settings for a row of so many tokens; the smallest where none fits."""
-        fitting = (s for s in self.candidates if self.budget.card_bytes(s, tokens) <= self.room)
-        return next(fitting, None) or min(self.candidates, key=lambda s: self.budget.card_bytes(s, tokens))
-
-    def set(self, tokens: int) -> Settings:
-        settings = self.choice(tokens)
-        self.apply(settings)
-        return settings
-
-    def shrink(self, tokens: int) -> bool:
-        """A row of so many tokens did not fit: plan for a tenth less than it took, the static part aside.
-
-        False = no candidate is so small.
-        """
-        static = sum(self.budget.static().values())
-        room = static + 0.9 * (self.budget.card_bytes(self.choice(tokens), tokens) - static)
-        if all(self.budget.card_bytes(s, tokens) > room for s in self.candidates):
-            return False
-        self.room = min(self.room, room)
-        return True
-
-
-def _most(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits (0 = not even 1), where all below a number that fits do; at most 2^30."""
-    low, high = 0, 1
-    while fits(high) and high < 1 << 30:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def room_for(budget: Budget, device: torch.device, *, vram_gb: float, activation_gb: float, cpu_gb: float) -> float:
-    """Bytes that a step may take in all: --activation-gb beside what is static, --vram, or what the device has."""
-    static = sum(budget.static().values())
-    if activation_gb:
-        return static + 1e9 * activation_gb + (CONTEXT_BYTES if budget.facts.cuda else 0)
-    if vram_gb:
-        return 1e9 * vram_gb
-    if device.type == "cuda":  # its context exists already: CONTEXT_BYTES counts it once more, for cuBLAS
-        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return static + 1e9 * cpu_gb

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 import train
 from lengthen import lean, lora, plan
+from lengthen.memory import Memory, follow
 from lengthen.model import embeddings_to_host
 from lengthen.packed import checkpointed, examine
 from lengthen.plan import Budget, Settings, Wanted
@@ -40,7 +41,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, lean_layers, ch
     if lean_layers:
         assert not lean.apply(model, settings).why
     else:
-        train.follow(checkpointed(model), settings)
+        follow(checkpointed(model), settings)
 
     def step():
         train.row_loss(model, abilities, [pair])[0].backward()
@@ -67,7 +68,7 @@ def test_the_plan_is_within_a_tenth_of_the_gpus_peak(lean_layers, checkpoint):
     if lean_layers:
         assert not lean.apply(model, Settings(checkpoint)).why
     else:
-        train.follow(checkpointed(model), Settings(checkpoint))
+        follow(checkpointed(model), Settings(checkpoint))
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -266,7 +267,7 @@ def test_what_only_the_lean_layer_can_do_is_refused_elsewhere():
 def test_rows_are_planned_one_by_one_and_shrink_when_told():
     budget, applied = budget_of("llama", **WIDE), []
     room = budget.card_bytes(Settings(), 1000) + 1
-    memory = plan.Memory(budget, Wanted(), room, 4000, applied.append)
+    memory = Memory(budget, Wanted(), room, 4000, applied.append)
     assert memory.free_tokens == 1000
     assert memory.set(10) == memory.set(1000) == Settings("none")
     assert memory.set(1400).checkpoint == "full" and applied[-1] == memory.set(1400)

@@ -17,11 +17,12 @@ from tiny import FAMILIES, WORDS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train
-from lengthen import checkpoint, lora, packed
+from lengthen import checkpoint, lora, memory, packed
 from lengthen.chat import Chat
+from lengthen.memory import Memory, follow
 from lengthen.packed import checkpointed, examine
 from lengthen.pairs import Pair
-from lengthen.plan import Budget, Memory, Wanted, facts_of, trace
+from lengthen.plan import Budget, Wanted, facts_of, trace
 from lengthen.records import LowYield, UserError, new_record, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def memory_for(model, room: float = 1e12) -> Memory:
     """Plans for transformers' own layers within so many bytes."""
     shape = {"rank": 4, "targets": "all-linear", "dtype": torch.float32}
     budget = Budget(facts_of(model, cuda=False, **shape), trace(model.config, **shape))
-    return Memory(budget, Wanted(), room, 1000, functools.partial(train.follow, checkpointed(model)))
+    return Memory(budget, Wanted(), room, 1000, functools.partial(follow, checkpointed(model)))
 
 
 def some_pairs(*lengths: int) -> list[Pair]:
@@ -202,11 +203,11 @@ def test_one_step_is_pefts(tmp_path):
 def test_accumulated_is_one_big_batch(per_row, budget):
     """However the pairs of a step are split into rows, by number or by memory, and however much is recomputed."""
     pairs, results = some_pairs(40, 5, 17, 28, 3), []
-    for rows, memory in ((per_row, budget), (8, 1e12)):
+    for rows, room in ((per_row, budget), (8, 1e12)):
         model = with_lora()
         abilities = examine(model)
         optimizer = torch.optim.SGD(lora.lora_parameters(model), lr=1.0)
-        loss, norm, *_ = train.train_step(model, abilities, memory_for(model, memory), optimizer, pairs, rows)
+        loss, norm, *_ = train.train_step(model, abilities, memory_for(model, room), optimizer, pairs, rows)
         results.append((loss, norm, lora.lora_parameters(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
@@ -716,7 +717,7 @@ def out_of_memory_at(monkeypatch, calls_that_fail: set[int], error=torch.OutOfMe
 @pytest.fixture
 def own_layers(monkeypatch) -> None:
     """No lean layers: transformers' own."""
-    monkeypatch.setattr(train.lean, "stands_against", lambda *args: "a test says so")
+    monkeypatch.setattr(memory.lean, "stands_against", lambda *args: "a test says so")
 
 
 @pytest.mark.parametrize("layers", ["lean", "own"])
@@ -818,7 +819,7 @@ def test_a_model_that_cannot_be_counted_is_measured(run, monkeypatch, own_layers
     def cannot(*args, **kwargs):
         raise UserError("no plan for a llama model: nonzero")
 
-    monkeypatch.setattr(train.plan, "trace", cannot)
+    monkeypatch.setattr(memory.plan, "trace", cannot)
     _, log, err = run()
     assert "its activations are measured instead" in err and len(log) == 14
 
