@@ -53,7 +53,7 @@ DEMO = {
     "samples": 2,
     "draft_tokens": [360],  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
     "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
-    "extend_samples": 6,  # likewise
+    "extend_samples": [6],  # likewise
     "extend_attempts": 1,
     "rounds": 1,
     "max_new_tokens": 560,  # a row that goes on alone takes as long as thirty together
@@ -123,7 +123,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         return output
 
     def drafts(part: str, k: int, adapter: str, bias: list[str]) -> str:
-        tokens = args.draft_tokens[min(k, len(args.draft_tokens)) - 1]
+        tokens = of_iteration(k, args.draft_tokens)
         return responses(part, asked[k - 1], adapter, tokens, [*flags(samples=args.samples), *bias])
 
     def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
@@ -133,10 +133,10 @@ def plan(args: argparse.Namespace) -> list[Step]:
         add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
         return output
 
-    def extend(part: str, source: str, adapter: str, bias: list[str], stages: int = args.stages) -> str:
+    def extend(part: str, k: int, source: str, adapter: str, bias: list[str], stages: int = args.stages) -> str:
         output = f"{run / part}/extended.jsonl"
         command = ["extend.py", *common, *flags(adapter=adapter), *sampling, "--input", source]
-        command += flags(samples=args.extend_samples, rounds=args.rounds, stages=stages)
+        command += flags(samples=of_iteration(k, args.extend_samples), rounds=args.rounds, stages=stages)
         command += flags(max_attempts=args.extend_attempts)
         command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=output)
         add(part, "extend", [*command, *bias])
@@ -173,7 +173,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         part = f"iter_{k}"
         asked.append(instructions(part, args.instructions, asked))
         drafted.append(drafts(part, k, generators[-1], bias))
-        extended.append(extend(part, drafted[-1], extenders[-1], bias))
+        extended.append(extend(part, k, drafted[-1], extenders[-1], bias))
         generators.append(fine_tune(part, "generator", extended, generators[-1], go_on, []))
         extenders.append(fine_tune(part, "extender", extended, extenders[-1], go_on, lines))
 
@@ -213,19 +213,24 @@ def plan(args: argparse.Namespace) -> list[Step]:
                         own.append(drafts(f"controls/drafts_{k}", k, adapter, bias))
                     adapter = generator_of(f"drafts_{k}", k, own, adapter)
             case "one-stage" if args.stages > 1:
-                generator_of("one-stage", 1, [extend("controls/one-stage", drafted[0], "", bias, stages=1)], "")
+                generator_of("one-stage", 1, [extend("controls/one-stage", 1, drafted[0], "", bias, stages=1)], "")
             case "no-bias" if not args.no_length_bias:
                 kept = drafts("controls/no-bias", 1, "", ["--no-length-bias"])
-                longer = extend("controls/no-bias", kept, "", ["--no-length-bias"])
+                longer = extend("controls/no-bias", 1, kept, "", ["--no-length-bias"])
                 generator_of("no-bias", 1, [longer], "")
             case "no-removal" if last > 1 and not args.no_line_removal:
                 whole = ["--no-line-removal", *flags(budget_of=extenders[-2])]
                 trained = fine_tune("controls/no-removal", "extender", extended[:-1], extenders[-3], go_on, whole)
-                longer = extend("controls/no-removal", drafted[-1], trained, bias)
+                longer = extend("controls/no-removal", last, drafted[-1], trained, bias)
                 generator_of("no-removal", last, [*extended[:-1], longer], generators[-2])
             case "other-mode" if last > 1:
                 generator_of("other-mode", last, extended, generators[-2], not go_on)
     return steps
+
+
+def of_iteration(k: int, values: list[int]) -> int:
+    """The setting of iteration k, from 1; the last one given holds for all that follow."""
+    return values[min(k, len(values)) - 1]
 
 
 def flags(**values: object) -> list[str]:
@@ -380,7 +385,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--long-words", type=cli.at_least(1), default=2000, help="the judge asks for more words than this")
     add("--samples", type=cli.at_least(1), default=2, help="drafts per instruction")
     add("--max-attempts", type=cli.at_least(1), default=20, help="draws per draft before it is given up")
-    add("--extend-samples", type=cli.at_least(1), default=2, help="extensions per draft")
+    add("--extend-samples", type=cli.at_least(1), nargs="+", default=[2], help="extensions per draft, by iteration")
     add("--extend-attempts", type=cli.at_least(1), default=20, help="two-stage draws per extension")
     add("--rounds", type=cli.at_least(1), default=3, help="rounds per extension")
     add("--stages", type=cli.at_least(1), default=2, help="calls per round: 2 = the paper's, 1 = control")

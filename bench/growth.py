@@ -40,7 +40,7 @@ from lengthen.text import is_loop  # noqa: E402
 SMOLLM2 = {
     "instructions": 96,
     "draft_tokens": [360, 560],  # what the Extender of that iteration can still lengthen
-    "extend_samples": 6,  # of 138 jobs 100 passed
+    "extend_samples": [6, 2],  # of 138 jobs 100 passed; the second iteration has three times the drafts
     "extend_attempts": 2,
     "max_new_tokens": 1024,
     "control_words": 450,

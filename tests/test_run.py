@@ -94,7 +94,7 @@ def test_restart_trains_from_the_base_on_the_union():
 
 def test_the_papers_constants_are_the_defaults():
     args = run.parse_args(["--model", "m"])
-    assert (args.iterations, args.instructions, args.samples, args.extend_samples, args.rounds) == (3, 5000, 2, 2, 3)
+    assert (args.iterations, args.instructions, args.samples, args.extend_samples, args.rounds) == (3, 5000, 2, [2], 3)
     assert (args.max_attempts, args.extend_attempts, args.min_gain, args.long_words) == (20, 20, 1.2, 2000)
     assert (args.rank, args.alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 4)
     assert (args.demand_min, args.demand_max, args.demand_steps) == (2000, 8000, "1000,2000")
@@ -152,17 +152,15 @@ def test_controls_stand_beside_the_method_and_share_its_files():
     assert {f"eval/control_{part.removeprefix('controls/')}" for part in generators} <= {part for part, _ in by}
 
 
-def test_each_iteration_has_its_own_limit_on_drafts_and_the_last_one_holds_on():
-    steps = steps_of("--iterations", "3", "--draft-tokens", "360", "560", "--controls", "drafts")
+def test_each_iteration_has_its_own_settings_and_the_last_one_holds_on():
+    own = ["--draft-tokens", "360", "560", "--extend-samples", "6", "3", "2"]
+    steps = steps_of("--iterations", "3", *own, "--controls", "drafts", "no-removal", "one-stage")
     limits = {s.part: value(s, "--max-new-tokens") for s in steps if s.name == "responses"}
-    assert (
-        [limits[f"iter_{k}"] for k in (1, 2, 3)]
-        == ["360", "560", "560"]
-        == [
-            "360",
-            *(limits[f"controls/drafts_{k}"] for k in (2, 3)),
-        ]
-    )
+    assert [limits[f"iter_{k}"] for k in (1, 2, 3)] == ["360", "560", "560"]
+    assert [limits[f"controls/drafts_{k}"] for k in (2, 3)] == ["560", "560"]
+    jobs = {s.part: value(s, "--samples") for s in steps if s.name == "extend"}
+    assert [jobs[f"iter_{k}"] for k in (1, 2, 3)] == ["6", "3", "2"]
+    assert [jobs[f"controls/{name}"] for name in ("one-stage", "no-removal")] == ["6", "2"]
 
 
 def test_controls_of_one_iteration_and_by_name(capsys):
