@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     add("--try", dest="tries", nargs="+", default=TRIES, help="settings of train.py")
     add("--answers", type=cli.at_least(1), default=3, help="answers to each instruction")
     add("--iterations", type=cli.at_least(1), default=2, help="macro-iterations")
-    add("--controls", nargs="*", default=["told", "eos-ban", "drafts"], help="of run.py --controls")
+    add("--controls", nargs="*", default=["drafts", "told", "eos-ban"], help="of run.py --controls")
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
         names = {part.partition("=")[0] for part in text.split(",")}
