@@ -138,6 +138,8 @@ def run_llama(loaded: LoadedModel, prompts: list[list[int]], limit: int, rows: i
     """llama.cpp's parallel decoding: every running text's newest token, and the prompts of new ones, in one batch."""
     import llama_cpp as llama
 
+    run_llama.silent = llama.llama_log_callback(lambda level, text, data: None)  # kept: C goes on calling it
+    llama.llama_log_set(run_llama.silent, None)
     model = llama.llama_model_load_from_file(str(gguf_of(loaded.name)).encode(), llama.llama_model_default_params())
     room = max(map(len, prompts)) + limit  # of one text
     params = llama.llama_context_default_params()
