@@ -33,7 +33,7 @@ from rich.table import Table  # noqa: E402
 import run as loop  # noqa: E402
 from lengthen import cli  # noqa: E402
 from lengthen.intervals import bootstrap, paired  # noqa: E402
-from lengthen.records import UserError, read_jsonl, replace_file, to_line  # noqa: E402
+from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line  # noqa: E402
 from lengthen.text import is_loop  # noqa: E402
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
@@ -62,11 +62,14 @@ def hold_out(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[st
     """(file of all held-out instructions, benchmark to search on, benchmark to report on)."""
     folder = Path(args.run) / "heldout"
     [step] = [s for s in loop.plan(settings) if (s.part, s.name) == ("iter_1", "instructions")]
-    command = list(step.command)
-    for flag, value in (("--count", args.search + args.held_out), ("--output", folder / "instructions.jsonl")):
+    command, wanted = list(step.command), args.search + args.held_out
+    # Some are given up by the judge: as many as asked for are left of a few more.
+    for flag, value in (("--count", wanted + -(-wanted // 4)), ("--output", folder / "instructions.jsonl")):
         command[command.index(flag) + 1] = str(value)
     loop.execute([loop.Step("heldout", "instructions", command)])
-    rows = sorted(read_jsonl(folder / "instructions.jsonl"), key=lambda r: r["sample"])
+    rows = sorted(read_jsonl(folder / "instructions.jsonl"), key=lambda r: r["sample"])[:wanted]
+    if len(rows) < wanted:
+        raise LowYield(f"{len(rows)} held-out instructions, {wanted} are wanted", f"another --seed; see {folder}")
     benchmarks = folder / "search.jsonl", folder / "report.jsonl"
     for path, some in zip(benchmarks, (rows[: args.search], rows[args.search :]), strict=True):
         asked = [{"id": r["id"], "language": r["language"], "constraint": "", "query": r["prompt"]} for r in some]

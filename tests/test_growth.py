@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import run as loop
-from lengthen.records import UserError, new_record
+from lengthen.records import LowYield, UserError, new_record
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("growth", ROOT / "bench" / "growth.py")
@@ -136,6 +137,25 @@ def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys)
             assert step.command[step.command.index("--learning-rate") + 1] == "0.0003"
         if step.name == "extend":
             assert step.command[step.command.index("--rounds") + 1] == "2"
+
+
+def test_as_many_instructions_are_held_out_as_asked_for(tmp_path, monkeypatch):
+    """The judge gives some up: a first study reported on 27 instructions where 30 were asked for."""
+    lost = [3]
+
+    def judged(step: loop.Step) -> dict:
+        summary = stage(step)
+        path = Path(step.command[step.command.index("--output") + 1])
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[lost[0] :]))
+        return summary
+
+    monkeypatch.setattr(loop, "run_step", judged)
+    for gone, fits in ((3, True), (4, False)):
+        lost[0] = gone
+        args, settings = growth.parse_args(["--run", str(tmp_path / str(gone)), "--held-out", "10", "--search", "2"])
+        with nullcontext() if fits else pytest.raises(LowYield, match="11 held-out instructions, 12 are wanted"):
+            _, searched, reported = growth.hold_out(args, settings)
+            assert [len(p.read_text().splitlines()) for p in (searched, reported)] == [2, 10]
 
 
 def test_an_unknown_setting_is_refused():
