@@ -113,6 +113,7 @@ def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys)
     assert {one["setting"] for one in result["search"]} == {"base", *tries}
     assert result["models"]["iter_2"]["answers"] == 30 and result["verdict"].startswith("goal reached")
     assert {"base", "iter_1", "iter_2", "control_told", "control_drafts_2"} <= set(result["models"])
+    assert result["over_own_drafts"]["iter_2"]["value"] == pytest.approx(500 / 300, rel=0.02)  # and not over the base
     assert result["pairs"]["iter_1 generator"] == 7 and not any("final" in step.part for step in done)
     assert [step.part for step in done if step.name == "train extender"] == ["iter_1"]  # the last has nothing to do
     trained = tmp_path / "g" / "search" / "rank-16_learning_rate-3e-4" / "generator" / "meta.json"
