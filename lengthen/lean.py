@@ -706,7 +706,8 @@ def _cannot(model: nn.Module, layers: list[nn.Module]) -> str:
     """The same, and what can be seen of the loaded model without running it."""
     if model.config._attn_implementation != packed.NAME:
         return "its samples are not packed"
-    if why := stands_against(model, model.device.type, model.dtype):
+    # Not model.dtype, which is the first parameter's: with the embedding in host memory that is LoRA's, fp32.
+    if why := stands_against(model, model.device.type, model.get_input_embeddings().weight.dtype):
         return why
     for layer in layers:
         inside = dict(layer.named_modules())

@@ -20,6 +20,7 @@ import train
 from lengthen import checkpoint, lora, memory, packed
 from lengthen.chat import Chat
 from lengthen.memory import Memory, follow
+from lengthen.model import embeddings_to_host
 from lengthen.packed import checkpointed, examine
 from lengthen.pairs import Pair
 from lengthen.plan import Budget, Wanted, facts_of, trace
@@ -776,6 +777,19 @@ def losses_of(log: list[dict]) -> list[float]:
 
 def test_an_embedding_in_host_memory_gives_the_same_losses(run):
     assert losses_of(run("--embeddings", "host", output="host")[1]) == losses_of(run(output="plain")[1])
+
+
+def test_an_embedding_in_host_memory_leaves_the_lean_layers(monkeypatch):
+    """The model's first parameter is LoRA's then, in fp32: a bf16 model was taken for an fp32 one, which
+    FlashAttention does not serve."""
+    model, asked = tiny_model("llama").to(torch.bfloat16), []
+    embeddings_to_host(model)
+    lora.attach(model, 4, 8)
+    packed.examine(model)
+    assert model.dtype == torch.float32
+    monkeypatch.setattr(memory.lean, "stands_against", lambda model, device, dtype: asked.append(dtype) or "enough")
+    memory.lean.apply(model)
+    assert asked == [torch.bfloat16]
 
 
 def test_moments_of_8_bits_train_alike_and_resume_exactly(run, tmp_path, monkeypatch):
