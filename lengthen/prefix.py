@@ -94,6 +94,18 @@ class PrefixCache:
         if target:
             self.pool.copy(source, target, pool)
 
+    def lend(self, pages: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
+        """(pages that a text of these first tokens may hold itself, pages to copy), which stay until `copied`."""
+        whole = tokens // self.pool.page_tokens if self.shares else 0
+        if self.shares:
+            self.pool.share(pages)
+        return list(pages[:whole]), list(pages[whole:])
+
+    def copied(self, pages: list[int]) -> None:
+        """The pages to copy that `lend` gave: done."""
+        if self.shares:
+            self.pool.give_back(pages)
+
     def give_way(self) -> bool:
         """Forgets shared pages, the least recently used first, until one is free; False = none came free."""
         while self.shares and self.order and not self.pool.free:

@@ -456,18 +456,14 @@ class Sampler:
         if any(common_prefix(row.ids, other.ids) > shared + WORTH_WAITING for other in computing):
             return False
         if shared >= SHARED:
-            whole = shared // self.cache.page_tokens if self.prefixes.shares else 0  # pages that need no copy
-            if self.prefixes.shares:
-                self.cache.give_back(row.pages)
-                self.cache.share(pages)  # those that are copied, too: until then they must not be forgotten
-                row.pages += pages[:whole]
-            rest = pages[whole:]
+            self.cache.give_back(row.pages)  # of a try that ran out of memory
+            whole, rest = self.prefixes.lend(pages, shared)
+            row.pages += whole
             if self._grow(row, shared):
-                self.cache.copy(rest, row.pages[whole : len(pages)], self.prefixes.pool)
+                self.cache.copy(rest, row.pages[len(whole) : len(pages)], self.prefixes.pool)
                 row.computed = shared
                 self.stats["shared_tokens"] += shared
-            if self.prefixes.shares:
-                self.cache.give_back(rest)
+            self.prefixes.copied(rest)
         return True
 
     def _start(self, request: Request, order: int) -> Row:

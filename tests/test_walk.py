@@ -89,24 +89,26 @@ def test_samples_of_a_prompt_share_its_pages(walking):
     requests = [Request(i, prompt if i < 6 else other, i, Sampling(max_new_tokens=6)) for i in range(7)]
     sampler = make_sampler(model, page_tokens=16, max_rows=8, prefill_tokens=64, eos_ids=set())
     sampler.add(requests[0])
-    seen, most, own = [], [], sampler._forward
-    for _ in sampler.run():
-        for request in requests[1:]:
-            sampler.add(request)
-        requests[1:] = []
+    seen, most, own, later, texts = [], [], sampler._forward, requests[1:], {}
 
-        def watch(plan, keep, hidden=False):
-            tables = {row.request.key: list(row.pages) for row, _ in plan}
-            seen.append(tables)
-            most.append(len({page for table in tables.values() for page in table}))
-            return own(plan, keep, hidden)
+    def watch(plan, keep, hidden=False):
+        tables = {row.request.key: list(row.pages) for row, _ in plan}
+        seen.append(tables)
+        most.append(len({page for table in tables.values() for page in table}))
+        return own(plan, keep, hidden)
 
-        sampler._forward = watch
+    sampler._forward = watch
+    for sample in sampler.run():
+        texts[sample.request.key] = sample.token_ids
+        while later:  # behind the first, whose prompt is known by now
+            sampler.add(later.pop(0))
     whole = next(tables for tables in seen if len(tables) == 6)
     assert len({tuple(table[:5]) for key, table in whole.items() if key < 6}) == 1
     assert len({table[5] for key, table in whole.items() if key < 6}) == 5
     assert whole[6][:3] == whole[1][:3] and whole[6][3] != whole[1][3] and max(most) == 5 + 5 + 3
     assert sampler.stats["shared_tokens"] == 5 * 87 + 56
+    for request in requests:
+        assert texts[request.key] == write(model, [request], page_tokens=16, eos_ids=set())[request.key].token_ids
 
 
 def test_prompts_that_ran_give_way_to_running_texts(walking):
