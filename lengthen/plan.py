@@ -50,7 +50,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from kernels.linear_cross_entropy import CPU_TILE_ELEMENTS, TORCH_ROWS, WORKSPACE_BYTES
 from lengthen import lora
 from lengthen.lean import CHECKPOINTS as LEVELS
-from lengthen.lean import Settings
+from lengthen.lean import SLAB, Settings
 from lengthen.records import UserError
 
 GENERIC_LEVELS = ("none", "full")  # what transformers' own layers can do
@@ -384,7 +384,10 @@ class Budget:
             each = lean_kept(f, settings.checkpoint) * tokens
             kept = (f.layers - some) * lean_kept(f, "none") * tokens + some * each
             if settings.offload:
-                offloaded = min(max(0, some - BUFFERED_LAYERS) * each, self.host_bytes or math.inf)
+                moved = some - BUFFERED_LAYERS
+                if self.host_bytes:  # whole layers move, in whole slabs
+                    moved = min(moved, self.host_bytes // SLAB // math.ceil(each / SLAB))
+                offloaded = max(0, moved) * each
             work = lean_backward(f, tokens, settings)
         loss = loss_bytes(f, targets)
         parts = {"kept activations": kept - offloaded}
