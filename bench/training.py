@@ -117,7 +117,7 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Cal
     flags += ["--rank", str(rank), "--vram", str(vram_gb)]
     nf4 = any(type(m).__name__ == "Linear4bit" for m in model.modules())
     memory = memory_of(train.parse_args(flags), model, abilities, longest, Processes(), nf4=nf4)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
+    optimizer = train.adamw(parameters, 1e-5, 32)
 
     def step(pairs: list[Pair]) -> str:
         train.train_step(model, abilities, memory, optimizer, pairs, len(pairs), auto_shrink=True)

@@ -10,10 +10,11 @@ from itertools import product
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, peak_bytes, tiny_model
+from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from bench.loss import peak_bytes
 from lengthen import lean, lora
 from lengthen.lean import CHECKPOINTS, Host, Settings
 from lengthen.packed import examine, pack
@@ -413,7 +414,7 @@ def test_the_backward_pass_takes_what_its_formula_says(family, settings):
     torch.autograd.grad(y, x, dy)
     x, y, dy = forward()
     grads = []
-    taken = peak_bytes(lambda: grads.append(torch.autograd.grad(y, [x, *lora.lora_parameters(model)], dy)))
+    taken = peak_bytes(lambda: grads.append(torch.autograd.grad(y, [x, *lora.lora_parameters(model)], dy)), "cpu")
     formula = lean_backward(facts(model), 4096, settings) - dy.numel() * 4  # dy was there before
     assert 0.92 * formula < taken < 1.08 * formula, (taken, formula)
 

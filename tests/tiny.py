@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 WORDS = """the a of and to in is was for on that with as at by from this they we you he she it not have are were be
@@ -142,15 +141,3 @@ def save_writer(folder: Path, stop: float = 2.8) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
-
-
-def peak_bytes(work) -> int:
-    """Most memory allocated at a time by `work`, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
