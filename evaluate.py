@@ -646,7 +646,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
 
     # 2) what is answered
-    drawn = ("samples", "seed", "at_least", "min_new_tokens")
+    drawn = ("samples", "seed", "at_least", "min_new_tokens", "kv_cache")
     sampling = {} if args.outputs else {**cli.sampling_settings(args), **{k: getattr(args, k) for k in drawn}}
     settings = {"language": args.language, "limit": args.limit, **sampling}
     if not args.outputs:

@@ -106,7 +106,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
     model = flags(model=args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
     model += ["--trust-remote-code"] if args.trust_remote_code else []
     common = model + flags(language=args.language, seed=args.seed)
-    sampling = flags(max_new_tokens=args.max_new_tokens or "", max_rows=args.max_rows or "")
+    machine = flags(max_rows=args.max_rows or "", kv_cache=args.kv_cache)
+    sampling = flags(max_new_tokens=args.max_new_tokens or "") + machine
     bias = ["--no-length-bias"] if args.no_length_bias else []
 
     def add(part: str, name: str, command: list[str]) -> None:
@@ -118,7 +119,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         against = ["--dedup-against", *known] if known else []
         command = ["generate.py", "instructions", *common, "--seeds", *args.seeds, *against]
         command += flags(count=count, long_words=args.long_words, max_new_tokens=args.instruction_tokens or "")
-        command += flags(max_rows=args.max_rows or "", output=output)
+        command += [*machine, *flags(output=output)]
         add(part, "instructions", command)
         return output
 
@@ -129,7 +130,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
         output = f"{run / part}/responses.jsonl"
         command = ["generate.py", "responses", *common, *flags(adapter=adapter), "--input", source]
-        command += flags(max_new_tokens=tokens or args.max_new_tokens or "", max_rows=args.max_rows or "")
+        command += flags(max_new_tokens=tokens or args.max_new_tokens or "") + machine
         add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
         return output
 
@@ -180,7 +181,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     fresh = instructions("final", args.final_instructions or args.instructions, asked)
     answers = responses("final", fresh, generators[-1], 0, ["--samples", "1", "--no-length-bias"])
     constrained = f"{run}/final/constrained.jsonl"
-    command = ["generate.py", "constrain", *common, "--input", *extended, answers]
+    command = ["generate.py", "constrain", *common, *machine, "--input", *extended, answers]
     command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
     add("final", "constrain", [*command, *flags(max_attempts=args.demand_attempts, output=constrained)])
     final = train("final", "generator", [constrained], "", [])
@@ -400,6 +401,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     limits = "tokens of a draft, one limit per iteration (the last one holds on); 0 = as --max-new-tokens"
     add("--draft-tokens", type=cli.at_least(0), nargs="+", default=[0], help=limits)
     add("--max-rows", type=cli.at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes")
+    add("--kv-cache", choices=("auto", "fp8"), default="auto", help="fp8 = keys, values in half the memory (GPU)")
     # fine-tuning
     add("--adapter-mode", choices=("continue", "restart"), default="continue", help="see the README, departures")
     add("--rank", type=cli.at_least(1), default=8, help="LoRA rank")

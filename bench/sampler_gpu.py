@@ -11,7 +11,8 @@ Every cell of the table is a process of its own, so that peak memory is its own 
         for `--copied` of its length and is new elsewhere. All passes, draws and drafts are computed as ever.
 
 Columns: tokens/s over the whole job (prompts included), the share of the memory's bandwidth over the last half minute
-of decoding (lengthen/meter.py), peak GB as torch counts them. Peers run the same prompts and lengths where they can:
+of decoding (lengthen/meter.py), peak GB as torch counts them; ours also with keys and values in fp8. Peers run the same
+prompts and lengths where they can:
 
     generate         transformers, the best of --batches, left-padded, each batch as long as its longest text
     generate_batch   transformers' continuous batching; it drops the repetition penalty, so in c it does less work
@@ -84,7 +85,7 @@ SHAPES = {
 }
 PLAIN = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 RECIPE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-ENGINES = ("ours", "ours, no lookup", "generate", "generate_batch", "vllm")
+ENGINES = ("ours", "ours, fp8 pages", "ours, no lookup", "generate", "generate_batch", "vllm")
 
 
 @dataclass
@@ -178,11 +179,11 @@ def make_model(work: Work, device: torch.device) -> torch.nn.Module:
 # The engines: each returns the tokens it made, and what it knows of itself
 
 
-def run_ours(work: Work, device: torch.device, lookup: bool = True) -> dict:
+def run_ours(work: Work, device: torch.device, **options: object) -> dict:
     model = make_model(work, device)
     context = model.config.max_position_embeddings
     with Sampler(
-        model, Ids(model.config.vocab_size), eos_ids=set(), context=context, max_rows=work.rows, lookup=lookup
+        model, Ids(model.config.vocab_size), eos_ids=set(), context=context, max_rows=work.rows, **options
     ) as sampler:
         if work.script:
             draw = sampler._draw
@@ -296,6 +297,7 @@ def run_one(case: str, engine: str, args: argparse.Namespace) -> dict:
     else:
         result = {
             "ours": lambda: run_ours(work, device),
+            "ours, fp8 pages": lambda: run_ours(work, device, kv_dtype=torch.float8_e4m3fn),
             "ours, no lookup": lambda: run_ours(work, device, lookup=False),
             "generate_batch": lambda: run_generate_batch(work, device),
             "vllm": lambda: run_vllm(work, device),
@@ -306,11 +308,13 @@ def run_one(case: str, engine: str, args: argparse.Namespace) -> dict:
 
 
 def engines_of(case: str, args: argparse.Namespace) -> list[str]:
-    """Peers cannot be scripted, so in d it is ours alone; elsewhere lookup makes no difference on random weights."""
+    """Peers cannot be scripted, so in d it is ours alone; elsewhere lookup makes no difference on random weights. Pages
+    of fp8 are for a GPU."""
     if case == "d":
         return ["ours", "ours, no lookup"]
     have = [name for name in args.engines if name != "ours, no lookup"]
-    return [name for name in have if name != "vllm" or importlib.util.find_spec("vllm")]
+    able = {"vllm": importlib.util.find_spec("vllm"), "ours, fp8 pages": torch.cuda.is_available()}
+    return [name for name in have if able.get(name, True)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -35,6 +35,7 @@ from lengthen.records import UserError
 
 NAME = "lengthen_paged"  # key in transformers' registry
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this module knows how to carry
+FP8 = torch.float8_e4m3fn
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
 SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
 
@@ -64,7 +65,8 @@ class PagedCache:
     """The pool of pages: which are free, and the tensors of every layer.
 
     Memory is `num_pages * page_tokens * bytes_per_token`; on a CPU the system commits it only when touched.
-    Where it is `walked`, keys are [pages, Hkv, S, D] as the values are, and pages may hold anything before their use.
+    Where it is `walked`, keys are [pages, Hkv, S, D] as the values are, pages may hold anything before their use, and
+    a dtype of float8_e4m3fn halves them: `scales[layer]` are then those of keys and values (kernels/attention.py).
     """
 
     def __init__(
@@ -76,6 +78,12 @@ class PagedCache:
         sizes = {i: (S, s.key_dim) if self.walked else (s.key_dim, S) for i, s in shapes.items()}
         self.keys = {i: torch.empty(P, s.heads, *sizes[i], **kind) for i, s in shapes.items()}
         self.values = {i: torch.empty(P, s.heads, S, s.value_dim, **kind) for i, s in shapes.items()}
+        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
+        if dtype == FP8:
+            if not self.walked:
+                raise UserError("keys and values in fp8 are for a GPU, this is a CPU", "--kv-cache auto")
+            for i, s in shapes.items():
+                self.scales[i] = tuple(torch.empty(P, s.heads, S, device=device) for _ in range(2))
         self.free = list(range(num_pages))  # a heap: the lowest page is handed out first
         self.holders = [0] * num_pages  # of each page: more than one where it is shared, which a streamed page is not
         # Pages below this hold finite numbers: where all are streamed, a masked nan would still poison a sum.
@@ -83,7 +91,13 @@ class PagedCache:
 
     @staticmethod
     def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:
-        return sum(s.heads * (s.key_dim + s.value_dim) for s in shapes.values()) * dtype.itemsize
+        scales = 2 * torch.float32.itemsize if dtype == FP8 else 0
+        return sum(s.heads * ((s.key_dim + s.value_dim) * dtype.itemsize + scales) for s in shapes.values())
+
+    def tensors(self, layer: int) -> list[Tensor]:
+        """All that a layer's pages hold, page by page; fp8 as bytes, which is what torch can index."""
+        pools = [self.keys[layer], self.values[layer]]
+        return [p.view(torch.uint8) for p in pools] + list(self.scales[layer]) if self.scales else pools
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -116,8 +130,8 @@ class PagedCache:
         """Page contents, all layers, from one page to another; `of` is the pool of the source where it is not this."""
         of = of or self
         for layer in self.keys:
-            self.keys[layer][target] = of.keys[layer][source]
-            self.values[layer][target] = of.values[layer][source]
+            for ours, theirs in zip(self.tensors(layer), of.tensors(layer), strict=True):
+                ours[target] = theirs[source]
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes. Edits the page tables in place."""

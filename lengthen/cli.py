@@ -105,7 +105,8 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter: bool = True, requi
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--temperature --top-p --top-k --repetition-penalty --max-new-tokens --max-rows (the release's constants)."""
+    """--temperature --top-p --top-k --repetition-penalty --max-new-tokens --max-rows --kv-cache, and their defaults:
+    the release's constants."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=at_least(0, float), default=0.7, help="0 = greedy")
     group.add_argument("--top-p", type=between(0.001, 1), default=0.8, help="share of the probability kept")
@@ -116,6 +117,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-rows", type=at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes"
+    )
+    group.add_argument(
+        "--kv-cache",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="auto = keys and values in the model's dtype; fp8 = in half of bf16's memory, on a GPU",
     )
 
 

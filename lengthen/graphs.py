@@ -89,7 +89,7 @@ class DecodeGraphs:
     ):
         assert cache.walked, "a pool that is streamed has no page tables"
         self.hook, self.cache, self.rows, self.steps, self.vocabulary = hook, cache, rows, steps, vocabulary
-        self.device = next(iter(cache.keys.values())).device
+        self.device = cache.device
         self.width = hook.model.config.get_text_config().vocab_size  # of the logits
         new = partial(torch.zeros, device=self.device)
         # token, position, end, written, least, seed, top_k, line: see _step

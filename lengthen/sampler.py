@@ -152,6 +152,7 @@ class Sampler:
     for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU; on CUDA nine tenths of what a pass of
     the largest size leaves). `prefill_tokens`: prompt tokens in one step, 0 = auto. `page_tokens`: 0 = auto (64 on a
     CPU, 256 on CUDA). `lookup`: whether tokens are guessed from a text's own; the texts are the same either way.
+    `kv_dtype`: of keys and values, None = the model's; float8_e4m3fn on a GPU halves them, and texts differ a little.
     Raises UserError for models that the attention hook cannot carry. `notes` are lines for people, `stats` counts.
     """
 
@@ -167,6 +168,7 @@ class Sampler:
         prefill_tokens: int = 0,
         page_tokens: int = 0,
         lookup: bool = True,
+        kv_dtype: torch.dtype | None = None,
     ):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, set(eos_ids)
         weight = model.get_input_embeddings().weight
@@ -185,7 +187,8 @@ class Sampler:
         self.vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self.context = self._fixed_rope(context)
 
-        self.bytes_per_token = PagedCache.bytes_per_token(self.hook.shapes, weight.dtype)
+        self.kv_dtype = kv_dtype or weight.dtype
+        self.bytes_per_token = PagedCache.bytes_per_token(self.hook.shapes, self.kv_dtype)
         if not kv_tokens:
             free = self._free_on_cuda(page_tokens) if cuda else physical_memory() // 4
             kv_tokens = free // self.bytes_per_token
@@ -223,10 +226,10 @@ class Sampler:
 
         What does not fit is shrunk.
         """
-        asked, dtype = pages, self.model.get_input_embeddings().weight.dtype
+        asked = pages
         while pages > 0:
             try:
-                past, size = -(-pages // 8), (page_tokens, self.device, dtype)
+                past, size = -(-pages // 8), (page_tokens, self.device, self.kv_dtype)
                 pool = PagedCache(self.hook.shapes, pages, *size)
                 shared = PrefixCache(pool, past) if pool.walked else None
                 prefixes = shared or PrefixCache(PagedCache(self.hook.shapes, past, *size))
@@ -252,14 +255,14 @@ class Sampler:
 
         Out of memory means smaller pieces of prompts, and another go.
         """
-        cuda, dtype = self.device.type == "cuda", self.model.get_input_embeddings().weight.dtype
+        cuda = self.device.type == "cuda"
         while True:
             n = min(self.prefill_tokens, self.context)
             try:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats(self.device)
                 before = torch.cuda.memory_allocated(self.device) if cuda else 0
-                cache = PagedCache(self.hook.shapes, -(-n // page_tokens), page_tokens, self.device, dtype)
+                cache = PagedCache(self.hook.shapes, -(-n // page_tokens), page_tokens, self.device, self.kv_dtype)
                 at = torch.arange(n, device=self.device)
                 last = at[-1:].expand(self.max_rows)
                 batch = piece_batch(cache, list(range(cache.num_pages)), 0, n)
@@ -282,6 +285,7 @@ class Sampler:
         self.prefixes.clear()
         self.cache.keys.clear()
         self.cache.values.clear()
+        self.cache.scales.clear()
 
     def __enter__(self) -> "Sampler":
         return self

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_job(stage: str, args: argparse.Namespace, inputs: Sequence[str], settings: dict) -> Job:
     """The stage's output, with a journal; `settings`: what shapes it besides the flags that all stages have."""
     adapter = getattr(args, "adapter", "")  # stages of the base model have none
-    shared = {k: getattr(args, k) for k in ("seed", "language", "quantize")}
+    shared = {k: getattr(args, k) for k in ("seed", "language", "quantize", "kv_cache")}
     return Job(
         stage,
         args.output,
@@ -42,6 +42,7 @@ def open_job(stage: str, args: argparse.Namespace, inputs: Sequence[str], settin
 
 def open_model(args: argparse.Namespace, job: Job) -> "tuple[LoadedModel, Sampler]":
     """Load what the flags name; say once what is in force, and why."""
+    from lengthen.attention import FP8
     from lengthen.model import load_model
     from lengthen.sampler import Sampler
 
@@ -54,7 +55,12 @@ def open_model(args: argparse.Namespace, job: Job) -> "tuple[LoadedModel, Sample
         trust_remote_code=args.trust_remote_code,
     )
     sampler = Sampler(
-        loaded.model, loaded.tokenizer, eos_ids=loaded.chat.eos_ids, context=loaded.context, max_rows=args.max_rows
+        loaded.model,
+        loaded.tokenizer,
+        eos_ids=loaded.chat.eos_ids,
+        context=loaded.context,
+        max_rows=args.max_rows,
+        kv_dtype=FP8 if args.kv_cache == "fp8" else None,
     )
     job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
     flags = ", ".join(f"{k} {v}" for k, v in cli.sampling_settings(args).items())

@@ -51,7 +51,8 @@ def attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """As attention.attend_packed: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv]."""
-    pages, n, B = Pages(batch.cache.keys[layer], batch.cache.values[layer]), batch.decoded, len(batch.lengths)
+    cache, n, B = batch.cache, batch.decoded, len(batch.lengths)
+    pages = Pages(cache.keys[layer], cache.values[layer], *cache.scales.get(layer, ()))
     store_pages(k, v, pages, batch.slots)
     parts = []
     if n:
@@ -61,12 +62,20 @@ def attend(
         parts.append(out if batch.gather is None else out.index_select(0, batch.gather))
     if batch.bounds:
         if batch.earlier:
-            page, place = batch.earlier
-            k, v = pages.keys[page, :, place], pages.values[page, :, place]  # [keys, Hkv, D]
+            k, v = (x.to(q.dtype) for x in read_pages(pages, *batch.earlier))
         else:
             k, v = k[n:], v[n:]
         parts.append(attend_pieces(q[n:], k, v, batch.bounds, scaling, window, softcap, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def read_pages(pages: Pages, page: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [tokens, Hkv, D] at int64 places [tokens] of their pages; those of fp8 pages in fp32."""
+    if pages.key_scales is None:
+        return pages.keys[page, :, place], pages.values[page, :, place]
+    pools = ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
+    numbers = [(pool.view(torch.uint8)[page, :, place].view(pool.dtype), x[page, :, place]) for pool, x in pools]
+    return tuple(fp8.float() * scales[..., None] for fp8, scales in numbers)
 
 
 def make_batch(
@@ -78,7 +87,7 @@ def make_batch(
 
     A decoding text has its newest token at `start`, and count - 1 drafted ones behind it.
     """
-    S, device = cache.page_tokens, next(iter(cache.keys.values())).device
+    S, device = cache.page_tokens, cache.device
 
     def ints(x: list, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(x, dtype=dtype, device=device)
@@ -102,7 +111,8 @@ def make_batch(
     if prefill:
         totals = [start + count for _, start, count in prefill]
         batch.bounds = Bounds.make([count for _, _, count in prefill], totals, device)
-        if any(start for _, start, _ in prefill):
+        # fp8: each token sees its own key rounded, as the text's later tokens will, however the prompt was cut.
+        if cache.scales or any(start for _, start, _ in prefill):
             page = [pages[p // S] for (pages, _, _), total in zip(prefill, totals, strict=True) for p in range(total)]
             place = [p % S for total in totals for p in range(total)]
             batch.earlier = ints(page, torch.int64), ints(place, torch.int64)

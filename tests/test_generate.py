@@ -477,6 +477,14 @@ def test_the_real_script_on_the_tiny_writer(writer, tmp_path, capsys):
     assert {r["id"]: r["response"] for r in read_jsonl(output)} == texts
 
 
+def test_keys_and_values_in_fp8_are_refused_on_a_cpu(writer, tmp_path):
+    inputs = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Write about the river."}])
+    command = ["responses", "--model", str(writer), "--input", str(inputs), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(UserError, match="fp8 are for a GPU") as caught:
+        generate.main([*command, "--device", "cpu", "--kv-cache", "fp8"])
+    assert caught.value.hint == "--kv-cache auto"
+
+
 def test_the_real_judge_on_the_tiny_writer(writer, tmp_path, capsys):
     """Its weights say yes by a margin (tests/tiny.py): passed at 0, refused at a margin it cannot reach."""
     seeds = jsonl(tmp_path / "seeds.jsonl", SEEDS)

@@ -11,10 +11,14 @@ import pytest
 import torch
 from test_sampler import make_prompts, make_sampler, write
 from tiny import FAMILIES, tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kernels.attention
+from kernels.attention import quantise
 from lengthen import attention, prefill
 from lengthen.prefill import Bounds, attend_pieces
+from lengthen.records import UserError
 from lengthen.sampler import Request, Sampling
 from lengthen.walk import make_batch
 
@@ -28,7 +32,7 @@ def walking(monkeypatch):
 
     def poisoned(self, *args):
         own(self, *args)
-        for pool in (*self.keys.values(), *self.values.values()):
+        for pool in (*self.keys.values(), *self.values.values(), *(x for pair in self.scales.values() for x in pair)):
             pool.fill_(torch.nan)
 
     monkeypatch.setattr(attention, "walked", lambda device: True)
@@ -36,7 +40,7 @@ def walking(monkeypatch):
 
 
 def generate(model, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": count}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
 
@@ -109,6 +113,54 @@ def test_samples_of_a_prompt_share_its_pages(walking):
     assert sampler.stats["shared_tokens"] == 5 * 87 + 56
     for request in requests:
         assert texts[request.key] == write(model, [request], page_tokens=16, eos_ids=set())[request.key].token_ids
+
+
+def check_fp8(model) -> None:
+    """Oracle: generate, with every key and value rounded to fp8 before the model's own attention sees it."""
+    prompts = make_prompts(6)
+    requests = [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)]
+    samples = write(model, requests, page_tokens=16, kv_dtype=torch.float8_e4m3fn)
+
+    def rounded(module, query, key, value, *args, **options):
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        pairs = [quantise(x) for x in (key, value)]
+        return own(module, query, *(x.float() * scales[..., None] for x, scales in pairs), *args, **options)
+
+    AttentionInterface.register("rounded", rounded)
+    AttentionMaskInterface.register("rounded", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model.set_attn_implementation("rounded")
+    for i, prompt in enumerate(prompts):
+        assert samples[i].token_ids == generate(model, prompt, 24), i
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_pages_are_a_model_that_rounds_its_keys_and_values(walking, family):
+    check_fp8(tiny_model(family))
+
+
+def test_fp8_texts_do_not_depend_on_their_neighbours(walking):
+    """Shared prompts, copied pages, preemption, pieces, guesses, bursts: each text is what it is alone."""
+    model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
+    requests = [
+        Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
+    ]
+    options = {"page_tokens": 16, "kv_tokens": 320, "context": 300, "kv_dtype": torch.float8_e4m3fn}
+    together = write_hopefully(model, requests, **options)
+    assert together[None].stats["shared_tokens"] and together[None].stats["preemptions"]
+    for request in requests:
+        alone = write(model, [request], **{**options, "prefill_tokens": 512, "lookup": False})
+        assert together[request.key].token_ids == alone[request.key].token_ids
+
+
+def test_fp8_pages_take_half_of_bf16s_memory_and_their_scales():
+    shapes = {0: attention.LayerShape(4, 128, 128, 0)}
+    size = {d: attention.PagedCache.bytes_per_token(shapes, d) for d in (torch.bfloat16, torch.float8_e4m3fn)}
+    assert size == {torch.bfloat16: 4 * 256 * 2, torch.float8_e4m3fn: 4 * (256 + 8)}
+
+
+def test_fp8_pages_are_refused_where_pages_are_streamed():
+    with pytest.raises(UserError, match="fp8 are for a GPU"):
+        make_sampler(tiny_model("llama"), kv_dtype=torch.float8_e4m3fn)
 
 
 def test_prompts_that_ran_give_way_to_running_texts(walking):
@@ -273,7 +325,10 @@ def test_gpu_greedy_is_generate_in_fp32(family):
     model, prompts = tiny_model(family).cuda(), make_prompts(8)
     samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
     for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt], device="cuda")
-        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 24}
-        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-        assert samples[i].token_ids == want, i
+        assert samples[i].token_ids == generate(model, prompt, 24), i
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_fp8_pages_are_a_model_that_rounds_its_keys_and_values(family):
+    check_fp8(tiny_model(family).cuda())
