@@ -77,8 +77,7 @@ def paged_attention_reference(
     here = table[:, :width].long().clamp(min=0)
 
     def gather(pool: Tensor, scales: Tensor | None) -> Tensor:
-        x = pool.view(torch.uint8)[here].view(pool.dtype) if scales is not None else pool[here]
-        x = x.float() if scales is None else x.float() * scales[here][..., None]
+        x = read_pool(pool, scales, here).float()
         x = x.transpose(1, 2).flatten(2, 3)  # [B, Hkv, N, D]
         return x.masked_fill(~valid[:, None, :, None], 0)  # what nobody stored may be nan
 
@@ -107,6 +106,13 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (float8_e4m3fn [..., D], fp32 scales [...]): the largest magnitude of a row becomes 448."""
     scales = x.float().abs().amax(-1) / E4M3_MAX
     return (x.float() / scales.where(scales > 0, 1)[..., None]).to(torch.float8_e4m3fn), scales
+
+
+def read_pool(pool: Tensor, scales: Tensor | None, index: object) -> Tensor:
+    """pool[index], the whole last dimension of it; fp8 numbers come multiplied by their scales, in fp32."""
+    if scales is None:
+        return pool[index]
+    return pool.view(torch.uint8)[index].view(pool.dtype).float() * scales[index][..., None]  # torch indexes bytes
 
 
 def store_pages_reference(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:

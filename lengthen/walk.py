@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention import Pages, paged_attention, store_pages
+from kernels.attention import Pages, paged_attention, read_pool, store_pages
 from lengthen.prefill import Bounds, attend_pieces
 
 # B decoding texts, T packed tokens, Q = the most tokens that one of the texts has in a pass: 1, more with drafts.
@@ -62,20 +62,13 @@ def attend(
         parts.append(out if batch.gather is None else out.index_select(0, batch.gather))
     if batch.bounds:
         if batch.earlier:
-            k, v = (x.to(q.dtype) for x in read_pages(pages, *batch.earlier))
+            page, place = batch.earlier
+            pools = ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
+            k, v = (read_pool(*pool, (page, slice(None), place)).to(q.dtype) for pool in pools)  # [keys, Hkv, D]
         else:
             k, v = k[n:], v[n:]
         parts.append(attend_pieces(q[n:], k, v, batch.bounds, scaling, window, softcap, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def read_pages(pages: Pages, page: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [tokens, Hkv, D] at int64 places [tokens] of their pages; those of fp8 pages in fp32."""
-    if pages.key_scales is None:
-        return pages.keys[page, :, place], pages.values[page, :, place]
-    pools = ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
-    numbers = [(pool.view(torch.uint8)[page, :, place].view(pool.dtype), x[page, :, place]) for pool, x in pools]
-    return tuple(fp8.float() * scales[..., None] for fp8, scales in numbers)
 
 
 def make_batch(
