@@ -53,7 +53,7 @@ from lengthen.memory import Memory, memory_of, show_plan
 from lengthen.model import context_length, embeddings_to_host, load_config, load_model, load_tokenizer
 from lengthen.packed import Abilities, examine, pack
 from lengthen.pairs import NAME as PAIRS
-from lengthen.pairs import Pair, PairFile, read_pairs, write_pairs
+from lengthen.pairs import Pair, PairFile, ahead, read_pairs, write_pairs
 from lengthen.parallel import Processes
 from lengthen.records import LowYield, UserError, draw_seed, each_record, fingerprint, no_room, to_line
 from lengthen.text import count_words, detect_language, remove_lines
@@ -156,7 +156,7 @@ def pairs_of(args: argparse.Namespace, folder: TrainingFolder, chat: Chat, most:
             if why:
                 cli.say(f"{why}: encoding the pairs again")
             started, facts = time.monotonic(), {}
-            write_pairs(path, encoded_blocks(args, chat, most, rejected, facts), key, facts)
+            write_pairs(path, ahead(encoded_blocks(args, chat, most, rejected, facts)), key, facts)
             found, _ = read_pairs(path, key)
             seconds = time.monotonic() - started
             cli.say(f"encoded {len(found)} pairs, {found.lengths.sum():,} tokens, in {seconds:.1f} s: kept in {path}")

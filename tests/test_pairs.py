@@ -1,5 +1,6 @@
 """pairs.py and how train.py fills it: the same pairs, checked, in flat memory.  python -m pytest tests/test_pairs.py"""
 
+import threading
 import tracemalloc
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from tiny import tiny_tokenizer
 import train
 from lengthen.chat import Chat
 from lengthen.checkpoint import TrainingFolder
-from lengthen.pairs import Pair, read_pairs, write_pairs
+from lengthen.pairs import Pair, ahead, read_pairs, write_pairs
 from lengthen.parallel import Processes
 from lengthen.records import UserError
 
@@ -145,6 +146,27 @@ def test_memory_stays_flat(encode, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.33 * peaks[0]
+
+
+def test_one_block_is_made_ahead_and_an_error_is_passed_on():
+    made = []
+
+    def blocks():
+        for i in range(4):
+            made.append(i)
+            yield i
+        raise UserError("the last line is no JSON")
+
+    seen = []
+    with pytest.raises(UserError, match="no JSON"):
+        for i in ahead(blocks()):
+            assert len(made) <= i + 2
+            seen.append(i)
+    assert seen == [0, 1, 2, 3] and list(ahead([])) == []
+    stopped = ahead(iter(made))
+    assert next(stopped) == 0
+    stopped.close()  # the writer gave up: no thread is left behind
+    assert not any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate())
 
 
 def test_targets_are_counted_without_reading_the_ids(encode):
