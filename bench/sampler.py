@@ -259,7 +259,7 @@ def bench_lookup(args: argparse.Namespace, loaded: LoadedModel, say: Callable) -
     for name, (prompts, sampling) in sets.items():
         runs = {False: [], True: []}
         for seed in range(args.runs):
-            # The same texts with and without, and each first as often: what a machine does to both is no difference.
+            # The same texts with and without, each first in turn: what a machine does to both is no difference.
             for lookup in (False, True) if seed % 2 == 0 else (True, False):
                 one = run_sampler(loaded, prompts, args.max_new_tokens, rows, seed, lookup, **sampling)
                 runs[lookup].append(one)

@@ -14,18 +14,16 @@ import json
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from lengthen.records import no_room
 
 NAME = "pairs.bin"
-T = TypeVar("T")
 MAGIC = b"pairs\x00\x00\x01"
 
 
@@ -66,17 +64,16 @@ class PairFile(Sequence):
         return self.lengths - self.prompts
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, the next one made in a thread while the caller works on this one.
+def ahead(blocks: Iterator[list[Pair]]) -> Iterator[list[Pair]]:
+    """The blocks, the next one made in a thread while the caller works on this one.
 
     What the tokenizer does it does on all cores and without Python's lock; reading, checking and writing fill its gaps.
     """
-    iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, iterator, end)
-            yield item
+        coming = thread.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield block
 
 
 def write_pairs(path: Path, blocks: Iterator[list[Pair]], key: dict, facts: dict) -> None:

@@ -153,18 +153,18 @@ def test_one_block_is_made_ahead_and_an_error_is_passed_on():
 
     def blocks():
         for i in range(4):
-            made.append(i)
-            yield i
+            made.append(PAIRS)
+            yield PAIRS[: i % 2]  # an empty one is no end
         raise UserError("the last line is no JSON")
 
     seen = []
     with pytest.raises(UserError, match="no JSON"):
-        for i in ahead(blocks()):
-            assert len(made) <= i + 2
-            seen.append(i)
-    assert seen == [0, 1, 2, 3] and list(ahead([])) == []
+        for block in ahead(blocks()):
+            seen.append(block)
+            assert len(made) <= len(seen) + 1
+    assert seen == [[], PAIRS[:1]] * 2 and list(ahead(iter([]))) == []
     stopped = ahead(iter(made))
-    assert next(stopped) == 0
+    assert next(stopped) == PAIRS
     stopped.close()  # the writer gave up: no thread is left behind
     assert not any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate())
 
