@@ -499,6 +499,10 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
                 died = False
             except Killed:
                 died = True
+        for thread in threading.enumerate():  # a process that dies takes its connections along
+            if thread.name.endswith("(_work)"):
+                thread.join(10)
+                assert not thread.is_alive()
         path = out / "judgements.jsonl"
         asked, on_disk = len(fake.asked), path.read_text().count("\n") if path.exists() else 0
         assert judge.judge_answers(out, outputs, args) == []
