@@ -47,38 +47,23 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from lengthen import cli, intervals, judge
-from lengthen.demands import full_marks, length_score, parse_demand, stated_demands
+from lengthen import cli, judge
+from lengthen.demands import length_score, parse_demand, stated_demands
 from lengthen.figures import length_following
 from lengthen.jobs import Job
-from lengthen.measures import (
-    OPENING_TOKENS,
-    compression,
-    content_words,
-    distinct_3,
-    longbench_score,
-    loop_by_tenth,
-    mean,
-    median,
-    p90,
-    spearman,
-)
+from lengthen.measures import OPENING_TOKENS
 from lengthen.records import (
-    KINDS,
     UserError,
     draw_seed,
     filter_language,
     fingerprint,
     new_record,
-    numbered_lines,
     prompt_id,
     read_jsonl,
     record_id,
@@ -86,9 +71,10 @@ from lengthen.records import (
     run_id_of,
 )
 from lengthen.report import write_report
-from lengthen.scores import GROUPS, HEADLINES, cell, headlines, show
+from lengthen.scores import POSITIONS, complete, rounded, score, show
+from lengthen.side_by_side import compare
 from lengthen.stage import open_model, sampling_of
-from lengthen.text import count_words, detect_language, is_loop, longen_words
+from lengthen.text import count_words, detect_language, longen_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +85,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {"mini": Path(__file__).parent / "prompts" / "bench_mini.jsonl"}
 SHORT_TASKS = Path(__file__).parent / "prompts" / "short_tasks.jsonl"
-CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
 AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}  # behind the query: a control
-POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end
 
 # ---------------------------------------------------------------------------------------------------------
 # The benchmark
@@ -202,11 +186,6 @@ def contradictions(rows: Sequence[dict]) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------------------
 # Answers
-
-
-def complete(row: dict) -> dict:
-    """An "output" record of any version: fields that it was written too early to have are empty."""
-    return new_record("output", **{k: v for k, v in row.items() if k in KINDS["output"].__annotations__})
 
 
 def answered(row: dict, response: str, finish: str, response_tokens: int, perplexity: float = -1.0) -> dict:
@@ -349,228 +328,6 @@ def probed(own: "Tensor", strange: "Tensor | None") -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Measures
-
-
-def wanted_words(row: dict) -> float:
-    """The middle of what gets full marks: one number for "how long was it asked to be"."""
-    return sum(full_marks(row["type"], row["min_words"], row["max_words"])) / 2
-
-
-def constant_writer(outputs: Sequence[dict]) -> dict:
-    """Scores (of 100) of writers who ignore the query: {"best_words", "best", "fixed": {words: score}}.
-
-    The score is piecewise linear in the words and bends down only at the ends of full_marks: the best is one of them.
-    """
-    demands = Counter((r["type"], r["min_words"], r["max_words"]) for r in outputs)
-
-    def total(words: int) -> float:
-        return 100 * sum(n * length_score(words, *demand) for demand, n in demands.items()) / demands.total()
-
-    corners = {f(x) for d in demands for a, b in [full_marks(*d)] for x in (a, b) for f in (math.floor, math.ceil)}
-    best = max(sorted(corners), key=total)
-    return {"best_words": best, "best": total(best), "fixed": {str(words): total(words) for words in CONSTANT_WORDS}}
-
-
-def has_demand(row: dict) -> bool:
-    return row["length_score"] >= 0
-
-
-def has_ended(row: dict) -> bool:
-    return row["finish"] == "eos"
-
-
-def own_prompt_gain(row: dict) -> float | None:
-    """Nats per token by which the answer's beginning is likelier behind its own query than behind another one."""
-    return row["shuffled_loss"] - row["own_loss"] if row["shuffled_loss"] >= 0 else None
-
-
-# key of scores.json -> what it takes of an answer (None: the answer does not count), and what it makes of all of these
-MEASURES: dict[str, tuple[Callable[[dict], Any], Callable[[list], float | None]]] = {
-    # of answers that ended by EOS: the others' length is the limit's
-    "words_median": (lambda r: r["response_words"] if has_ended(r) else None, median),
-    "words_p90": (lambda r: r["response_words"] if has_ended(r) else None, p90),
-    "words_median_all": (lambda r: r["response_words"], median),
-    "words_p90_all": (lambda r: r["response_words"], p90),
-    "eos_share": (lambda r: has_ended(r) if r["finish"] else None, mean),
-    "loop_rate": (lambda r: r["finish"] == "repetition" or is_loop(r["response"], r["language"]), mean),
-    "length_score": (lambda r: 100 * r["length_score"] if has_demand(r) else None, mean),
-    "length_score_eos": (lambda r: 100 * r["length_score"] if has_demand(r) and has_ended(r) else None, mean),
-    "longbench_score": (
-        lambda r: longbench_score(r["response_words"], wanted_words(r)) if has_demand(r) else None,
-        mean,
-    ),
-    "rank_correlation": (lambda r: (wanted_words(r), r["longen_words"]) if has_demand(r) else None, spearman),
-    "distinct_3": (lambda r: distinct_3(r["response"]), mean),
-    "compression": (lambda r: compression(r["response"]), mean),
-    "content_words": (lambda r: content_words(r["query"], r["response"], r["language"]), mean),
-    "perplexity": (lambda r: r["perplexity"] if r["perplexity"] >= 0 else None, median),
-    "own_prompt_gain": (own_prompt_gain, mean),
-    "own_prompt_share": (lambda r: None if (gain := own_prompt_gain(r)) is None else gain > 0, mean),
-}
-OF_GROUPS = ("length_score", "rank_correlation", "eos_share", "words_median", "words_p90")
-
-
-def measured(outputs: Sequence[dict]) -> list[dict]:
-    """What each answer gives to each measure, and as "query" what it answers."""
-    return [
-        {"query": (r["language"], r["constraint"], r["query"]), **{key: of(r) for key, (of, _) in MEASURES.items()}}
-        for r in outputs
-    ]
-
-
-def by_query(key: str, answers: Sequence[dict], queries: Sequence[tuple] = ()) -> list[list]:
-    """What the answers give to a measure, a list for each query: in the order of `queries`, or in their own."""
-    groups = {query: [] for query in queries or (answer["query"] for answer in answers)}
-    for answer in answers:
-        if answer[key] is not None:
-            groups[answer["query"]].append(answer[key])
-    return list(groups.values())
-
-
-def overall(key: str, answers: Sequence[dict]) -> float | None:
-    return MEASURES[key][1]([answer[key] for answer in answers if answer[key] is not None])
-
-
-def score(outputs: Sequence[dict], short_losses: Sequence[float] = ()) -> dict:
-    """All scores of a list of "output" records (at least one), with the interval of each measure over the queries.
-
-    Shares are 0..1, length scores points of 100, losses and gains nats per token.
-    """
-    answers = measured(outputs)
-    demanding = [r for r in outputs if has_demand(r)]
-    counted = [r["response_tokens"] for r in outputs if r["response_tokens"] >= 0]
-    tenths = [t for r in outputs if (t := loop_by_tenth(r["response"], r["language"]))]
-    groups = {f"by_{field}": {} for field in GROUPS}
-    for field in GROUPS:
-        for value in sorted({r[field] for r in outputs if r[field]}):
-            group = [a for a, r in zip(answers, outputs, strict=True) if r[field] == value]
-            groups[f"by_{field}"][value] = {"answers": len(group), **{key: overall(key, group) for key in OF_GROUPS}}
-    trust = {key: intervals.bootstrap(by_query(key, answers), total) for key, (_, total) in MEASURES.items()}
-    return {
-        "rows": len({r["parent_id"] for r in outputs}),
-        "answers": len(outputs),
-        **{key: overall(key, answers) for key in MEASURES},
-        "short_loss": mean(short_losses),
-        "intervals": {**trust, "short_loss": intervals.bootstrap([[loss] for loss in short_losses], mean)},
-        "finishes": dict(Counter(r["finish"] or "unknown" for r in outputs).most_common()),
-        "loop_by_tenth": [mean(tenth) for tenth in zip(*tenths, strict=True)] or None,
-        "base_perplexity_by_position": perplexity_by_position(outputs) or None,
-        "distinct_3_answers": sum(answer["distinct_3"] is not None for answer in answers),
-        "tokens": sum(counted) if counted else None,
-        "constant_writer": constant_writer(demanding) if demanding else None,
-        **groups,
-    }
-
-
-def perplexity_by_position(outputs: Sequence[dict]) -> list[list[float]]:
-    """[from token, to token, base model's perplexity of all tokens there], up to the end of the longest answer.
-
-    Far positions have the tokens of the long answers only: read it within a run, or between runs of like lengths.
-    """
-    result = []
-    for i, (start, stop) in enumerate(pairwise(POSITIONS)):
-        parts = [
-            (r["base_losses"][i], min(r["base_tokens"], stop) - start) for r in outputs if len(r["base_losses"]) > i
-        ]
-        if parts:
-            loss = sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
-            result.append([start, stop, math.exp(loss)])
-    return result
-
-
-def hash_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def rounded(value: object) -> object:
-    """The same JSON value with floats of at most 4 decimals: more would be noise."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Runs side by side
-
-
-def read_run(folder: str) -> dict:
-    """A run's scores.json and, as "measured", what its answers give to each measure ([]: they are no longer there)."""
-    path = Path(folder) / "scores.json"
-    try:
-        scores = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", f"python evaluate.py … --output {folder}  writes it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "run the same evaluate.py command again") from None
-    answers = Path(folder) / "outputs.jsonl"
-    rows = [complete(row) for _, row in numbered_lines(answers)] if answers.exists() else []
-    return {"intervals": {}, "short_losses": [], "short_tasks": "", **scores, "measured": measured(rows)}
-
-
-def times(a: float | None, b: float | None) -> float | None:
-    return b / a if a and b is not None else None
-
-
-def more(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else b - a
-
-
-def changes(first: dict, run: dict) -> dict[str, tuple[float | None, intervals.Interval | None]]:
-    """By measure, how the run differs from the first (words as a multiple of it), and the interval of that."""
-    same = first["queries_hash"] == run["queries_hash"]
-    draw = intervals.paired if same else intervals.unpaired
-    queries = list(dict.fromkeys(answer["query"] for one in (first, run) for answer in one["measured"]))
-    found = {}
-    for key, (_, total) in MEASURES.items():
-        differ = times if key.startswith("words") else more
-        groups = (by_query(key, one["measured"], queries) for one in (first, run))
-        found[key] = (
-            differ(first.get(key), run.get(key)),
-            draw(*groups, lambda a, b, total=total, differ=differ: differ(total(a), total(b))),
-        )
-    if first["short_losses"] and first["short_tasks"] == run["short_tasks"]:  # paired by task
-        losses = ([[loss] for loss in one["short_losses"]] for one in (first, run))
-        difference = intervals.paired(*losses, lambda a, b: mean(b) - mean(a))
-        found["short_loss"] = more(first["short_loss"], run["short_loss"]), difference
-    return found
-
-
-def compare(folders: Sequence[str]) -> dict:
-    """One table of the scores of several runs, and how each differs from the first, all with their intervals."""
-    runs = {folder: read_run(folder) for folder in dict.fromkeys(str(Path(f)) for f in folders)}
-    first = next(iter(runs.values()))
-    changed = {folder: changes(first, run) for folder, run in runs.items() if run is not first}
-    table = Table(title="Scores side by side; 95 % intervals over queries")
-    table.add_column("measure")
-    for folder in runs:
-        table.add_column(cli.shown(folder), justify="right", overflow="fold")
-    for key, name, form in HEADLINES:
-        cells = []
-        for folder, run in runs.items():
-            cells.append(cell(headlines(run).get(key), form, run["intervals"].get(key)))
-            value, interval = changed.get(folder, {}).get(key, (None, None))
-            if value is not None:
-                signed = "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
-                cells[-1] += "\n" + cell(value, signed, interval)
-        table.add_row(name, *cells)
-    cli.console.print(table)
-    for key, what in (("queries_hash", "other queries"), ("sampling", "other sampling settings")):
-        if others := [f for f, run in runs.items() if run[key] != first[key]]:
-            how = "; intervals of their differences are not paired" if key == "queries_hash" else ""
-            cli.say(f"not like for like: {', '.join(others)} with {what} than {next(iter(runs))}{how}")
-    keys = [key for key, _, _ in HEADLINES]
-    return {
-        "stage": "compare",
-        "runs": {folder: {key: headlines(run).get(key) for key in keys} for folder, run in runs.items()},
-        "changes": rounded(changed),
-        "paired": [folder for folder in changed if runs[folder]["queries_hash"] == first["queries_hash"]],
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -608,6 +365,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise UserError(f"the following arguments are required: --{flag}", "python evaluate.py --help")
     judge.check_flags(args)
     return args
+
+
+def hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def select(rows: list[dict], args: argparse.Namespace, source: str) -> list[dict]:

@@ -119,8 +119,8 @@ class Output(TypedDict):
     length_score: float  # 0..1, -1 = no demand
     perplexity: float  # of the answer's tokens under the model that wrote it, at temperature 1; -1 = not known
     base_tokens: int  # of the response, encoded again for the probes below; -1 = not probed
-    base_losses: list[float]  # nats per token behind its query, under the base model, in evaluate.POSITIONS' buckets
-    own_loss: float  # the same over the response's beginning (evaluate.OPENING_TOKENS); -1 = not probed
+    base_losses: list[float]  # nats per token behind its query, of the base model, in the buckets of scores.POSITIONS
+    own_loss: float  # the same over the response's beginning (measures.OPENING_TOKENS); -1 = not probed
     shuffled_loss: float  # the same behind the next query of its language; -1 = not probed, or there is no other
 
 

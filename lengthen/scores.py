@@ -1,12 +1,33 @@
-"""The numbers of a scores.json: their names, their formats, and how they are shown on a terminal."""
+"""The numbers of a scores.json: how each is measured, its name and format, and how all are shown on a terminal."""
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 from rich.table import Table
 
-from lengthen import cli
-from lengthen.measures import OPENING_TOKENS, PREFIX_WORDS
+from lengthen import cli, intervals
+from lengthen.demands import full_marks, length_score
+from lengthen.measures import (
+    OPENING_TOKENS,
+    PREFIX_WORDS,
+    compression,
+    content_words,
+    distinct_3,
+    longbench_score,
+    loop_by_tenth,
+    mean,
+    median,
+    p90,
+    spearman,
+)
+from lengthen.records import KINDS, new_record
+from lengthen.text import is_loop
 
+CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
+POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end
 GROUPS = ("type", "range", "language")  # scores.json has a table by_… of each
 
 HEADLINES = (  # key of scores.json, name, format
@@ -33,6 +54,147 @@ HEADLINES = (  # key of scores.json, name, format
     ("tokens", "tokens", "{:,.0f}"),
     ("seconds", "seconds", "{:,.0f}"),
 )
+
+
+def complete(row: dict) -> dict:
+    """An "output" record of any version: fields that it was written too early to have are empty."""
+    return new_record("output", **{k: v for k, v in row.items() if k in KINDS["output"].__annotations__})
+
+
+def wanted_words(row: dict) -> float:
+    """The middle of what gets full marks: one number for "how long was it asked to be"."""
+    return sum(full_marks(row["type"], row["min_words"], row["max_words"])) / 2
+
+
+def constant_writer(outputs: Sequence[dict]) -> dict:
+    """Scores (of 100) of writers who ignore the query: {"best_words", "best", "fixed": {words: score}}.
+
+    The score is piecewise linear in the words and bends down only at the ends of full_marks: the best is one of them.
+    """
+    demands = Counter((r["type"], r["min_words"], r["max_words"]) for r in outputs)
+
+    def total(words: int) -> float:
+        return 100 * sum(n * length_score(words, *demand) for demand, n in demands.items()) / demands.total()
+
+    corners = {f(x) for d in demands for a, b in [full_marks(*d)] for x in (a, b) for f in (math.floor, math.ceil)}
+    best = max(sorted(corners), key=total)
+    return {"best_words": best, "best": total(best), "fixed": {str(words): total(words) for words in CONSTANT_WORDS}}
+
+
+def has_demand(row: dict) -> bool:
+    return row["length_score"] >= 0
+
+
+def has_ended(row: dict) -> bool:
+    return row["finish"] == "eos"
+
+
+def own_prompt_gain(row: dict) -> float | None:
+    """Nats per token by which the answer's beginning is likelier behind its own query than behind another one."""
+    return row["shuffled_loss"] - row["own_loss"] if row["shuffled_loss"] >= 0 else None
+
+
+# key of scores.json -> what it takes of an answer (None: the answer does not count), and what it makes of all of these
+MEASURES: dict[str, tuple[Callable[[dict], Any], Callable[[list], float | None]]] = {
+    # of answers that ended by EOS: the others' length is the limit's
+    "words_median": (lambda r: r["response_words"] if has_ended(r) else None, median),
+    "words_p90": (lambda r: r["response_words"] if has_ended(r) else None, p90),
+    "words_median_all": (lambda r: r["response_words"], median),
+    "words_p90_all": (lambda r: r["response_words"], p90),
+    "eos_share": (lambda r: has_ended(r) if r["finish"] else None, mean),
+    "loop_rate": (lambda r: r["finish"] == "repetition" or is_loop(r["response"], r["language"]), mean),
+    "length_score": (lambda r: 100 * r["length_score"] if has_demand(r) else None, mean),
+    "length_score_eos": (lambda r: 100 * r["length_score"] if has_demand(r) and has_ended(r) else None, mean),
+    "longbench_score": (
+        lambda r: longbench_score(r["response_words"], wanted_words(r)) if has_demand(r) else None,
+        mean,
+    ),
+    "rank_correlation": (lambda r: (wanted_words(r), r["longen_words"]) if has_demand(r) else None, spearman),
+    "distinct_3": (lambda r: distinct_3(r["response"]), mean),
+    "compression": (lambda r: compression(r["response"]), mean),
+    "content_words": (lambda r: content_words(r["query"], r["response"], r["language"]), mean),
+    "perplexity": (lambda r: r["perplexity"] if r["perplexity"] >= 0 else None, median),
+    "own_prompt_gain": (own_prompt_gain, mean),
+    "own_prompt_share": (lambda r: None if (gain := own_prompt_gain(r)) is None else gain > 0, mean),
+}
+OF_GROUPS = ("length_score", "rank_correlation", "eos_share", "words_median", "words_p90")
+
+
+def measured(outputs: Sequence[dict]) -> list[dict]:
+    """What each answer gives to each measure, and as "query" what it answers."""
+    return [
+        {"query": (r["language"], r["constraint"], r["query"]), **{key: of(r) for key, (of, _) in MEASURES.items()}}
+        for r in outputs
+    ]
+
+
+def by_query(key: str, answers: Sequence[dict], queries: Sequence[tuple] = ()) -> list[list]:
+    """What the answers give to a measure, a list for each query: in the order of `queries`, or in their own."""
+    groups = {query: [] for query in queries or (answer["query"] for answer in answers)}
+    for answer in answers:
+        if answer[key] is not None:
+            groups[answer["query"]].append(answer[key])
+    return list(groups.values())
+
+
+def overall(key: str, answers: Sequence[dict]) -> float | None:
+    return MEASURES[key][1]([answer[key] for answer in answers if answer[key] is not None])
+
+
+def score(outputs: Sequence[dict], short_losses: Sequence[float] = ()) -> dict:
+    """All scores of a list of "output" records (at least one), with the interval of each measure over the queries.
+
+    Shares are 0..1, length scores points of 100, losses and gains nats per token.
+    """
+    answers = measured(outputs)
+    demanding = [r for r in outputs if has_demand(r)]
+    counted = [r["response_tokens"] for r in outputs if r["response_tokens"] >= 0]
+    tenths = [t for r in outputs if (t := loop_by_tenth(r["response"], r["language"]))]
+    groups = {f"by_{field}": {} for field in GROUPS}
+    for field in GROUPS:
+        for value in sorted({r[field] for r in outputs if r[field]}):
+            group = [a for a, r in zip(answers, outputs, strict=True) if r[field] == value]
+            groups[f"by_{field}"][value] = {"answers": len(group), **{key: overall(key, group) for key in OF_GROUPS}}
+    trust = {key: intervals.bootstrap(by_query(key, answers), total) for key, (_, total) in MEASURES.items()}
+    return {
+        "rows": len({r["parent_id"] for r in outputs}),
+        "answers": len(outputs),
+        **{key: overall(key, answers) for key in MEASURES},
+        "short_loss": mean(short_losses),
+        "intervals": {**trust, "short_loss": intervals.bootstrap([[loss] for loss in short_losses], mean)},
+        "finishes": dict(Counter(r["finish"] or "unknown" for r in outputs).most_common()),
+        "loop_by_tenth": [mean(tenth) for tenth in zip(*tenths, strict=True)] or None,
+        "base_perplexity_by_position": perplexity_by_position(outputs) or None,
+        "distinct_3_answers": sum(answer["distinct_3"] is not None for answer in answers),
+        "tokens": sum(counted) if counted else None,
+        "constant_writer": constant_writer(demanding) if demanding else None,
+        **groups,
+    }
+
+
+def perplexity_by_position(outputs: Sequence[dict]) -> list[list[float]]:
+    """[from token, to token, base model's perplexity of all tokens there], up to the end of the longest answer.
+
+    Far positions have the tokens of the long answers only: read it within a run, or between runs of like lengths.
+    """
+    result = []
+    for i, (start, stop) in enumerate(pairwise(POSITIONS)):
+        parts = [
+            (r["base_losses"][i], min(r["base_tokens"], stop) - start) for r in outputs if len(r["base_losses"]) > i
+        ]
+        if parts:
+            loss = sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
+            result.append([start, stop, math.exp(loss)])
+    return result
+
+
+def rounded(value: object) -> object:
+    """The same JSON value with floats of at most 4 decimals: more would be noise."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def cell(value: float | None, form: str = "{:,.0f}", interval: Sequence[float] | None = None) -> str:

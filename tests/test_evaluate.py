@@ -15,7 +15,7 @@ import evaluate
 from lengthen.demands import length_score, parse_demand
 from lengthen.measures import spearman
 from lengthen.records import LowYield, UserError, new_record
-from lengthen.scores import HEADLINES
+from lengthen.scores import HEADLINES, MEASURES, cell, constant_writer
 
 ROOT = Path(__file__).parent.parent
 LONGEN = ROOT.parent / "shared" / "data" / "LonGen.jsonl"  # as published; not part of this project
@@ -69,7 +69,7 @@ def test_constant_writers_of_the_published_benchmark():
     """The formula's figures on the published 240 rows, and the four English ones that do not say their demand."""
     rows = evaluate.read_rows(LONGEN)
     assert len(rows) == 240
-    constant = evaluate.constant_writer(rows)
+    constant = constant_writer(rows)
     published = {"1000": 4.1, "2000": 31.5, "4000": 67.8, "8000": 40.1}
     assert {k: round(constant["fixed"][k], 1) for k in published} == published
     assert constant["best"] >= 67.78 and constant["best_words"] == 4000
@@ -83,7 +83,7 @@ def test_constant_writers_of_the_published_benchmark():
 def test_best_constant_is_the_best_of_all():
     demands = ["around 333 words", "around 1500 words", "200-250 words", "more than 700 words", "less than 410 words"]
     rows = [answer(1, d) for d in demands for _ in range(len(d) % 3 + 1)]
-    constant = evaluate.constant_writer(rows)
+    constant = constant_writer(rows)
 
     def total(words: int) -> float:
         scores = [length_score(words, r["type"], r["min_words"], r["max_words"]) for r in rows]
@@ -117,7 +117,7 @@ def test_scores_of_a_handmade_run():
     assert scores["by_type"]["about"]["answers"] == 4 and scores["by_type"]["below"]["length_score"] == 100
     assert scores["by_range"]["a"]["length_score"] == pytest.approx(50) and scores["by_range"]["a"]["eos_share"] == 1
     assert list(scores["by_language"]) == ["en"]
-    assert set(scores["intervals"]) == {*evaluate.MEASURES, "short_loss"} <= {key for key, _, _ in HEADLINES}
+    assert set(scores["intervals"]) == {*MEASURES, "short_loss"} <= {key for key, _, _ in HEADLINES}
     # Loops: 330 of 330 words in one answer of five, none elsewhere. Score by LongBench-Write of 1000/1000, 600/1000,
     # 300/1000, 900/500 and 330/300 (the middle of full marks) words.
     assert scores["loop_by_tenth"] == [0.2] * 10
@@ -159,7 +159,7 @@ def test_intervals_are_over_queries_not_answers():
     ],
 )
 def test_cells(value, form, interval, text):
-    assert evaluate.cell(value, form, interval) == text
+    assert cell(value, form, interval) == text
 
 
 def test_a_writer_of_one_length_scores_well_but_follows_nothing():
@@ -469,7 +469,8 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
     from lengthen.chat import Chat
 
     monkeypatch.setattr(evaluate, "OPENING_TOKENS", 20)  # shorter than most answers
-    monkeypatch.setattr(evaluate, "POSITIONS", (0, 16, 1000))
+    for module in ("evaluate", "lengthen.scores"):
+        monkeypatch.setattr(f"{module}.POSITIONS", (0, 16, 1000))
     evaluate.main(flags(writer, bench, tmp_path / "out", "--adapter", str(adapter), "--samples", "2"))
     chat = Chat(AutoTokenizer.from_pretrained(writer))
     base = AutoModelForCausalLM.from_pretrained(writer).eval()
@@ -521,7 +522,7 @@ def test_without_probes_nothing_is_asked_and_the_rest_is_the_same(run, writer, b
     plain, probed = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
     keys = ("own_prompt_gain", "own_prompt_share", "short_loss", "base_perplexity_by_position")
     assert all(plain[k] is None and probed[k] is not None for k in keys)
-    for key in set(evaluate.MEASURES) - set(keys):
+    for key in set(MEASURES) - set(keys):
         assert plain[key] == probed[key], key
     evaluate.main(flags(writer, bench, tmp_path / "out", "--samples", "2"))  # finished: no model is loaded for them
     assert "without the probes" in capsys.readouterr().err
@@ -530,7 +531,7 @@ def test_without_probes_nothing_is_asked_and_the_rest_is_the_same(run, writer, b
 def test_own_outputs_of_a_model_give_its_probes_without_it(run, tmp_path, capsys):
     evaluate.main(["--outputs", str(run / "outputs.jsonl"), "--output", str(tmp_path / "again")])
     again, before = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
-    for key in (*evaluate.MEASURES, "base_perplexity_by_position", "loop_by_tenth"):
+    for key in (*MEASURES, "base_perplexity_by_position", "loop_by_tenth"):
         assert again[key] == before[key], key
     assert again["short_loss"] is None  # no part of the answers
 
@@ -570,7 +571,7 @@ def test_killed_at_any_write_of_the_probes_they_are_the_same(writer, adapter, be
         names = {r["run_id"] for r in whole.values()}
         assert {k: {**r, "run_id": [*names][0]} for k, r in records_of(folder).items()} == whole, left
         again = json.loads((folder / "scores.json").read_text())
-        assert {k: again[k] for k in evaluate.MEASURES} == {k: scores[k] for k in evaluate.MEASURES}
+        assert {k: again[k] for k in MEASURES} == {k: scores[k] for k in MEASURES}
         assert again["short_losses"] == scores["short_losses"] and not (folder / "outputs.work.jsonl").exists()
 
 
