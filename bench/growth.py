@@ -307,12 +307,16 @@ def main(argv: list[str] | None = None) -> None:
     own = {name: f"control_drafts_{name.removeprefix('iter_')}" for name in models}
     added = {name: grown(models[drafts], models[name]) for name, drafts in own.items() if drafts in models}
     pairs = {f"{s['part']} {s['stage'].removeprefix('train ')}": s["pairs"] for s in stages if "pairs" in s}
+    # A model learns little from many pairs of few instructions: both counts belong to a result.
+    extended = [Path(args.run) / f"iter_{n}" / "extended.jsonl" for n in range(1, args.iterations + 1)]
+    distinct = {file.parent.name: len({r["prompt"] for r in read_jsonl(file)}) for file in extended}
     cost = {s["part"] + " " + s["stage"]: (s.get("tokens"), s["seconds"]) for s in stages}
     result = {"bench": "growth", "model": settings.model, "setting": chosen, "search": tried, "verdict": said}
     result |= {
         "models": rows,
         "over_own_drafts": added,
         "pairs": pairs,
+        "instructions": distinct,
         "cost": cost,
         "seconds": round(sum(s["seconds"] for s in stages)),
     }
@@ -322,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, one in added.items():
         low, high = one["interval"] or (-1, -1)
         cli.say(f"{name} / {own[name]}: {one['value'] or -1:.2f} [{low:.2f}, {high:.2f}]")
-    cli.say(f"{said}; pairs {pairs}; {result['seconds']} s of stages; {args.run}/growth.json, growth.png")
+    cli.say(f"{said}; pairs {pairs}, of so many instructions: {distinct}; {result['seconds']} s of stages")
+    cli.say(f"{args.run}/growth.json, growth.png")
     cli.emit(result)
 
 

@@ -82,6 +82,8 @@ def stage(step: loop.Step) -> dict:
             for i in range(int(command[command.index("--count") + 1]))
         ]
         output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if command[0] == "extend.py":  # seven pairs of three instructions
+        output.write_text("".join(json.dumps({"id": str(i), "prompt": f"Tell {i % 3}."}) + "\n" for i in range(7)))
     if command[0] == "evaluate.py":
         output.mkdir(parents=True, exist_ok=True)
         asked = map(json.loads, Path(command[command.index("--benchmark") + 1]).read_text().splitlines())
@@ -115,6 +117,7 @@ def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys)
     assert {"base", "iter_1", "iter_2", "control_told", "control_drafts_2"} <= set(result["models"])
     assert result["over_own_drafts"]["iter_2"]["value"] == pytest.approx(500 / 300, rel=0.02)  # and not over the base
     assert result["pairs"]["iter_1 generator"] == 7 and not any("final" in step.part for step in done)
+    assert result["instructions"] == {"iter_1": 3, "iter_2": 3}  # of seven pairs each
     assert [step.part for step in done if step.name == "train extender"] == ["iter_1"]  # the last has nothing to do
     trained = tmp_path / "g" / "search" / "rank-16_learning_rate-3e-4" / "generator" / "meta.json"
     assert (tmp_path / "g" / "iter_1" / "generator" / "meta.json").read_text() == trained.read_text()  # not done twice
