@@ -6,8 +6,8 @@
 3. llama.cpp, where llama-cpp-python is importable and the model is a GGUF file: the same file, which it computes in its
    4 bits where we have dequantised to fp32, through its batch calls, a text's place taken as soon as it ends, and the
    best of --batches. Its sampler chain has the same steps in the same order.
-4. That run of the best size is its first, then ours and the peers alternate until all have run --runs times; the table
-   shows medians. The texts differ (other random numbers), so do the totals a little; the rate is what is compared.
+4. Then all run in turns, --runs times, in this order and its reverse. The table shows medians, the speed-up is the
+   median of the turns' ratios of rate. The texts differ (other random numbers), so do the totals a little.
 5. Beside it: the machine's matrix-product ceiling (a large product), and what part of it each of them reaches,
    counting 2 operations per parameter of the linear layers and useful token (attention not counted).
 6. --lookup instead: the sampler with and without guesses out of the text (lengthen/lookup.py), --rows texts at once
@@ -300,25 +300,22 @@ def bench_peers(args: argparse.Namespace, loaded: LoadedModel, say: Callable) ->
     # 1) the batch size that suits each peer, and a warm-up of ours
     run_sampler(loaded, prompts[:2], 8, args.rows, 0)
     run_generate(loaded, prompts[:2], 8, 2, 0)
-    runs, best, probed = {}, {}, {}
+    best, probed = {"sampler": args.rows}, {}
     for name, run in peers.items():
         probes = {batch: run(loaded, prompts, args.max_new_tokens, batch, 0) for batch in args.batches}
         probed[name] = {batch: one["tokens"] / one["seconds"] for batch, one in probes.items()}
         best[name] = max(probed[name], key=probed[name].get)
-        runs[name] = [probes[best[name]]]
         say(f"{name}: " + ", ".join(f"{rate:.1f} tokens/s at {batch}" for batch, rate in probed[name].items()))
-    runs["sampler"] = []
 
-    # 2) all, in alternation
-    for seed in range(args.runs):
-        for name, run in peers.items():
-            if seed:
-                runs[name].append(run(loaded, prompts, args.max_new_tokens, best[name], seed))
-        runs["sampler"].append(run_sampler(loaded, prompts, args.max_new_tokens, args.rows, seed))
-        gc.collect()
-        for name, done in runs.items():
-            rate = done[-1]["tokens"] / done[-1]["seconds"]
-            say(f"run {seed + 1}, {name}: {done[-1]['tokens']} tokens, {rate:.1f}/s")
+    # 2) all, in turns
+    everyone = {**peers, "sampler": run_sampler}
+    runs = {name: [] for name in everyone}
+    for turn in range(args.runs):
+        for name, run in list(everyone.items())[:: -1 if turn % 2 else 1]:
+            one = run(loaded, prompts, args.max_new_tokens, best[name], turn + 1)
+            runs[name].append(one)
+            say(f"turn {turn + 1}, {name}: {one['tokens']} tokens, {one['tokens'] / one['seconds']:.1f}/s")
+            gc.collect()
 
     # 3) the table
     dtype = next(loaded.model.parameters()).dtype
@@ -338,14 +335,19 @@ def bench_peers(args: argparse.Namespace, loaded: LoadedModel, say: Callable) ->
         cells = (f"{middle['tokens']:.0f}", f"{middle['eos']:.0%}", f"{middle['seconds']:.1f}", f"{rates[name]:.1f}")
         table.add_row(label, *cells, share)
         result[f"{name.replace('.', '_')}_tokens_per_second"] = round(rates[name], 1)
+    over = []
     for name in peers:
         key = "speedup" if name == "generate" else "speedup_over_llama_cpp"
-        result[key] = round(rates["sampler"] / rates[name], 2)
+        turns = [
+            a["tokens"] / a["seconds"] * b["seconds"] / b["tokens"]
+            for a, b in zip(runs["sampler"], runs[name], strict=True)
+        ]
+        result[key], result[f"{key}_by_turn"] = round(statistics.median(turns), 2), [round(one, 2) for one in turns]
+        over.append(f"{result[key]:.2f}x {name} ({min(turns):.2f} to {max(turns):.2f})")
         result[f"{name.replace('.', '_')}_batches"] = {str(b): round(rate, 1) for b, rate in probed[name].items()}
     result["ceiling_gflops"] = round(ceiling / 1e9, 1)
     say(table)
-    over = ", ".join(f"{rates['sampler'] / rates[name]:.2f}x {name}" for name in peers)
-    say(f"ours: {over}; matrix-product ceiling {result['ceiling_gflops']} GFLOP/s")
+    say(f"ours: {', '.join(over)}; matrix-product ceiling {result['ceiling_gflops']} GFLOP/s")
     return result
 
 
