@@ -453,7 +453,7 @@ def test_waits_as_long_as_it_is_told(tmp_path, serve):
     fake = serve(lambda r: GOOD if len(fake.asked) > 1 else (429, {"Retry-After": "1"}, b""))
     start = time.monotonic()
     evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
-    assert len(fake.asked) == 2 and 1 <= time.monotonic() - start < 5
+    assert len(fake.asked) == 2 and 1 <= time.monotonic() - start < 30  # a busy machine is no failure
 
 
 def test_retry_after():
@@ -531,7 +531,7 @@ def test_ctrl_c_does_not_wait_for_the_server(tmp_path, serve):
     os.kill(process.pid, signal.SIGINT)
     start = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and b"Traceback" not in err and time.monotonic() - start < 5
+    assert process.returncode == 130 and b"Traceback" not in err and time.monotonic() - start < 15  # not 20
     assert len(judged(out)) == 1
 
 
