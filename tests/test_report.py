@@ -607,6 +607,20 @@ def test_hostile_text_is_shown_and_not_obeyed(browser, hostile):
 
 
 @needs_browser
+def test_a_run_without_loops_draws_no_place_of_them(browser, run, tmp_path):
+    """A line along the bottom, its axis marked 0 %, 0 % and 0 %, stood there."""
+    headings = "[...document.querySelectorAll('#endings h3')].map((h) => h.textContent)"
+    whole = Path(shutil.copytree(run, tmp_path / "run"))
+    for path in whole.glob("eval/*/scores.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "loop_by_tenth": [0.0] * 10}))
+    for folder, drawn in ((run, True), (whole, False)):
+        page = browser.open(report.write_report(folder))
+        assert ("Where the repetitions are" in page.run(headings)) == drawn
+        assert "Answers that repeat themselves" in page.run(headings) and page.complaints() == []
+        page.close()
+
+
+@needs_browser
 def test_damaged_runs_open_without_a_complaint(browser, damaged):
     for path in damaged[::3]:
         page = browser.open(path)
