@@ -14,7 +14,7 @@ import pytest
 from lengthen.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = """--instructions 4 --final-instructions 3 --instruction-tokens 128 --samples 2 --draft-tokens 400
+SMALLEST = """--instructions 4 --final-instructions 2 --instruction-tokens 128 --samples 2 --draft-tokens 400
 --max-attempts 1 --extend-samples 2 --extend-attempts 1 --rounds 1 --max-new-tokens 560 --demand-attempts 1 --epochs 1
 --limit 1 --max-length 1024 --no-length-bias --min-gain 1""".split()
 
