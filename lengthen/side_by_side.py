@@ -23,6 +23,7 @@ def read_run(folder: str) -> dict:
         raise UserError(f"{path} cannot be read: {error}", "run the same evaluate.py command again") from None
     answers = Path(folder) / "outputs.jsonl"
     rows = [complete(row) for _, row in numbered_lines(answers)] if answers.exists() else []
+    rows.sort(key=lambda row: row["parent_id"])  # as the report: an interval must not depend on who finished first
     return {"intervals": {}, "short_losses": [], "short_tasks": "", **scores, "measured": measured(rows)}
 
 

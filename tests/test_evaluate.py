@@ -15,7 +15,10 @@ import evaluate
 from lengthen.demands import length_score, parse_demand
 from lengthen.measures import spearman
 from lengthen.records import LowYield, UserError, new_record
+from lengthen.report import read_models
+from lengthen.rundir import Files
 from lengthen.scores import HEADLINES, MEASURES, cell, constant_writer
+from lengthen.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
 LONGEN = ROOT.parent / "shared" / "data" / "LonGen.jsonl"  # as published; not part of this project
@@ -674,6 +677,29 @@ def test_compare_puts_runs_side_by_side(tmp_path, capsys):
     assert low < estimate < high and f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]" in output.err
     # Both ended all ten: the shares have an interval each, their difference of 0 shows no spread to make one of.
     assert summary["changes"][b]["eos_share"] == [0, None] and "100.0% [69.2, 100.0]" in output.err
+
+
+def test_an_interval_does_not_depend_on_who_finished_first(tmp_path, capsys):
+    """The demo's report said 0.92 to 1.34 where --compare said 0.94 to 1.34, of the same answers."""
+    lengths = [40, 60, 70, 80, 95, 105, 120, 140, 160, 210]
+    (tmp_path / "eval").mkdir()
+    a, b = folder_of(tmp_path / "eval" / "base", lengths), folder_of(tmp_path / "eval" / "final", lengths[::-1])
+
+    def compared() -> dict:
+        capsys.readouterr()
+        evaluate.main(["--compare", a, b])
+        return json.loads(capsys.readouterr().out)["changes"]
+
+    before = compared()
+    for folder in (a, b):
+        path = Path(folder) / "outputs.jsonl"
+        rows = path.read_text().splitlines(keepends=True)
+        random.Random(folder[-1]).shuffle(rows)
+        path.write_text("".join(rows))
+    assert compared() == before
+    low, high = before[b]["words_median"][1]
+    told = " ".join(verdict(read_models(Files(tmp_path)))["shows"])
+    assert f"{low:.2f} to {high:.2f} (paired by query)" in told
 
 
 def test_runs_on_other_queries_are_compared_unpaired_and_said_to_be(tmp_path, capsys):
