@@ -10,10 +10,10 @@
        one (is it about its query?), how does the base model's perplexity run along it (does it decay?), and how likely
        are the short answers of prompts/short_tasks.jsonl (has the model forgotten how to be brief?).
        On a CPU this takes a third of the sampling's time (SmolLM2: 36 s and 109 s); --no-probes leaves it out
-    5. with --judge, let models score relevance, coherence, ... of each answer, length ignored (lengthen/judge.py); with
-       --compare also say which of two runs' answers is better, in both orders
+    5. with --judge, let models score relevance, coherence, ... of each answer, length ignored (evaluation/judge.py),
+       with --compare also say which of two runs' answers is better, in both orders
     6. write outputs.jsonl (records "output"), scores.json and length_following.png to the folder --output. Beside each
-       number stands its 95 % interval over queries (lengthen/intervals.py), in --compare also that of the difference
+       number stands its 95 % interval over queries (evaluation/intervals.py), in --compare also that of the difference
 
 Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
         the hub; or, with --outputs, ready-made answers (query, response; the benchmark's fields, finish where known).
@@ -53,11 +53,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lengthen import cli, judge
-from lengthen.demands import length_score, parse_demand, stated_demands
-from lengthen.figures import length_following
+from lengthen import cli
+from lengthen.evaluation import judge
+from lengthen.evaluation.compare import compare
+from lengthen.evaluation.figures import length_following
+from lengthen.evaluation.measures import OPENING_TOKENS
+from lengthen.evaluation.report.page import write_report
+from lengthen.evaluation.scores import POSITIONS, complete, rounded, score, show
 from lengthen.jobs import Job
-from lengthen.measures import OPENING_TOKENS
 from lengthen.records import (
     UserError,
     draw_seed,
@@ -70,18 +73,16 @@ from lengthen.records import (
     replace_file,
     run_id_of,
 )
-from lengthen.report import write_report
-from lengthen.scores import POSITIONS, complete, rounded, score, show
-from lengthen.side_by_side import compare
-from lengthen.stage import open_model, sampling_of
-from lengthen.text import count_words, detect_language, longen_words
+from lengthen.stage import Stage, open_model, sampling_of
+from lengthen.text.demands import length_score, parse_demand, stated_demands
+from lengthen.text.words import count_words, detect_language, longen_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lengthen.chat import Chat
-    from lengthen.model import LoadedModel
-    from lengthen.sampler import Sampler
+    from lengthen.models.chat import Chat
+    from lengthen.models.loading import LoadedModel
+    from lengthen.sampling.engine import Sampler
 
 BENCHMARKS = {"mini": Path(__file__).parent / "prompts" / "bench_mini.jsonl"}
 SHORT_TASKS = Path(__file__).parent / "prompts" / "short_tasks.jsonl"
@@ -206,7 +207,7 @@ def answered(row: dict, response: str, finish: str, response_tokens: int, perple
 
 def ask_model(job: Job, rows: Sequence[dict], args: argparse.Namespace) -> dict[str, Any]:
     """Answers and probes, by a model that is gone when this returns: a judge may need its memory."""
-    loaded, sampler = open_model(args, job)
+    loaded, sampler = open_model(stage_of(args), job)
     sample_answers(job, rows, args, loaded, sampler)
     return probe(job, rows, args, loaded, sampler) if not args.no_probes and job.records else {}
 
@@ -215,9 +216,9 @@ def sample_answers(
     job: Job, rows: Sequence[dict], args: argparse.Namespace, loaded: "LoadedModel", sampler: "Sampler"
 ) -> None:
     """Answer what is not answered yet; each answer is on disk as soon as it is finished."""
-    from lengthen.sampler import Request  # torch comes with it: ready-made answers do without
+    from lengthen.sampling.request import Request  # torch comes with it: ready-made answers do without
 
-    sampling = replace(sampling_of(args), min_new_tokens=args.min_new_tokens)
+    sampling = replace(sampling_of(cli.take(args, cli.SamplingFlags)), min_new_tokens=args.min_new_tokens)
     waiting = {}
     for row in rows:
         told = AT_LEAST[row["language"]].format(words=args.at_least) if args.at_least else ""
@@ -251,8 +252,8 @@ def probe(
     job: Job, rows: Sequence[dict], args: argparse.Namespace, loaded: "LoadedModel", sampler: "Sampler"
 ) -> dict[str, Any]:
     """Measure the answers under the base model (into their records) and the short tasks under the evaluated one."""
-    from lengthen.lora import without_adapter
-    from lengthen.sampler import Sampler
+    from lengthen.models.lora import without_adapter
+    from lengthen.sampling.engine import Sampler
 
     began = time.monotonic()
     tasks = filter_language(read_jsonl(SHORT_TASKS, ("prompt", "answer")), args.language)
@@ -342,14 +343,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("input / output")
     group.add_argument("--limit", type=cli.at_least(0), default=0, help="only the first N queries; 0 = all")
     group.add_argument("--samples", type=cli.at_least(1), default=1, help="answers per query")
-    group.add_argument("--output", default="", help="folder that is written; the same command again goes on with it")
-    group.add_argument("--language", choices=("en", "zh", "both"), default="both", help="records of which language")
-    group.add_argument("--seed", type=int, default=0, help="of every random draw in this stage")
-    group.add_argument("--overwrite", action="store_true", help="start afresh instead of going on")
-    group.add_argument("--allow-partial", action="store_true", help="accept --outputs whose stage has not finished")
+    group.add_argument("--output", default="", help="what is written; run the same command again to continue it")
+    cli.add_flags(parser, "output", cli.OutputFlags, leave_out=("output", "min_yield"))
     group.add_argument("--no-probes", action="store_true", help="leave out what a model is asked about the answers")
-    cli.add_model_flags(parser, required=False)
-    cli.add_sampling_flags(parser)
+    parser.add_argument("--model", default="", help="hub id, local folder, .gguf file, or smollm2 (the demo's model)")
+    cli.add_flags(parser, "model", cli.ModelFlags, leave_out=("model",))
+    cli.add_flags(parser, "sampling", cli.SamplingFlags)
     group = parser.add_argument_group("controls: what a longer answer costs without fine-tuning")
     group.add_argument(
         "--at-least", type=cli.at_least(0), default=0, help="ask each query for N words or more; 0 = off"
@@ -365,6 +364,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise UserError(f"the following arguments are required: --{flag}", "python evaluate.py --help")
     judge.check_flags(args)
     return args
+
+
+def stage_of(args: argparse.Namespace) -> Stage:
+    return Stage(cli.take(args, cli.OutputFlags), cli.take(args, cli.ModelFlags), cli.take(args, cli.SamplingFlags))
 
 
 def hash_of(value: object) -> str:
@@ -408,7 +411,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2) what is answered
     drawn = ("samples", "seed", "at_least", "min_new_tokens", "kv_cache")
-    sampling = {} if args.outputs else {**cli.sampling_settings(args), **{k: getattr(args, k) for k in drawn}}
+    sampling = (
+        {} if args.outputs else {**cli.take(args, cli.SamplingFlags).recipe(), **{k: getattr(args, k) for k in drawn}}
+    )
     settings = {"language": args.language, "limit": args.limit, **sampling}
     if not args.outputs:
         settings |= {"model": fingerprint(args.model), "adapter": fingerprint(args.adapter), "quantize": args.quantize}

@@ -43,8 +43,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lengthen import cli
-from lengthen.chat import fill, template_hashes
+from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.jobs import Job
+from lengthen.models.chat import fill, template_hashes
 from lengthen.records import (
     UserError,
     draw_seed,
@@ -55,22 +56,35 @@ from lengthen.records import (
     record_id,
     run_id_of,
 )
-from lengthen.stage import length_bias_drops, open_job, open_model, sampling_of
-from lengthen.text import (
-    clean_answer,
-    count_words,
-    detect_language,
-    has_chatter,
-    is_loop,
-    split_paragraphs,
-    strip_chatter,
-)
+from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
+from lengthen.text.filters import clean_answer, has_chatter, is_loop, strip_chatter
+from lengthen.text.words import count_words, detect_language, split_paragraphs
 
 if TYPE_CHECKING:
-    from lengthen.sampler import Sample
+    from lengthen.sampling.request import Sample
 
 KEPT = (2, 3)  # of the paragraphs that a stage returns: what the next one goes on from
 _TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
+
+
+@dataclass(frozen=True)
+class ExtendFlags:
+    """The flags of this stage, beside those that every stage has (lengthen/cli.py)."""
+
+    samples: int = flag(2, "independent jobs for each draft", at_least(1))
+    rounds: int = flag(3, "extensions, each of the text of the one before", at_least(1))
+    max_attempts: int = flag(20, "tries of one job, over all its rounds", at_least(1))
+    min_gain: float = flag(1.2, "accept only if longer than this many times the draft", at_least(0, float))
+    penalty_scope: str = flag(
+        "output", "the repetition penalty counts output and prefix, or also the draft", choices=("output", "all")
+    )
+    stages: int = flag(
+        2,
+        "calls per round, each over one more part of the text: 2 = the paper's, 1 = one call, the control",
+        at_least(1),
+    )
+    no_length_bias: bool = flag(False, "keep the short texts too")
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Cutting texts
@@ -149,7 +163,7 @@ class Extension:
     """
 
     record: dict  # the extended record it will be: ids, prompt, initial, initial_words
-    rules: argparse.Namespace  # stages, rounds, max_attempts, min_gain
+    rules: ExtendFlags
     text: str = ""  # the draft, then the last accepted round
     round_words: list[int] = field(default_factory=list)  # after each accepted round
     attempt: int = 0  # the try that runs, counted over all rounds
@@ -251,20 +265,20 @@ def read_drafts(paths: list[str], language: str) -> list[dict]:
     return sorted(filter_language(drafts, language), key=lambda row: (-row["words"], row["id"]))
 
 
-def make_extensions(drafts: list[dict], args: argparse.Namespace) -> dict[str, Extension]:
+def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> dict[str, Extension]:
     """--samples jobs a draft, by id, in the order in which they are to start."""
-    run_id, extensions = run_id_of(args.output), {}
+    extensions = {}
     for draft in drafts:
-        for sample in range(args.samples):
+        for sample in range(rules.samples):
             id_ = record_id("extended", draft["id"], sample)
             base = {"id": id_, "parent_id": draft["id"], "language": draft["language"], "run_id": run_id}
             initial = {"initial": draft["response"], "initial_words": draft["words"]}
             record = new_record("extended", **base, sample=sample, prompt=draft["prompt"], **initial)
-            extensions[id_] = Extension(record, args)
+            extensions[id_] = Extension(record, rules)
     return extensions
 
 
-def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extension]) -> list[dict]:
+def extend_all(stage: Stage, rules: ExtendFlags, job: Job, extensions: dict[str, Extension]) -> list[dict]:
     """Run every job to its end and store it; returns all journal entries, those of earlier processes included."""
     # 1) where an earlier process left off
     entries = list(job.journal)
@@ -284,18 +298,18 @@ def extend_all(args: argparse.Namespace, job: Job, extensions: dict[str, Extensi
         return entries
 
     # 2) new requests join while results are read: no waves, no idle rows
-    from lengthen.sampler import Request
+    from lengthen.sampling.request import Request
 
-    loaded, sampler = open_model(args, job)
-    chat, sampling = loaded.chat, sampling_of(args)
+    loaded, sampler = open_model(stage, job)
+    chat, sampling = loaded.chat, sampling_of(stage.sampling)
 
     def add(extension: Extension) -> None:
         record = extension.record
         content = fill("extend", record["language"], instruction=record["prompt"], draft=extension.draft())
         messages = [{"role": "user", "content": content}]
         prompt_ids = chat.encode(messages, prefill=extension.prefix)
-        penalty_from = len(chat.encode(messages)) if args.penalty_scope == "output" else 0
-        seed = draw_seed(args.seed, record["id"], *extension.draw())
+        penalty_from = len(chat.encode(messages)) if rules.penalty_scope == "output" else 0
+        seed = draw_seed(stage.out.seed, record["id"], *extension.draw())
         # At least as long as what it enriches, less what it is prefilled with: the longest start first, also when they
         # come back for their next call.
         expected = max(1, len(chat.encode_text(extension.draft())) - len(chat.encode_text(extension.prefix)))
@@ -340,54 +354,34 @@ def statistics_of(entries: list[dict], stages: int, job: Job) -> dict:
     }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "extend.py")
-    cli.add_io_flags(parser, several_inputs=True)
-    group = parser.add_argument_group("extension")
-    group.add_argument("--samples", type=cli.at_least(1), default=2, help="independent jobs for each draft")
-    group.add_argument(
-        "--rounds", type=cli.at_least(1), default=3, help="extensions, each of the text of the one before"
-    )
-    group.add_argument("--max-attempts", type=cli.at_least(1), default=20, help="tries of one job, over all its rounds")
-    group.add_argument(
-        "--min-gain", type=cli.at_least(0, float), default=1.2, help="times the draft's words that must be exceeded"
-    )
-    group.add_argument(
-        "--penalty-scope",
-        choices=("output", "all"),
-        default="output",
-        help="what the repetition penalty counts: output and prefix, or the draft too",
-    )
-    group.add_argument(
-        "--stages",
-        type=cli.at_least(1),
-        default=2,
-        help="calls a round, each over one more part of the text: 2 = the paper's; 1 = one call, the control; "
-        "more: for a model that summarizes what is long",
-    )
-    group.add_argument("--no-length-bias", action="store_true", help="keep the short texts too")
-    cli.add_model_flags(parser)
-    cli.add_sampling_flags(parser)
-    return parser.parse_args(argv)
+    cli.add_flags(parser, "input", InputFlags)
+    cli.add_flags(parser, "output", OutputFlags)
+    cli.add_flags(parser, "extension", ExtendFlags)
+    cli.add_flags(parser, "model", ModelFlags)
+    cli.add_flags(parser, "sampling", SamplingFlags)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    extensions = make_extensions(read_drafts(args.input, args.language), args)
-    own = ("samples", "rounds", "max_attempts", "min_gain", "penalty_scope", "stages", "no_length_bias")
-    settings = {**{k: getattr(args, k) for k in own}, "templates": template_hashes("extend")}
-    with open_job("extend", args, args.input, settings) as job:
+    args = make_parser().parse_args(argv)
+    stage = Stage(cli.take(args, OutputFlags), cli.take(args, ModelFlags), cli.take(args, SamplingFlags))
+    rules = cli.take(args, ExtendFlags)
+    extensions = make_extensions(read_drafts(args.input, stage.out.language), run_id_of(stage.out.output), rules)
+    settings = {**vars(rules), "templates": template_hashes("extend")}
+    with open_job("extend", stage, args.input, settings) as job:
         stats = {}
         if not job.complete:
             # 1) all jobs to their end
-            entries = extend_all(args, job, extensions)
+            entries = extend_all(stage, rules, job, extensions)
             for reason, times in Counter(e["reason"] for e in entries if e["reason"]).items():
                 job.count(reason, times)
-            stats = statistics_of(entries, args.stages, job)
+            stats = statistics_of(entries, rules.stages, job)
             # 2) the shortest go, once all are there
-            if not args.no_length_bias:
-                job.drop(length_bias_drops(job.records, args.seed))
-        summary = job.finish(args.min_yield, **stats)
+            if not rules.no_length_bias:
+                job.drop(length_bias_drops(job.records, stage.out.seed))
+        summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 
 

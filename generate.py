@@ -32,12 +32,13 @@ import random
 import re
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lengthen import cli
-from lengthen.chat import fill, template_hashes
-from lengthen.demands import make_demand, states_demand
+from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.jobs import Job
+from lengthen.models.chat import fill, template_hashes
 from lengthen.records import (
     UserError,
     draw_seed,
@@ -49,11 +50,14 @@ from lengthen.records import (
     record_id,
     run_id_of,
 )
-from lengthen.stage import length_bias_drops, open_job, open_model, sampling_of
-from lengthen.text import NearDuplicates, clean_answer, count_words, detect_language, strip_chatter
+from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
+from lengthen.text.demands import make_demand, states_demand
+from lengthen.text.filters import clean_answer, strip_chatter
+from lengthen.text.selection import NearDuplicates
+from lengthen.text.words import count_words, detect_language
 
 if TYPE_CHECKING:
-    from lengthen.sampler import Sample
+    from lengthen.sampling.request import Sample
 
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
@@ -62,6 +66,45 @@ RETRIES = 2  # draws at a time for an instruction whose first one failed: one by
 NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
 YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
 APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
+
+# ---------------------------------------------------------------------------------------------------------
+# The flags of each command, beside those that every stage has (lengthen/cli.py)
+
+
+def steps(text: str) -> tuple[int, int]:
+    """'1000,2000' -> (1000, 2000)."""
+    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be two numbers like 1000,2000, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True)
+class InstructionsFlags:
+    seeds: list[str] = flag(REQUIRED, "JSONL files with `prompt`: the examples shown")
+    count: int = flag(500, "instructions wanted, all languages together", at_least(1))
+    dedup_against: list[str] = flag([], "JSONL files whose `prompt` must not come again")
+    max_attempts: int = flag(10, "draws for one instruction", at_least(1))
+    long_words: int = flag(2000, "what the judge calls a long article, words", at_least(1))
+    judge_margin: float = flag(0.0, "minimum log p(yes) - log p(no), nats; =-inf turns the judge off")
+
+
+@dataclass(frozen=True)
+class ResponsesFlags:
+    samples: int = flag(2, "answers to each instruction", at_least(1))
+    max_attempts: int = flag(20, "draws for one answer", at_least(1))
+    no_length_bias: bool = flag(False, "keep the short answers too")
+
+
+@dataclass(frozen=True)
+class ConstrainFlags:
+    demand_min: int = flag(2000, "skip answers of fewer words", at_least(1))
+    demand_max: int = flag(8000, "skip answers of this many words or more", at_least(1))
+    demand_steps: tuple[int, int] = flag(
+        (1000, 2000), "words that demands are rounded to: four fifths, one fifth of them", steps, metavar="N,N"
+    )
+    max_attempts: int = flag(5, "draws before the demand is appended in a sentence of its own", at_least(1))
+
 
 # ---------------------------------------------------------------------------------------------------------
 # 1, 2: instructions
@@ -115,53 +158,58 @@ def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
     return random.Random(record_id_).sample(same, 2)
 
 
-def instructions(args: argparse.Namespace) -> None:
+def instructions(stage: Stage, own: InstructionsFlags) -> None:
     # 1) seeds, and one record per wanted instruction
-    seeds = filter_language(read_prompts(args.seeds, source="seed"), args.language)
+    seeds = filter_language(read_prompts(own.seeds, source="seed"), stage.out.language)
     if not seeds:
-        raise UserError(f"no seed is of language {args.language!r}", "--language both, or other --seeds")
-    run_id = run_id_of(args.output)
+        raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
+    run_id = run_id_of(stage.out.output)
     records, shots = [], []
-    for sample, language in enumerate(split_count(args.count, seeds)):
+    for sample, language in enumerate(split_count(own.count, seeds)):
         id_ = record_id("instruction", "", sample, scope=run_id)
         shots.append(draw_shots(id_, language, seeds))
         base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
         records.append(new_record("instruction", **base, example_ids=[s["id"] for s in shots[-1]]))
     settings = {
-        **{k: getattr(args, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
+        **{k: getattr(own, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
         "templates": template_hashes("instruct", "instruct_prefill", "judge"),
     }
-    with open_job("instructions", args, [*args.seeds, *args.dedup_against], settings) as job:
+    with open_job("instructions", stage, [*own.seeds, *own.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
             distinct = NearDuplicates()
-            for known in [*seeds, *(read_prompts(args.dedup_against) if args.dedup_against else [])]:
+            for known in [*seeds, *(read_prompts(own.dedup_against) if own.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])
-            stats = write_instructions(args, job, records, shots, distinct)
-        summary = job.finish(args.min_yield, **stats)
+            stats = write_instructions(stage, own, job, records, shots, distinct)
+        summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 
 
 def write_instructions(
-    args: argparse.Namespace, job: Job, records: list[dict], shots: list[list[dict]], distinct: NearDuplicates
+    stage: Stage,
+    own: InstructionsFlags,
+    job: Job,
+    records: list[dict],
+    shots: list[list[dict]],
+    distinct: NearDuplicates,
 ) -> dict:
     """Fill and store the records; returns the stage's statistics.
 
     Draws run and finish in any order. Whether one is a near-duplicate depends on those before it, so that is decided
     in the order (attempt, sample), each draw waiting for its turn: nearly the order in which the sampler finishes.
     """
-    from lengthen.sampler import Request
+    from lengthen.sampling.request import Request
 
     # The journal holds every draw: {"id", "attempt", "prompt", "reason"}, and {"id", "attempt", "margin"} once judged.
     entries = [e for e in job.journal if "prompt" in e]
     drawn = {(e["id"], e["attempt"]): (e["prompt"], e["reason"]) for e in entries}
     margins = {(e["id"], e["attempt"]): e["margin"] for e in job.journal if "margin" in e}
-    loaded, sampler = open_model(args, job)
+    loaded, sampler = open_model(stage, job)
     chat = loaded.chat
     wanted = {r["id"]: (r, pair) for r, pair in zip(records, shots, strict=True)}
     turns = deque((r["id"], 0) for r in records)
     asked, failures = set(drawn), Counter()
-    no_judge = args.judge_margin == float("-inf")
+    no_judge = own.judge_margin == float("-inf")
     unjudged = [draw for draw, (_, reason) in drawn.items() if not reason and draw not in margins and not no_judge]
 
     def verdict(draw: tuple[str, int]) -> str | None:
@@ -170,16 +218,16 @@ def write_instructions(
             return drawn[draw][1] if draw in drawn else None
         if no_judge:
             return ""
-        return None if draw not in margins else "" if margins[draw] > args.judge_margin else "judge"
+        return None if draw not in margins else "" if margins[draw] > own.judge_margin else "judge"
 
     def advance(id_: str) -> None:
         """Ask for the next draws as soon as one is known to have failed: its turn may be far away."""
         attempt = 0
-        while verdict((id_, attempt)) and attempt + 1 < args.max_attempts:
+        while verdict((id_, attempt)) and attempt + 1 < own.max_attempts:
             attempt += 1
         if verdict((id_, attempt)) == "":
             return
-        for ahead in range(attempt, min(attempt + (RETRIES if attempt else 1), args.max_attempts)):
+        for ahead in range(attempt, min(attempt + (RETRIES if attempt else 1), own.max_attempts)):
             if (id_, ahead) not in asked:
                 ask(id_, ahead)
 
@@ -190,8 +238,8 @@ def write_instructions(
         examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
         messages = [{"role": "user", "content": fill("instruct", language)}]
         prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
-        sampling = sampling_of(args, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
-        sampler.add(Request((id_, attempt), prompt_ids, draw_seed(args.seed, id_, attempt), sampling))
+        sampling = sampling_of(stage.sampling, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
+        sampler.add(Request((id_, attempt), prompt_ids, draw_seed(stage.out.seed, id_, attempt), sampling))
 
     def judge() -> None:
         """Log-probability of yes minus that of no, for all that wait; a question that does not fit gets a no."""
@@ -200,7 +248,7 @@ def write_instructions(
         unjudged.clear()
         for id_, attempt in waiting:
             language = wanted[id_][0]["language"]
-            question = fill("judge", language, instruction=drawn[id_, attempt][0], words=str(args.long_words))
+            question = fill("judge", language, instruction=drawn[id_, attempt][0], words=str(own.long_words))
             prompt_ids = chat.encode([{"role": "user", "content": question}])
             answers = [chat.encode_text(word) for word in YES_NO[language]]
             if len(prompt_ids) + max(map(len, answers)) > loaded.context:
@@ -230,7 +278,7 @@ def write_instructions(
             record = {**wanted[id_][0], "attempt": attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
             if reason:
                 failures[reason] += 1
-            if reason and attempt + 1 < args.max_attempts:
+            if reason and attempt + 1 < own.max_attempts:
                 turns.append((id_, attempt + 1))
                 advance(id_)
             elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
@@ -278,25 +326,25 @@ def examine_response(record: dict, sample: "Sample") -> tuple[dict, str]:
     return {**fields, "finish": sample.finish}, reason
 
 
-def responses(args: argparse.Namespace) -> None:
+def responses(stage: Stage, inputs: list[str], own: ResponsesFlags) -> None:
     # 1) one record per instruction and sample
-    prompts = filter_language(read_prompts(args.input), args.language)
-    run_id, records = run_id_of(args.output), []
+    prompts = filter_language(read_prompts(inputs), stage.out.language)
+    run_id, records = run_id_of(stage.out.output), []
     for parent in prompts:
-        for sample in range(args.samples):
+        for sample in range(own.samples):
             id_ = record_id("response", parent["id"], sample)
             base = {"id": id_, "parent_id": parent["id"], "language": parent["language"], "run_id": run_id}
             records.append(new_record("response", **base, sample=sample, prompt=parent["prompt"]))
-    settings = {k: getattr(args, k) for k in ("samples", "max_attempts", "no_length_bias")}
-    with open_job("responses", args, args.input, settings) as job:
+    with open_job("responses", stage, inputs, vars(own)) as job:
         stats = {}
         if not job.complete:
             # 2) draw until the filters pass
-            stats = draw_each(args, job, records, "answers", lambda r: (r["prompt"], 0), examine_response)
+            ask = lambda record: (record["prompt"], 0)  # noqa: E731
+            stats = draw_each(stage, own.max_attempts, job, records, "answers", ask, examine_response)
             # 3) the shortest go, once all are there
-            if not args.no_length_bias:
-                job.drop(length_bias_drops(job.records, args.seed))
-        summary = job.finish(args.min_yield, **stats)
+            if not own.no_length_bias:
+                job.drop(length_bias_drops(job.records, stage.out.seed))
+        summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 
 
@@ -346,10 +394,10 @@ def read_answers(paths: list[str], language: str) -> list[dict]:
     return filter_language(answers, language)
 
 
-def constrain(args: argparse.Namespace) -> None:
+def constrain(stage: Stage, inputs: list[str], own: ConstrainFlags) -> None:
     # 1) a demand per answer, true of it
-    run_id, records, without, same_id = run_id_of(args.output), [], [], Counter()
-    for parent in read_answers(args.input, args.language):
+    run_id, records, without, same_id = run_id_of(stage.out.output), [], [], Counter()
+    for parent in read_answers(inputs, stage.out.language):
         language, words = parent["language"], count_words(parent["response"])
         # Two files may hold the same id with other answers (one prompt file used twice): number them.
         id_ = record_id("constrained", parent["id"], same_id[parent["id"]])
@@ -359,23 +407,23 @@ def constrain(args: argparse.Namespace) -> None:
         record["response_tokens"] = parent.get("response_tokens", -1)
         record["origin"] = "extended" if "initial" in parent else "response"
         same_id[parent["id"]] += 1
-        bounds = {"low": args.demand_min, "high": args.demand_max, "steps": args.demand_steps}
-        demand = make_demand(words, language, random.Random(draw_seed(args.seed, id_, 0)), **bounds)
+        bounds = {"low": own.demand_min, "high": own.demand_max, "steps": own.demand_steps}
+        demand = make_demand(words, language, random.Random(draw_seed(stage.out.seed, id_, 0)), **bounds)
         if demand is None:
             without.append(record)
         else:
             names = ("constraint", "type", "min_words", "max_words")
             records.append({**record, **dict(zip(names, demand, strict=True))})
     settings = {
-        **{k: getattr(args, k) for k in ("max_attempts", "demand_min", "demand_max", "demand_steps")},
+        **vars(own),
         "templates": template_hashes("constrain"),
     }
-    with open_job("constrain", args, args.input, settings) as job:
+    with open_job("constrain", stage, inputs, settings) as job:
         stats = {}
         if not job.complete:
             for record in without:
                 if record["id"] not in job.done_ids:
-                    inside = args.demand_min <= record["response_words"] < args.demand_max
+                    inside = own.demand_min <= record["response_words"] < own.demand_max
                     job.reject(record, "no-demand" if inside else "outside-demand")
 
             # 2) woven in by the model, else appended
@@ -384,9 +432,9 @@ def constrain(args: argparse.Namespace) -> None:
                 limit = 3 * count_words(record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
                 return fill("constrain", record["language"], **fields), limit
 
-            stats = draw_each(args, job, records, "demands", ask, examine_query, append_demand)
+            stats = draw_each(stage, own.max_attempts, job, records, "demands", ask, examine_query, append_demand)
             stats["appended"] = sum(r["attempt"] == -1 for r in job.records)
-        summary = job.finish(args.min_yield, **stats)
+        summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 
 
@@ -395,7 +443,8 @@ def constrain(args: argparse.Namespace) -> None:
 
 
 def draw_each(
-    args: argparse.Namespace,
+    stage: Stage,
+    max_attempts: int,
     job: Job,
     records: list[dict],
     what: str,
@@ -412,18 +461,18 @@ def draw_each(
     # one of a record (a kill may have come between its note and the record), whose text is needed.
     notes = {(n["id"], n["attempt"]): n for n in job.journal}
     failed = Counter(n["id"] for n in notes.values() if n["reason"])
-    attempts = {r["id"]: min(failed[r["id"]], args.max_attempts - 1) for r in records}
+    attempts = {r["id"]: min(failed[r["id"]], max_attempts - 1) for r in records}
     todo = {r["id"]: r for r in records if r["id"] not in job.done_ids}
     if todo:
-        from lengthen.sampler import Request
+        from lengthen.sampling.request import Request
 
-        loaded, sampler = open_model(args, job)
+        loaded, sampler = open_model(stage, job)
 
         def add(id_: str) -> None:
             content, limit = ask(todo[id_])
             prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
-            seed = draw_seed(args.seed, id_, attempts[id_])
-            sampler.add(Request(id_, prompt_ids, seed, sampling_of(args, limit)))
+            seed = draw_seed(stage.out.seed, id_, attempts[id_])
+            sampler.add(Request(id_, prompt_ids, seed, sampling_of(stage.sampling, limit)))
 
         for id_ in todo:
             add(id_)
@@ -440,7 +489,7 @@ def draw_each(
                 if reason:
                     if sample.finish == "error":  # it would fail again: a prompt that does not fit, say
                         cli.say(f"  {id_}: {sample.error}")
-                    elif attempt + 1 < args.max_attempts:
+                    elif attempt + 1 < max_attempts:
                         attempts[id_] += 1
                         add(id_)
                         continue
@@ -455,64 +504,42 @@ def draw_each(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "generate.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sub = cli.add_command(commands, "instructions", "self-instruct from seeds, judged and without near-duplicates")
+    cli.add_flags(sub, "output", OutputFlags)
+    cli.add_flags(sub, "selection", InstructionsFlags)
+    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))  # self-instruct is the base model's
+    cli.add_flags(sub, "sampling", SamplingFlags)
 
-    def command(name: str, function: Callable, help_: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_, formatter_class=parser.formatter_class)
-        sub.allow_abbrev = False
-        sub.set_defaults(function=function)
-        return sub
+    sub = cli.add_command(commands, "responses", "draft answers to instructions, filtered, the shortest dropped")
+    cli.add_flags(sub, "input", InputFlags)
+    cli.add_flags(sub, "output", OutputFlags)
+    cli.add_flags(sub, "selection", ResponsesFlags)
+    cli.add_flags(sub, "model", ModelFlags)
+    cli.add_flags(sub, "sampling", SamplingFlags)
 
-    sub = command("instructions", instructions, "self-instruct from seeds, judged and without near-duplicates")
-    cli.add_io_flags(sub, input_required=False)
-    group = sub.add_argument_group("selection")
-    group.add_argument("--seeds", nargs="+", required=True, help="JSONL files with `prompt`: the examples shown")
-    group.add_argument("--count", type=cli.at_least(1), default=500, help="instructions wanted, all languages together")
-    group.add_argument("--dedup-against", nargs="+", default=[], help="JSONL files whose `prompt` must not come again")
-    group.add_argument("--max-attempts", type=cli.at_least(1), default=10, help="draws for one instruction")
-    group.add_argument("--long-words", type=cli.at_least(1), default=2000, help="what the judge calls a long article")
-    group.add_argument(
-        "--judge-margin", type=float, default=0.0, help="log p(yes) - log p(no) to exceed, nats; =-inf: no judge"
-    )
-    cli.add_model_flags(sub, adapter=False)
-    cli.add_sampling_flags(sub)
-
-    sub = command("responses", responses, "draft answers to instructions, filtered, the shortest dropped")
-    cli.add_io_flags(sub, several_inputs=True)
-    group = sub.add_argument_group("selection")
-    group.add_argument("--samples", type=cli.at_least(1), default=2, help="answers to each instruction")
-    group.add_argument("--max-attempts", type=cli.at_least(1), default=20, help="draws for one answer")
-    group.add_argument("--no-length-bias", action="store_true", help="keep the short answers too")
-    cli.add_model_flags(sub)
-    cli.add_sampling_flags(sub)
-
-    sub = command("constrain", constrain, "collect answers and weave a true length demand into each instruction")
-    cli.add_io_flags(sub, several_inputs=True)
-    group = sub.add_argument_group("selection")
-    group.add_argument("--demand-min", type=cli.at_least(1), default=2000, help="shorter answers are left out, words")
-    group.add_argument("--demand-max", type=cli.at_least(1), default=8000, help="so are answers this long, words")
-    group.add_argument(
-        "--demand-steps", type=steps, default=(1000, 2000), help="words that demands are rounded to: most, and a fifth"
-    )
-    group.add_argument("--max-attempts", type=cli.at_least(1), default=5, help="draws before the demand is appended")
-    cli.add_model_flags(sub, adapter=False)
-    cli.add_sampling_flags(sub)
-    return parser.parse_args(argv)
-
-
-def steps(text: str) -> tuple[int, int]:
-    """'1000,2000' -> (1000, 2000)."""
-    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers like 1000,2000")
-    return int(found[1]), int(found[2])
+    help = "collect answers and weave a true length demand into each instruction"
+    sub = cli.add_command(commands, "constrain", help)
+    cli.add_flags(sub, "input", InputFlags)
+    cli.add_flags(sub, "output", OutputFlags)
+    cli.add_flags(sub, "selection", ConstrainFlags)
+    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))
+    cli.add_flags(sub, "sampling", SamplingFlags)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    args.function(args)
+    args = make_parser().parse_args(argv)
+    stage = Stage(cli.take(args, OutputFlags), cli.take(args, ModelFlags), cli.take(args, SamplingFlags))
+    match args.command:
+        case "instructions":
+            instructions(stage, cli.take(args, InstructionsFlags))
+        case "responses":
+            responses(stage, args.input, cli.take(args, ResponsesFlags))
+        case "constrain":
+            constrain(stage, args.input, cli.take(args, ConstrainFlags))
 
 
 if __name__ == "__main__":

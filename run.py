@@ -35,8 +35,8 @@ from pathlib import Path
 from rich.table import Table
 
 from lengthen import cli
+from lengthen.evaluation.report.page import write_report
 from lengthen.records import UserError, replace_file
-from lengthen.report import write_report
 
 ROOT = Path(__file__).resolve().parent
 

@@ -18,7 +18,7 @@ Departures from the release:
   3. Line removal never merges paragraphs and never leaves runs of blank lines; it is drawn per record, not per epoch.
   4. The logits are never held (kernels/linear_cross_entropy.py).
 
-Memory: lengthen/plan.py knows what a row of any length takes and picks the least recomputation that fits; --plan
+Memory: training/budget.py knows what a row of any length takes and picks the least recomputation that fits; --plan
 prints that before anything is loaded. Several GPUs: torchrun --nproc-per-node N train.py … gives the same losses.
 
 Example (SmolLM2-135M on a CPU: ~3 GB of memory for rows of 1,000 tokens):
@@ -45,18 +45,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from lengthen import cli, lora, parallel, plan, steplog
-from lengthen.chat import Chat, fill, template_hashes
-from lengthen.checkpoint import TrainingFolder, restore_state, training_state
+from lengthen import cli
 from lengthen.jobs import read_sidecar
-from lengthen.memory import Memory, memory_of, show_plan
-from lengthen.model import context_length, embeddings_to_host, load_config, load_model, load_tokenizer
-from lengthen.packed import Abilities, examine, pack
-from lengthen.pairs import NAME as PAIRS
-from lengthen.pairs import Pair, PairFile, ahead, read_pairs, write_pairs
-from lengthen.parallel import Processes
+from lengthen.models import lora
+from lengthen.models.chat import Chat, fill, template_hashes
+from lengthen.models.loading import context_length, embeddings_to_host, load_config, load_model, load_tokenizer
 from lengthen.records import LowYield, UserError, draw_seed, each_record, fingerprint, no_room, to_line
-from lengthen.text import count_words, detect_language, remove_lines
+from lengthen.text.words import count_words, detect_language, remove_lines
+from lengthen.training import budget as plan
+from lengthen.training import parallel, steplog
+from lengthen.training.checkpoint import TrainingFolder, restore_state, training_state
+from lengthen.training.packed import Abilities, examine, pack
+from lengthen.training.pairs import NAME as PAIRS
+from lengthen.training.pairs import Pair, PairFile, ahead, read_pairs, write_pairs
+from lengthen.training.parallel import Processes
+from lengthen.training.policy import Memory, memory_of, show_plan
 
 MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answer; the release cuts both at 16,384
 WARM_UP = 0.1  # share of the steps
@@ -374,8 +377,9 @@ CHECKPOINT_HELP = "recompute nothing, all but attention, or whole layers; auto =
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, "train.py")
     parser.add_argument("--role", choices=("generator", "extender"), required=True, help="which pairs are made")
-    cli.add_io_flags(parser, several_inputs=True)
-    cli.add_model_flags(parser)
+    cli.add_flags(parser, "input", cli.InputFlags)
+    cli.add_flags(parser, "output", cli.OutputFlags)
+    cli.add_flags(parser, "model", cli.ModelFlags)
 
     group = parser.add_argument_group("pairs")
     add, count, number = group.add_argument, cli.at_least(1), cli.at_least(0, float)

@@ -28,13 +28,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.table import Table  # noqa: E402
+from rich.table import Table
 
-import run as loop  # noqa: E402
-from lengthen import cli  # noqa: E402
-from lengthen.intervals import bootstrap, paired  # noqa: E402
-from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line  # noqa: E402
-from lengthen.text import is_loop  # noqa: E402
+import run as loop
+from lengthen import cli
+from lengthen.evaluation.intervals import bootstrap, paired
+from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line
+from lengthen.text.filters import is_loop
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
 SMOLLM2 = {

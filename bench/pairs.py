@@ -24,16 +24,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import lengthen  # noqa: E402, F401  before torch: it sets how OpenMP's threads wait
+import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
 # isort: split
-import train  # noqa: E402
-from lengthen.chat import Chat  # noqa: E402
-from lengthen.checkpoint import TrainingFolder  # noqa: E402
-from lengthen.model import load_tokenizer  # noqa: E402
-from lengthen.packed import pack  # noqa: E402
-from lengthen.parallel import Processes  # noqa: E402
-from lengthen.records import each_record  # noqa: E402
+import train
+from lengthen.models.chat import Chat
+from lengthen.models.loading import load_tokenizer
+from lengthen.records import each_record
+from lengthen.training.checkpoint import TrainingFolder
+from lengthen.training.packed import pack
+from lengthen.training.parallel import Processes
 
 
 def write_records(path: Path, args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@
    median of the turns' ratios of rate. The texts differ (other random numbers), so do the totals a little.
 5. Beside it: the machine's matrix-product ceiling (a large product), and what part of it each of them reaches,
    counting 2 operations per parameter of the linear layers and useful token (attention not counted).
-6. --lookup instead: the sampler with and without guesses out of the text (lengthen/lookup.py), --rows texts at once
+6. --lookup instead: the sampler with and without guesses out of the text (sampling/lookup.py), --rows texts at once
    (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our
    LICENSE to be repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this
    model wrote). A run is one seed with and without, in turns; the speed-up is the median of the runs' ratios of time.
@@ -35,18 +35,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lengthen  # noqa: E402, F401  before torch: it sets how OpenMP's threads wait, for both sides
+import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait, for both sides
 
 # isort: split
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import torch
+from rich.console import Console
+from rich.table import Table
 
-from extend import shown  # noqa: E402
-from lengthen.chat import fill  # noqa: E402
-from lengthen.lookup import Lookup  # noqa: E402
-from lengthen.model import LoadedModel, demo_file, load_model  # noqa: E402
-from lengthen.sampler import Request, Sampler, Sampling  # noqa: E402
+from extend import shown
+from lengthen.models.chat import fill
+from lengthen.models.loading import LoadedModel, demo_file, load_model
+from lengthen.sampling.engine import Sampler
+from lengthen.sampling.lookup import Lookup
+from lengthen.sampling.request import Request, Sampling
 
 PROMPTS = ROOT / "prompts"
 LLAMA_INSTALL = "pip install llama-cpp-python==0.3.36 (it compiles llama.cpp)"
@@ -330,7 +331,7 @@ def bench_peers(args: argparse.Namespace, loaded: LoadedModel, say: Callable) ->
     rates = {name: statistics.median(one["tokens"] / one["seconds"] for one in done) for name, done in runs.items()}
     for name, done in runs.items():
         middle = {key: statistics.median(one[key] for one in done) for key in ("tokens", "seconds", "eos")}
-        label = f"{name}, {best[name]} at once" if name in peers else "lengthen.sampler"
+        label = f"{name}, {best[name]} at once" if name in peers else "lengthen.sampling.engine"
         share = f"{rates[name] * 2 * weights / ceiling:.0%}" if name != "llama.cpp" else "(4 bits)"
         cells = (f"{middle['tokens']:.0f}", f"{middle['eos']:.0%}", f"{middle['seconds']:.1f}", f"{rates[name]:.1f}")
         table.add_row(label, *cells, share)

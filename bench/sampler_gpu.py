@@ -11,7 +11,7 @@ Every cell of the table is a process of its own, so that peak memory is its own 
         for `--copied` of its length and is new elsewhere. All passes, draws and drafts are computed as ever.
 
 Columns: tokens/s over the whole job (prompts included), the share of the memory's bandwidth over the last half minute
-of decoding (lengthen/meter.py), peak GB as torch counts them; ours also with keys and values in fp8. Peers run the same
+of decoding (sampling/meter.py), peak GB as torch counts them; ours also with keys and values in fp8. Peers run the same
 prompts and lengths where they can:
 
     generate         transformers, the best of --batches, left-padded, each batch as long as its longest text
@@ -40,15 +40,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lengthen  # noqa: E402, F401  before torch
+import lengthen  # noqa: F401  before torch
 
 # isort: split
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig  # noqa: E402
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from lengthen.sampler import Request, Sampler, Sampling  # noqa: E402
+from lengthen.sampling.engine import Sampler
+from lengthen.sampling.request import Request, Sampling
 
 SHAPES = {
     "0.6B": {

@@ -29,11 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from rich.table import Table  # noqa: E402
+from rich.table import Table
 
-from lengthen import cli  # noqa: E402
-from lengthen.jobs import read_sidecar  # noqa: E402
-from lengthen.records import UserError, read_jsonl  # noqa: E402
+from lengthen import cli
+from lengthen.jobs import read_sidecar
+from lengthen.records import UserError, read_jsonl
 
 STAGES = ("instructions", "responses", "extend", "constrain", "generator", "extender", "evaluate")
 LOSS_TOLERANCE = 1e-6
@@ -195,7 +195,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "transformers", "lengthen.sampler", "generate", "extend", "train", "evaluate", "matplotlib.pyplot"]
+        [
+            "torch",
+            "transformers",
+            "lengthen.sampling.engine",
+            "generate",
+            "extend",
+            "train",
+            "evaluate",
+            "matplotlib.pyplot",
+        ]
     )
     with tempfile.TemporaryDirectory() as temporary:
         summary = measure(args, Path(args.folder or temporary).resolve())

@@ -33,21 +33,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import lengthen  # noqa: E402, F401  before torch: it sets how OpenMP's threads wait
+import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
 # isort: split
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoConfig, PreTrainedModel  # noqa: E402
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
-import train  # noqa: E402
-from lengthen import lora  # noqa: E402
-from lengthen.memory import memory_of  # noqa: E402
-from lengthen.model import load_model  # noqa: E402
-from lengthen.packed import examine  # noqa: E402
-from lengthen.pairs import Pair  # noqa: E402
-from lengthen.parallel import Processes  # noqa: E402
-from lengthen.plan import meta_model  # noqa: E402
+import train
+from lengthen.models import lora
+from lengthen.models.loading import load_model
+from lengthen.training.budget import meta_model
+from lengthen.training.packed import examine
+from lengthen.training.pairs import Pair
+from lengthen.training.parallel import Processes
+from lengthen.training.policy import memory_of
 
 SHAPES = {  # name: (family, rank, sizes)
     "Qwen2.5-7B": ("qwen2", 16, (152_064, 3584, 18_944, 28, 28, 4)),

@@ -4,14 +4,17 @@ Everything for people goes to stderr; stdout's last line is one compact JSON sum
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,20 +28,37 @@ PLAIN_SECONDS = 10.0  # without a terminal: one progress line every so many seco
 
 # ---------------------------------------------------------------------------------------------------------
 # Flags
+#
+# A dataclass declares each flag once: its fields are the flags' names, types, defaults and help, and its instances are
+# the typed settings that the machinery takes. `add_flags` puts them on a parser, `take` reads them back.
+
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message, f"python {self.prog} --help")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Docstrings as they are written, and each default shown."""
+    """Docstrings as they are written; each default shown, unless it is empty or off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False, [], ()):
+            return action.help
+        return super()._get_help_string(action)
 
 
-def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, prog: str) -> argparse.ArgumentParser:
     """A strict parser: no abbreviated flags, no unknown ones, errors raised as UserError."""
     return _Parser(prog=prog, description=doc, formatter_class=_Help, allow_abbrev=False)
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, help: str
+) -> argparse.ArgumentParser:
+    """A subcommand with the same strictness; `commands` is what `parser.add_subparsers` returned."""
+    return commands.add_parser(name, help=help, description=help, formatter_class=_Help, allow_abbrev=False)
 
 
 def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
@@ -48,9 +68,10 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
         if not value >= low:  # also false for nan
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
         return value
 
     return number
@@ -63,72 +84,124 @@ def between(low: float, high: float) -> Callable[[str], float]:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
 
     return number
 
 
-def add_io_flags(parser: argparse.ArgumentParser, several_inputs: bool = False, input_required: bool = True) -> None:
-    """--input --output --language --seed --overwrite --allow-partial --min-yield."""
-    group = parser.add_argument_group("input / output")
-    if input_required:
-        many = {"nargs": "+"} if several_inputs else {}
-        group.add_argument("--input", required=True, help="JSONL file of the stage before, or your own", **many)
-    group.add_argument("--output", required=True, help="what is written; run the same command again to go on with it")
-    group.add_argument("--language", choices=("en", "zh", "both"), default="both", help="records of which language")
-    group.add_argument("--seed", type=int, default=0, help="of every random draw in this stage")
-    group.add_argument("--overwrite", action="store_true", help="start afresh instead of going on")
-    group.add_argument("--allow-partial", action="store_true", help="accept an input whose stage has not finished")
-    group.add_argument("--min-yield", type=at_least(0), default=1, help="fewer records than this end in exit code 3")
+REQUIRED: Any = dataclasses.MISSING
 
 
-def add_model_flags(parser: argparse.ArgumentParser, adapter: bool = True, required: bool = True) -> None:
-    """--model --adapter --device --dtype --quantize --trust-remote-code."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, help="hub id, local folder, .gguf file, or smollm2 (the demo's)")
-    if adapter:
-        group.add_argument("--adapter", default="", help="LoRA folder in PEFT's format; empty = the base model")
-    group.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto = bf16 on CUDA, else fp32",
+def flag(default: Any, help: str, type: Callable[[str], Any] | None = None, **more: Any) -> Any:
+    """A field of a dataclass of flags. default REQUIRED = the flag must be given; more: as add_argument takes it.
+
+    The type is the field's own where none is given: a bool is a switch, a list takes one value or more.
+    """
+    extra = {"help": help, **({"type": type} if type else {}), **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=extra)
+    return dataclasses.field(default=default, metadata=extra)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    title: str,
+    kind: type,
+    *,
+    leave_out: Sequence[str] = (),
+    prefix: str = "",
+    given_only: bool = False,
+) -> None:
+    """Puts the flags of a dataclass on a parser, as a group of that title.
+
+    prefix: "extend." makes --rounds --extend.rounds. given_only: a flag that is not given is not in the result, so that
+    whoever passes flags on can tell (and none is required).
+    """
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(kind):
+        if field.name in leave_out:
+            continue
+        options = dict(field.metadata)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is dataclasses.MISSING:
+            options["required"] = not given_only
+        else:
+            options["default"] = default
+        if given_only:
+            options["default"] = argparse.SUPPRESS
+            options["help"] += "" if default in (dataclasses.MISSING, None, "", False, []) else f" (default: {default})"
+        if field.type is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(field.type) is list:
+            options.setdefault("nargs", "+")
+            options.setdefault("type", typing.get_args(field.type)[0])
+        elif isinstance(field.type, type):
+            options.setdefault("type", field.type)
+        group.add_argument(f"--{prefix}{field.name.replace('_', '-')}", dest=f"{prefix}{field.name}", **options)
+
+
+def take(args: argparse.Namespace, kind: type[T]) -> T:
+    """The flags of a dataclass from a parsed command line; those left out of the parser have their defaults."""
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(args, field.name)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names})
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where a stage writes, and what it may do there."""
+
+    output: str = flag(REQUIRED, "what is written; run the same command again to continue it")
+    language: str = flag("both", "process only records of this language", choices=("en", "zh", "both"))
+    seed: int = flag(0, "seed of every random draw in this stage")
+    overwrite: bool = flag(False, "start afresh instead of continuing")
+    allow_partial: bool = flag(False, "accept an input whose stage has not finished")
+    min_yield: int = flag(1, "fewer records than this end with exit code 3", at_least(0))
+
+
+@dataclass(frozen=True)
+class InputFlags:
+    """What a stage reads."""
+
+    input: list[str] = flag(REQUIRED, "JSONL files of the stage before, or your own")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model a stage loads, and how."""
+
+    model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)")
+    adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model")
+    device: str = flag("auto", "auto = cuda where there is one, else cpu")
+    dtype: str = flag("auto", "auto = bf16 on CUDA, else fp32", choices=("auto", "float32", "bfloat16", "float16"))
+    quantize: str = flag("auto", "auto = nf4 on CUDA below 40 GB, else none", choices=("auto", "none", "nf4"))
+    trust_remote_code: bool = flag(False, "run code from the model's repository")
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are drawn; the defaults are the constants of the paper's release."""
+
+    temperature: float = flag(0.7, "0 = greedy", at_least(0, float))
+    top_p: float = flag(0.8, "probability mass kept; 1 = all", between(0.001, 1))
+    top_k: int = flag(20, "tokens kept; 0 = all", at_least(0))
+    repetition_penalty: float = flag(1.1, "1 = none", at_least(0.01, float))
+    max_new_tokens: int = flag(0, "tokens per sample; 0 = min(16384, context - prompt)", at_least(0))
+    max_rows: int = flag(
+        0, "texts decoded at a time; 0 = 48 on a CPU, 256 on a GPU, less where memory is short", at_least(0)
     )
-    group.add_argument(
-        "--quantize", choices=("auto", "none", "nf4"), default="auto", help="auto = nf4 on CUDA below 40 GB, else none"
-    )
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--temperature --top-p --top-k --repetition-penalty --max-new-tokens --max-rows --kv-cache, and their defaults:
-    the release's constants."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=at_least(0, float), default=0.7, help="0 = greedy")
-    group.add_argument("--top-p", type=between(0.001, 1), default=0.8, help="share of the probability kept")
-    group.add_argument("--top-k", type=at_least(0), default=20, help="tokens kept; 0 = all")
-    group.add_argument("--repetition-penalty", type=at_least(0.01, float), default=1.1, help="1 = none")
-    group.add_argument(
-        "--max-new-tokens", type=at_least(0), default=0, help="tokens a draw; 0 = min(16384, context - prompt)"
-    )
-    group.add_argument(
-        "--max-rows", type=at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes"
-    )
-    group.add_argument(
-        "--kv-cache",
-        choices=("auto", "fp8"),
-        default="auto",
-        help="auto = keys and values in the model's dtype; fp8 = in half of bf16's memory, on a GPU",
+    kv_cache: str = flag(
+        "auto", "auto = the model's dtype; fp8 = half the memory of bf16, on a GPU only", choices=("auto", "fp8")
     )
 
-
-def sampling_settings(args: argparse.Namespace) -> dict:
-    """The flags of sampling that change the result (max_rows does not)."""
-    return {k: getattr(args, k) for k in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")}
+    def recipe(self) -> dict[str, Any]:
+        """The flags that decide which token comes next (max_rows does not)."""
+        names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -190,7 +263,7 @@ class _Ticker:
 
 
 @contextmanager
-def progress(what: str, total: int):
+def progress(what: str, total: int) -> Iterator[_Ticker]:
     """A rich bar with rate and time left on a terminal, else a plain line every 10 s. Yields `.update(done, note)`."""
     if not console.is_terminal:
         yield _Ticker(what, total, None)

@@ -305,7 +305,7 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
 
 def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict]:
     """Seed files or a user's own: any JSONL with `prompt` (and optionally `language`, `id`) as instruction records."""
-    from lengthen.text import count_words, detect_language
+    from lengthen.text.words import count_words, detect_language
 
     records, occurrences, origin = [], Counter(), {}
     for path in paths:

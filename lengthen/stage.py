@@ -4,78 +4,88 @@ torch comes with the first call of `open_model` or `sampling_of`, not with the i
 and a finished stage do not wait for it.
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
+from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
 from lengthen.jobs import Job
 from lengthen.records import LANGUAGES, fingerprint
-from lengthen.text import length_bias
+from lengthen.sampling.request import Sampling
+from lengthen.text.selection import length_bias
 
 if TYPE_CHECKING:
-    from lengthen.model import LoadedModel
-    from lengthen.sampler import Sampler, Sampling
+    from lengthen.models.loading import LoadedModel
+    from lengthen.sampling.engine import Sampler
 
 
-def open_job(stage: str, args: argparse.Namespace, inputs: Sequence[str], settings: dict) -> Job:
+@dataclass(frozen=True)
+class Stage:
+    """What every stage that samples is told: where it writes, which model it asks, how tokens are drawn."""
+
+    out: OutputFlags
+    model: ModelFlags
+    sampling: SamplingFlags
+
+
+def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str, Any]) -> Job:
     """The stage's output, with a journal; `settings`: what shapes it besides the flags that all stages have."""
-    adapter = getattr(args, "adapter", "")  # stages of the base model have none
-    shared = {k: getattr(args, k) for k in ("seed", "language", "quantize", "kv_cache")}
+    shared = {
+        "seed": stage.out.seed,
+        "language": stage.out.language,
+        "quantize": stage.model.quantize,
+        "kv_cache": stage.sampling.kv_cache,
+        **stage.sampling.recipe(),
+        "model": fingerprint(stage.model.model),
+        "adapter": fingerprint(stage.model.adapter),
+    }
     return Job(
-        stage,
-        args.output,
+        name,
+        stage.out.output,
         inputs=inputs,
-        settings={
-            **settings,
-            **shared,
-            **cli.sampling_settings(args),
-            "model": fingerprint(args.model),
-            "adapter": fingerprint(adapter),
-        },
-        info={"model": args.model, "adapter": adapter},
-        overwrite=args.overwrite,
-        allow_partial=args.allow_partial,
+        settings={**settings, **shared},
+        info={"model": stage.model.model, "adapter": stage.model.adapter},
+        overwrite=stage.out.overwrite,
+        allow_partial=stage.out.allow_partial,
         journal=True,
     )
 
 
-def open_model(args: argparse.Namespace, job: Job) -> "tuple[LoadedModel, Sampler]":
+def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
     """Load what the flags name; say once what is in force, and why."""
-    from lengthen.attention import FP8
-    from lengthen.model import load_model
-    from lengthen.sampler import Sampler
+    from lengthen.models.loading import load_model
+    from lengthen.sampling.attend_cpu import FP8
+    from lengthen.sampling.engine import Sampler
 
     loaded = load_model(
-        args.model,
-        adapter=getattr(args, "adapter", ""),
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
+        stage.model.model,
+        adapter=stage.model.adapter,
+        device=stage.model.device,
+        dtype=stage.model.dtype,
+        quantize=stage.model.quantize,
+        trust_remote_code=stage.model.trust_remote_code,
     )
     sampler = Sampler(
         loaded.model,
         loaded.tokenizer,
         eos_ids=loaded.chat.eos_ids,
         context=loaded.context,
-        max_rows=args.max_rows,
-        kv_dtype=FP8 if args.kv_cache == "fp8" else None,
+        max_rows=stage.sampling.max_rows,
+        kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
     job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
-    flags = ", ".join(f"{k} {v}" for k, v in cli.sampling_settings(args).items())
-    for line in [*loaded.notes, *sampler.notes, f"sampling: {flags}, seed {args.seed}"]:
+    recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
+    for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
         cli.say(line)
     return loaded, sampler
 
 
-def sampling_of(args: argparse.Namespace, limit: int = 0, stop: tuple[str, ...] = ()) -> "Sampling":
-    """The flags as Sampling; `limit` is the number of new tokens where the user set none, 0 = the sampler's own."""
-    from lengthen.sampler import Sampling
-
-    settings = cli.sampling_settings(args)
-    tokens = settings.pop("max_new_tokens") or limit
-    return Sampling(**settings, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
+def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:
+    """The flags as Sampling; `limit`: new tokens where the user set none, 0 = the sampler's own."""
+    recipe = flags.recipe()
+    tokens = recipe.pop("max_new_tokens") or limit
+    return Sampling(**recipe, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
 
 
 def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:

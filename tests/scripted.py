@@ -8,8 +8,8 @@ import torch
 from tiny import WORDS, tiny_tokenizer
 
 from lengthen import records
-from lengthen.chat import Chat
-from lengthen.sampler import Request, Sample
+from lengthen.models.chat import Chat
+from lengthen.sampling.request import Request, Sample
 
 PLAIN = [w for w in WORDS if len(w) > 3 and w.islower()]  # no word that chatter or a judge would use
 

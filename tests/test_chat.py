@@ -10,8 +10,8 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lengthen import chat as chat_module
-from lengthen.chat import FIELDS, LANGUAGES, Chat, fill, template, template_hashes
+from lengthen.models import chat as chat_module
+from lengthen.models.chat import FIELDS, LANGUAGES, Chat, fill, template, template_hashes
 from lengthen.records import UserError
 
 # The shapes that chat templates come in, each cut down to what distinguishes it.
@@ -388,7 +388,7 @@ def test_a_tokenizer_that_loses_white_space_is_refused():
 
 @pytest.mark.real_model
 def test_smollm2_equals_its_template_and_stays_safe():
-    from lengthen.model import load_tokenizer
+    from lengthen.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2")
     chat = Chat(tokenizer)

@@ -53,7 +53,7 @@ def parsers_of(name: str) -> list[argparse.ArgumentParser]:
     argparse.ArgumentParser.parse_known_args = catch
     try:
         with pytest.raises(SystemExit):
-            module.parse_args([])
+            module.main([])
     finally:
         argparse.ArgumentParser.parse_known_args = real
     subs = [a for a in found[0]._actions if isinstance(a, argparse._SubParsersAction)]
@@ -62,7 +62,7 @@ def parsers_of(name: str) -> list[argparse.ArgumentParser]:
 
 def test_unknown_and_abbreviated_flags_are_errors():
     parser = cli.make_parser("doc", "x.py")
-    cli.add_sampling_flags(parser)
+    cli.add_flags(parser, "sampling", cli.SamplingFlags)
     for argv in (["--temprature", "1"], ["--temp", "1"], ["--top-p", "2"], ["--top-k", "x"], ["--temperature", "nan"]):
         with pytest.raises(UserError) as error:
             parser.parse_args(argv)

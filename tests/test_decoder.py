@@ -7,9 +7,12 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-from lengthen import attention, decoder, lora
-from lengthen.attention import Batch, Hook, PagedCache, piece_batch, token_batch
-from lengthen.sampler import Request, Sampler, Sampling
+from lengthen.models import lora
+from lengthen.sampling import attend_cpu as attention
+from lengthen.sampling import cpu_layer as decoder
+from lengthen.sampling.attend_cpu import Batch, Hook, PagedCache, piece_batch, token_batch
+from lengthen.sampling.engine import Sampler
+from lengthen.sampling.request import Request, Sampling
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
 

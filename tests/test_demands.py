@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lengthen import demands as d
+from lengthen.text import demands as d
 
 LONGEN = Path(os.environ.get("LONGEN", Path(__file__).parents[2] / "shared/data/LonGen.jsonl"))
 needs_longen = pytest.mark.skipif(not LONGEN.is_file(), reason=f"no LonGen at {LONGEN}")

@@ -12,13 +12,13 @@ import numpy
 import pytest
 
 import evaluate
-from lengthen.demands import length_score, parse_demand
-from lengthen.measures import spearman
+from lengthen.evaluation.measures import spearman
+from lengthen.evaluation.report.page import read_models
+from lengthen.evaluation.report.rundir import Files
+from lengthen.evaluation.report.verdict import verdict
+from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_writer
 from lengthen.records import LowYield, UserError, new_record
-from lengthen.report import read_models
-from lengthen.rundir import Files
-from lengthen.scores import HEADLINES, MEASURES, cell, constant_writer
-from lengthen.verdict import verdict
+from lengthen.text.demands import length_score, parse_demand
 
 ROOT = Path(__file__).parent.parent
 LONGEN = ROOT.parent / "shared" / "data" / "LonGen.jsonl"  # as published; not part of this project
@@ -389,7 +389,7 @@ def test_perplexity_is_that_of_a_full_pass_of_the_model(writer, bench, tmp_path,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lengthen.sampler import Sampler
+    from lengthen.sampling.engine import Sampler
 
     pairs, own = [], Sampler.logprobs
     monkeypatch.setattr(Sampler, "logprobs", lambda self, asked: pairs.extend(asked) or own(self, asked))
@@ -416,7 +416,7 @@ def test_plain_instructions_are_a_benchmark_too(writer, tmp_path):
 
 
 def test_controls_ask_for_words_or_ban_the_end(writer, bench, tmp_path, monkeypatch):
-    from lengthen.sampler import Sampler
+    from lengthen.sampling.engine import Sampler
 
     asked, add = [], Sampler.add
     monkeypatch.setattr(Sampler, "add", lambda self, request: asked.append((self, request)) or add(self, request))
@@ -442,8 +442,8 @@ def adapter(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes the writer, small enough to leave it a writer."""
     import torch
 
-    from lengthen import lora
-    from lengthen.model import load_model
+    from lengthen.models import lora
+    from lengthen.models.loading import load_model
 
     model = load_model(str(writer), device="cpu").model
     lora.attach(model, rank=4, alpha=8)
@@ -469,10 +469,10 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lengthen.chat import Chat
+    from lengthen.models.chat import Chat
 
     monkeypatch.setattr(evaluate, "OPENING_TOKENS", 20)  # shorter than most answers
-    for module in ("evaluate", "lengthen.scores"):
+    for module in ("evaluate", "lengthen.evaluation.scores"):
         monkeypatch.setattr(f"{module}.POSITIONS", (0, 16, 1000))
     evaluate.main(flags(writer, bench, tmp_path / "out", "--adapter", str(adapter), "--samples", "2"))
     chat = Chat(AutoTokenizer.from_pretrained(writer))
@@ -543,7 +543,7 @@ def test_killed_at_any_write_of_the_probes_they_are_the_same(writer, adapter, be
     """What was noted is not measured again, and what was measured is in the records in the end."""
     from scripted import Killed, die_at
 
-    from lengthen.sampler import Sampler
+    from lengthen.sampling.engine import Sampler
 
     logprobs, calls = Sampler.logprobs, []
     monkeypatch.setattr(Sampler, "logprobs", lambda self, pairs: calls.append(len(pairs)) or logprobs(self, pairs))
@@ -579,12 +579,12 @@ def test_killed_at_any_write_of_the_probes_they_are_the_same(writer, adapter, be
 
 
 def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):
-    import lengthen.model
+    import lengthen.models.loading
 
     def refuse(*_, **__):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(lengthen.model, "load_model", refuse)
+    monkeypatch.setattr(lengthen.models.loading, "load_model", refuse)
     before, scores = (run / "outputs.jsonl").read_text(), json.loads((run / "scores.json").read_text())
     (run / "scores.json").unlink()
     evaluate.main(flags(writer, bench, run, "--samples", "2"))
@@ -632,7 +632,7 @@ def test_a_prompt_beyond_the_context_is_left_out_and_the_rest_go_on(writer, tmp_
         (["--output", "x"], "required: --model"),
         (["--model", "smollm2"], "required: --output"),
         (["--outputs", "x.jsonl", "--benchmark", "mini", "--output", "x"], "not allowed with"),
-        (["--model", "m", "--output", "x", "--samples", "0"], "0 is below 1"),
+        (["--model", "m", "--output", "x", "--samples", "0"], "must be at least 1, got 0"),
         (["--model", "m", "--output", "x", "--bench", "mini"], "unrecognized arguments"),
     ],
 )
@@ -742,7 +742,7 @@ def test_the_figure_shows_every_answer_and_clips_none_away(monkeypatch):
     """Every answer is a point inside the axes of its type's panel, an empty one and an endless one too."""
     from matplotlib import pyplot
 
-    from lengthen.figures import length_following
+    from lengthen.evaluation.figures import length_following
 
     outputs = [answer(w, d) for d in ("around 500 words", "200-300 words") for w in (0, 200, 450, 90000)]
     outputs += [answer(90, "小于三千字", language="zh", finish="length")]

@@ -5,6 +5,7 @@ python -m pytest tests/test_extend.py
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 import extend
 from lengthen.jobs import read_sidecar
 from lengthen.records import LowYield, UserError, read_jsonl
-from lengthen.text import count_words
+from lengthen.text.words import count_words
 
-RULES = Namespace(rounds=2, max_attempts=4, min_gain=1.2, stages=2)
+RULES = extend.ExtendFlags(rounds=2, max_attempts=4)
 PARAGRAPHS = "One is here.\n\nTwo is here.\n\nThree is here.\n\nFour is here."
 
 
@@ -171,7 +172,7 @@ def test_a_text_that_opens_with_talk_about_the_outline_is_chatter():
     assert play(job, sample(later), sample(prose(3, 60)))[-1]["reason"] == ""
     job = extend.Extension(draft_record(prompt="Write an outline of a novel."), RULES)
     assert play(job, sample("This outline has four parts. " + prose(2, 60)))[0]["reason"] == ""
-    one_stage = Namespace(**{**vars(RULES), "stages": 1})
+    one_stage = replace(RULES, stages=1)
     assert play(extend.Extension(draft_record(), one_stage), sample(talk))[0]["reason"] == "chatter"
 
 
@@ -200,7 +201,7 @@ def test_a_draft_that_does_not_fit_is_given_up_at_once_a_prefix_is_not():
 
 
 def test_one_stage_is_the_control_without_a_prefix():
-    job = extend.Extension(draft_record(), Namespace(**{**vars(RULES), "stages": 1, "rounds": 1}))
+    job = extend.Extension(draft_record(), replace(RULES, stages=1, rounds=1))
     assert job.last_stage and job.draft() == job.record["initial"]
     play(job, sample(prose(2, 90)))
     assert job.over and job.outcome()[0]["response"] == prose(2, 90)
@@ -208,7 +209,7 @@ def test_one_stage_is_the_control_without_a_prefix():
 
 def test_every_stage_sees_one_more_part_and_goes_on_from_two_thirds_of_what_each_before_it_wrote():
     draft = "\n\n".join(f"Part {i} says {prose(i, 9, 1)}" for i in range(1, 5))
-    job = extend.Extension(draft_record(initial=draft), Namespace(**{**vars(RULES), "stages": 4, "rounds": 1}))
+    job = extend.Extension(draft_record(initial=draft), replace(RULES, stages=4, rounds=1))
     written, seen = [prose(10 + i, 90, 3) for i in range(4)], []
     for text in written:
         seen.append((job.draft(), job.prefix))
@@ -220,7 +221,7 @@ def test_every_stage_sees_one_more_part_and_goes_on_from_two_thirds_of_what_each
 
 
 def test_a_later_stage_that_ends_at_once_adds_nothing_and_one_that_loops_over_all_fails_the_try():
-    job = extend.Extension(draft_record(), Namespace(**{**vars(RULES), "stages": 3}))
+    job = extend.Extension(draft_record(), replace(RULES, stages=3))
     play(job, sample(prose(2, 60)))
     prefix = job.prefix
     assert play(job, sample(""))[0]["reason"] == "" and (job.stage, job.prefix) == (3, prefix)

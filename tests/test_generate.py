@@ -12,10 +12,11 @@ import pytest
 from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import generate
-from lengthen.demands import length_score, parse_demand
 from lengthen.jobs import read_sidecar
 from lengthen.records import UserError, new_record, read_jsonl
-from lengthen.text import count_words, length_bias
+from lengthen.text.demands import length_score, parse_demand
+from lengthen.text.selection import length_bias
+from lengthen.text.words import count_words
 
 SEEDS = [{"id": f"s{i}", "language": "en", "prompt": f"Write {prose(100 + i, 12, 1)}"} for i in range(5)]
 ZH_SEEDS = [

@@ -16,9 +16,11 @@ from test_walk import expect_little, generate, write_hopefully
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lengthen import attention, graphs, walk
-from lengthen.graphs import DecodeGraphs, buckets
-from lengthen.sampler import Request, Sampling
+from lengthen.sampling import attend_cpu as attention
+from lengthen.sampling import attend_gpu as walk
+from lengthen.sampling import graphs
+from lengthen.sampling.graphs import DecodeGraphs, buckets
+from lengthen.sampling.request import Request, Sampling
 
 OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
 

@@ -12,20 +12,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = {path.stem for path in ROOT.glob("*.py")}
-LEAVES = {
-    "lengthen.records",
-    "lengthen.jobs",
-    "lengthen.text",
-    "lengthen.demands",
-    "lengthen.measures",
-    "lengthen.intervals",
-    "lengthen.pairs",
-    "lengthen.cli",
-    "lengthen.rundir",
-    "lengthen.scores",
-    "lengthen.verdict",
-    "lengthen.report",
-}  # these never need torch
+# Who may import whom: a module imports from its own folder and from lower ranks, never from another folder of its rank.
+RANKS = [
+    {"kernels", "lengthen.text"},
+    {"lengthen.records", "lengthen.jobs", "lengthen.cli"},
+    {"lengthen.models"},
+    {"lengthen.sampling", "lengthen.training"},
+    {"lengthen.stage", "lengthen.tasks"},
+    {"lengthen.evaluation"},
+    STAGES,
+]
+ONE_ROOM = [{"lengthen.records", "lengthen.jobs", "lengthen.cli"}, {"lengthen.stage", "lengthen.tasks"}]
+# What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
+WITHOUT_TORCH = {
+    *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.stage", "lengthen.sampling.request"),
+    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.training.pairs"),
+}
+FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
 TORCH = {
     "torch",
     "transformers",
@@ -44,11 +47,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[len(ROOT.parts) :] if path.is_relative_to(ROOT) else parts[-1:]).removesuffix(".__init__")
 
 
-def sources(folder: str = "") -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+def sources() -> list[Path]:
+    """All but tests and benches."""
+    return sorted([*ROOT.glob("*.py"), *(ROOT / "lengthen").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
-OURS = {module_name(path) for folder in ("", "lengthen", "kernels") for path in sources(folder)}
+OURS = {module_name(path) for path in sources()}
+WITHOUT_TORCH |= {name for name in OURS if name.startswith(FOLDERS_WITHOUT_TORCH)}
 
 
 def imports(path: Path, top_only: bool = False) -> set[str]:
@@ -73,29 +78,39 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
     return names
 
 
+def room(module: str) -> str:
+    """The folder of a module below lengthen/, or the module itself where it lies in none."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "kernels" else ".".join(parts[:2])
+
+
 def rank(module: str) -> int:
-    """Who may import whom: kernels < leaves < the rest of lengthen < stages."""
-    if module in STAGES:
-        return 3
-    return 0 if module.split(".")[0] == "kernels" else 1 if module in LEAVES else 2
+    return next(i for i, rooms in enumerate(RANKS) if room(module) in rooms)
 
 
-@pytest.mark.parametrize("path", sources() + sources("lengthen") + sources("kernels"), ids=module_name)
-def test_nothing_imports_upward(path):
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_nothing_imports_upward_or_sideways(path):
     name = module_name(path)
+    if name == "lengthen":
+        return  # test_the_package_imports_nothing_of_ours
     for imported in imports(path):
         assert imported.split(".")[0] not in {"tests", "bench", "tiny"}, f"{name} imports {imported}"
-        assert imported not in OURS or rank(imported) <= rank(name), f"{name} imports {imported}, which stands above it"
+        if imported not in OURS or imported == "lengthen":
+            continue
+        rooms = {room(name), room(imported)}
+        beside = len(rooms) == 1 or any(rooms <= one for one in ONE_ROOM)
+        assert rank(imported) < rank(name) or beside, f"{name} imports {imported}, which stands above or beside it"
 
 
 def test_no_imports_in_a_circle():
     """Also through functions: a module that needs the one that needs it is one module."""
-    graph = {module_name(path): imports(path) & OURS for path in sources() + sources("lengthen") + sources("kernels")}
+    graph = {module_name(path): imports(path) & OURS for path in sources()}
     order = list(TopologicalSorter({m: needs - {"kernels"} for m, needs in graph.items()}).static_order())
-    assert order.index("lengthen.records") < order.index("lengthen.chat") < order.index("lengthen.model")
-    sampling = ("lengthen.prefill", "lengthen.walk", "lengthen.attention", "lengthen.graphs", "lengthen.sampler")
-    for below in ("lengthen.chat", "lengthen.lora", *sampling):
-        assert not graph[below] & {"lengthen.model"}, f"{below} works on any model: it must not load one"
+    assert order.index("lengthen.records") < order.index("lengthen.models.chat")
+    assert order.index("lengthen.models.chat") < order.index("lengthen.models.loading")
+    for module, needs in graph.items():
+        if module.startswith("lengthen.sampling"):
+            assert "lengthen.models.loading" not in needs, f"{module} works on any model: it must not load one"
 
 
 def test_the_package_imports_nothing_of_ours():
@@ -124,31 +139,30 @@ def test_no_stage_imports_a_stage(stage):
     assert not imports(ROOT / f"{stage}.py") & STAGES
 
 
-@pytest.mark.parametrize("module", sorted(LEAVES | {"lengthen.chat"}))
-def test_leaves_never_import_torch(module):
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_what_must_not_import_torch_does_not(module):
     path = ROOT / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else path.with_suffix("") / "__init__.py"
     assert not {name.split(".")[0] for name in imports(path, top_only=True)} & TORCH
-    if module in LEAVES:
-        assert not {name.split(".")[0] for name in imports(path)} & TORCH
 
 
-def test_the_leaves_load_without_torch():
+def test_it_loads_without_torch():
     """The same, as it runs: also what they import in turn."""
-    code = f"import sys; import {', '.join(sorted(LEAVES))}, lengthen.chat; print(*sys.modules)"
+    code = f"import sys; import {', '.join(sorted(WITHOUT_TORCH))}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {"lengthen.cli", "lengthen.chat"} <= set(done.stdout.split())
+    assert {"lengthen.cli", "lengthen.models.chat"} <= set(done.stdout.split())
     assert not {name.split(".")[0] for name in done.stdout.split()} & TORCH
 
 
 def test_the_test_sees_every_kind_of_import(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
-        "import a, b.c\nfrom d import e\nfrom lengthen import text\nif True:\n    import f\n"
+        "import a, b.c\nfrom d import e\nfrom lengthen import cli\nif True:\n    import f\n"
         "try:\n    import g\nexcept ImportError:\n    pass\n"
         "def h():\n    import i\nclass j:\n    def k(self):\n        from l.m import n\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import o\n"
     )
-    always = {"a", "b.c", "d", "lengthen.text", "f", "g", "typing"}
+    always = {"a", "b.c", "d", "lengthen.cli", "f", "g", "typing"}
     assert imports(path, top_only=True) == always
     assert imports(path) == always | {"i", "l.m", "o"}
 

@@ -6,8 +6,8 @@ import random
 import numpy
 import pytest
 
-from lengthen import intervals
-from lengthen.measures import mean, median
+from lengthen.evaluation import intervals
+from lengthen.evaluation.measures import mean, median
 
 # ---------------------------------------------------------------------------------------------------------
 # Coverage on simulated runs: skewed lengths (log-normal), several answers a query, alike within a query

@@ -26,8 +26,9 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
-from lengthen import chat, endpoint, judge
-from lengthen.judge import CRITERIA, Question, cut_middle, kappa, read_verdict
+from lengthen.evaluation import endpoint, judge
+from lengthen.evaluation.judge import CRITERIA, Question, cut_middle, kappa, read_verdict
+from lengthen.models import chat
 from lengthen.records import LowYield, UserError, new_record
 
 ROOT = Path(__file__).parent.parent
@@ -851,7 +852,7 @@ def test_a_pair_counts_when_both_orders_are_judged(tmp_path, serve):
         (["--compare", "a", "b", "c", "--judge", "m", "--output", "x"], "takes two runs and an --output"),
         (["--outputs", "a", "--output", "x", "--judge", "m", "m"], "the same judge twice"),
         (["--outputs", "a", "--output", "x", "--judge", "http:/x"], "cannot read the address"),
-        (["--outputs", "a", "--output", "x", "--judge", "m", "--judge-attempts", "0"], "0 is below 1"),
+        (["--outputs", "a", "--output", "x", "--judge", "m", "--judge-attempts", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_bad_flags(argv, message):
@@ -932,10 +933,10 @@ def test_a_local_judge_sees_both_orders_cut_alike(tmp_path, monkeypatch):
 
 def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, monkeypatch, capsys):
     """Through the real sampler: it writes nonsense, each verdict is given up, and the evaluated model is gone first."""
-    import lengthen.model
+    import lengthen.models.loading
 
     loaded, alive = [], []
-    load = lengthen.model.load_model
+    load = lengthen.models.loading.load_model
 
     def watched(*args: object, **kwargs: object):
         alive.append([ref() is not None for ref in loaded])
@@ -944,7 +945,7 @@ def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, mon
         loaded.append(weakref.ref(model.model))
         return model
 
-    monkeypatch.setattr(lengthen.model, "load_model", watched)
+    monkeypatch.setattr(lengthen.models.loading, "load_model", watched)
     out = tmp_path / "out"
     command = ["--model", str(writer), "--language", "en", "--limit", "2", "--max-new-tokens", "30"]
     command += ["--device", "cpu", "--output", str(out), "--judge", str(writer), "--judge-attempts", "2"]

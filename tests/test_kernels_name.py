@@ -98,7 +98,7 @@ def test_both_work_with_the_other_one_behind(namesake, version):
 
 
 def test_both_work_when_the_other_one_was_imported_first(namesake):
-    run("import kernels, kernels.layer\nimport lengthen.model\n" + BOTH_WORK, [namesake("0.18.2"), ROOT])
+    run("import kernels, kernels.layer\nimport lengthen.models.loading\n" + BOTH_WORK, [namesake("0.18.2"), ROOT])
 
 
 @pytest.mark.parametrize("order", ["behind", "before"])
@@ -113,7 +113,7 @@ assert not accepted or hub.LayerRepository.__module__ == "kernels._names"
 """
     other = namesake("0.18.2")
     if order == "before":
-        run("import lengthen.model\n" + code + BOTH_WORK, [other, ROOT])
+        run("import lengthen.models.loading\n" + code + BOTH_WORK, [other, ROOT])
     else:
         run(code + BOTH_WORK, [ROOT, other])
 

@@ -22,8 +22,8 @@ SERVER.set_forkserver_preload(
     [
         "torch",
         "transformers.models.llama.modeling_llama",
-        "lengthen.sampler",
-        "lengthen.model",
+        "lengthen.sampling.engine",
+        "lengthen.models.loading",
         "generate",
         "extend",
         "evaluate",

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from bench.loss import peak_bytes
-from lengthen import lean, lora
-from lengthen.lean import CHECKPOINTS, Host, Settings
-from lengthen.packed import examine, pack
-from lengthen.plan import Budget, facts_of, lean_backward, lean_kept, meta_model
+from lengthen.models import lora
+from lengthen.training import lean_layer as lean
+from lengthen.training.budget import Budget, facts_of, lean_backward, lean_kept, meta_model
+from lengthen.training.lean_layer import CHECKPOINTS, Host, Settings
+from lengthen.training.packed import examine, pack
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
 LENGTHS = (41, 1, 30, 9)  # tokens of the samples of a row; two are longer than tiny Mistral's window of 24

@@ -11,9 +11,10 @@ import torch
 from test_sampler import EOS, TOKENIZER, make_prompts, make_sampler, write
 from tiny import tiny_model
 
-from lengthen.attention import Hook, PagedCache, make_batch, piece_batch
-from lengthen.lookup import LONGEST, Lookup, allot
-from lengthen.sampler import FREE, Request, Sampling
+from lengthen.sampling.attend_cpu import Hook, PagedCache, make_batch, piece_batch
+from lengthen.sampling.engine import FREE
+from lengthen.sampling.lookup import LONGEST, Lookup, allot
+from lengthen.sampling.request import Request, Sampling
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -111,7 +112,7 @@ def test_a_text_that_ends_inside_a_draft(end, sampling, finish):
 @pytest.mark.parametrize("safe", [0.0, 40.0])
 def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
     """Rows with 1, 4 and 8 tokens beside each other against the model's own pass; then over their stale keys."""
-    monkeypatch.setattr("lengthen.attention.SAFE", safe)
+    monkeypatch.setattr("lengthen.sampling.attend_cpu.SAFE", safe)
     model = tiny_model(family)
     hook, texts = Hook(model), [torch.randint(3, 400, (n,)) for n in (31, 40, 50, 44)]
     cache = PagedCache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)

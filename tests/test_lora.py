@@ -11,7 +11,7 @@ from tiny import tiny_model as any_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lengthen import lora
+from lengthen.models import lora
 from lengthen.records import UserError
 
 IDS = torch.arange(3, 60).view(3, 19) * 7 % 500

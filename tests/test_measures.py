@@ -7,7 +7,7 @@ import zlib
 import numpy
 import pytest
 
-from lengthen import measures
+from lengthen.evaluation import measures
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from lengthen import meter
-from lengthen.meter import MEMORY, Meter, Progress, bandwidth, weight_bytes
+from lengthen.sampling import meter
+from lengthen.sampling.meter import MEMORY, Meter, Progress, bandwidth, weight_bytes
 
 
 def test_the_share_is_bytes_over_what_memory_could_have_moved(monkeypatch):

@@ -16,9 +16,10 @@ from bitsandbytes.functional import dequantize_4bit
 from tiny import CHAT_TEMPLATE, CONTEXT, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lengthen import cli, lora
-from lengthen import model as model_module
-from lengthen.model import load_model, load_tokenizer
+from lengthen import cli
+from lengthen.models import loading as model_module
+from lengthen.models import lora
+from lengthen.models.loading import load_model, load_tokenizer
 from lengthen.records import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +141,7 @@ def test_on_cuda(tiny, quantize):
 
 
 def test_loading_is_silent(tiny):
-    code = f"from lengthen.model import load_model; load_model({str(tiny)!r})"
+    code = f"from lengthen.models.loading import load_model; load_model({str(tiny)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -10,11 +10,11 @@ from test_train import options, record, words, write
 from tiny import tiny_tokenizer
 
 import train
-from lengthen.chat import Chat
-from lengthen.checkpoint import TrainingFolder
-from lengthen.pairs import Pair, ahead, read_pairs, write_pairs
-from lengthen.parallel import Processes
+from lengthen.models.chat import Chat
 from lengthen.records import UserError
+from lengthen.training.checkpoint import TrainingFolder
+from lengthen.training.pairs import Pair, ahead, read_pairs, write_pairs
+from lengthen.training.parallel import Processes
 
 KEY = {"inputs": {"a": "1"}, "max_length": 10}
 PAIRS = [Pair([1, 2, 3, 2_000_000], 2), Pair([4], 0), Pair(list(range(1000)), 999)]

@@ -12,9 +12,9 @@ from test_train import record, write
 from tiny import save_tiny
 
 import train
-from lengthen import lora
-from lengthen.parallel import Processes
+from lengthen.models import lora
 from lengthen.records import UserError, read_jsonl
+from lengthen.training.parallel import Processes
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,12 +11,14 @@ from transformers import AutoConfig
 
 import train
 from bench.loss import peak_bytes
-from lengthen import lean, lora, plan
-from lengthen.memory import Memory, follow
-from lengthen.model import embeddings_to_host
-from lengthen.packed import checkpointed, examine
-from lengthen.plan import Budget, Settings, Wanted
+from lengthen.models import lora
+from lengthen.models.loading import embeddings_to_host
 from lengthen.records import UserError
+from lengthen.training import budget as plan
+from lengthen.training import lean_layer as lean
+from lengthen.training.budget import Budget, Settings, Wanted
+from lengthen.training.packed import checkpointed, examine
+from lengthen.training.policy import Memory, follow
 
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "head_dim": 64}
 

@@ -7,8 +7,8 @@ import random
 
 import torch
 
-from lengthen.attention import LayerShape, PagedCache
-from lengthen.prefix import Node, PrefixCache, common_prefix
+from lengthen.sampling.attend_cpu import LayerShape, PagedCache
+from lengthen.sampling.prefix_cache import Node, PrefixCache, common_prefix
 
 SHAPES = {0: LayerShape(1, 1, 1, 0), 3: LayerShape(1, 1, 1, 0)}
 S = 4  # tokens in a page

@@ -11,9 +11,11 @@ from string import Formatter
 
 import pytest
 
-from lengthen import chat
-from lengthen.demands import TYPES, length_score, parse_demand, stated_demands, states_demand
-from lengthen.text import NearDuplicates, count_words, detect_language, has_chatter
+from lengthen.models import chat
+from lengthen.text.demands import TYPES, length_score, parse_demand, stated_demands, states_demand
+from lengthen.text.filters import has_chatter
+from lengthen.text.selection import NearDuplicates
+from lengthen.text.words import count_words, detect_language
 
 PROMPTS = Path(chat.PROMPTS)
 FIELDS = {

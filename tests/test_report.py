@@ -21,10 +21,10 @@ import pytest
 from browser import CHROMIUM, Browser, Page
 
 import evaluate
-from lengthen import report
+from lengthen.evaluation.report import page as report
+from lengthen.evaluation.report.verdict import verdict
 from lengthen.jobs import Job
 from lengthen.records import UserError, new_record, record_id
-from lengthen.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")

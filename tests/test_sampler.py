@@ -20,11 +20,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lengthen import lora
-from lengthen.attention import Hook, PagedCache
-from lengthen.draw import draw, penalise, top_candidates
+from lengthen.models import lora
 from lengthen.records import UserError
-from lengthen.sampler import Request, Sampler, Sampling, loops
+from lengthen.sampling.attend_cpu import Hook, PagedCache
+from lengthen.sampling.draw import draw, penalise, top_candidates
+from lengthen.sampling.engine import Sampler, loops
+from lengthen.sampling.request import Request, Sampling
 
 EOS = 2
 TOKENIZER = tiny_tokenizer()
@@ -480,7 +481,7 @@ def test_room_that_is_not_there_is_shrunk(monkeypatch):
     sampler = make_sampler(tiny_model(), kv_tokens=1000 * 8)
     assert sampler.cache.num_pages <= 3 and any("context held at" in note for note in sampler.notes)
     hook = Hook(tiny_model())
-    monkeypatch.setattr("lengthen.sampler.Hook", lambda model: hook)
+    monkeypatch.setattr("lengthen.sampling.engine.Hook", lambda model: hook)
     most[0] = 0
     with pytest.raises(UserError, match="no memory"):
         make_sampler(hook.model)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from lengthen.model import load_model
-from lengthen.sampler import Request, Sampler, Sampling
+from lengthen.models.loading import load_model
+from lengthen.sampling.engine import Sampler
+from lengthen.sampling.request import Request, Sampling
 
 pytestmark = [
     pytest.mark.real_model,

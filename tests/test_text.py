@@ -11,7 +11,9 @@ from collections import Counter
 
 import pytest
 
-from lengthen import text as t
+from lengthen.text import filters as f
+from lengthen.text import selection as select
+from lengthen.text import words as w
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
@@ -53,7 +55,7 @@ from lengthen import text as t
 def test_word_counts_follow_their_definitions(text, strict, longen):
     if text == "“你好”":
         longen = 4  # … but stand alone once the ideographs between them are taken out
-    assert (t.count_words(text), t.longen_words(text)) == (strict, longen)
+    assert (w.count_words(text), w.longen_words(text)) == (strict, longen)
 
 
 def test_longen_words_is_the_published_definition_on_random_text():
@@ -67,13 +69,13 @@ def test_longen_words_is_the_published_definition_on_random_text():
     alphabet = "ab1 .,-|#\n\t你好，。！\u3000\uff01\uffef\u303f\u3040\u9fff\ua000é"
     for _ in range(300):
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
-        assert t.longen_words(text) == by_character(text), repr(text)
+        assert w.longen_words(text) == by_character(text), repr(text)
 
 
 def test_strict_measure_ignores_punctuation_marks_and_tables_defect_16():
     words = "the quick brown fox 敏捷的狐狸"
     marked = "## **the** | _quick_ | `brown`\n\n- fox，敏捷的。（狐狸）！\n|---|---|\n***"
-    assert t.count_words(words) == t.count_words(marked) == 9
+    assert w.count_words(words) == w.count_words(marked) == 9
 
 
 ENGLISH = "The harbour was quiet in the morning. Fishermen mended their nets, and nobody spoke of the storm."
@@ -101,7 +103,7 @@ CHINESE = "清晨的港口十分安静，渔民们在岸边修补渔网，没有
     ],
 )
 def test_detect_language_knows_two_languages_and_neither(text, language):
-    assert t.detect_language(text) == language
+    assert w.detect_language(text) == language
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,9 +126,9 @@ def test_detect_language_knows_two_languages_and_neither(text, language):
     ],
 )
 def test_split_paragraphs(text, parts, separator):
-    assert t.split_paragraphs(text) == (parts, separator)
+    assert w.split_paragraphs(text) == (parts, separator)
     joined = separator.join(parts)
-    assert t.split_paragraphs(joined)[0] == parts
+    assert w.split_paragraphs(joined)[0] == parts
 
 
 def numbered_draft(num_paragraphs: int, num_lines: int) -> str:
@@ -137,7 +139,7 @@ def test_remove_lines_keeps_the_shape_of_a_draft_defect_12():
     """No runs of blank lines and no merged paragraphs, whatever was removed."""
     draft = numbered_draft(12, 3)
     for seed in range(50):
-        left = t.remove_lines(draft, 0.8, seed)
+        left = w.remove_lines(draft, 0.8, seed)
         assert "\n\n\n" not in left and left == left.strip("\n")
         for block in left.split("\n\n"):
             assert len({line.split()[0] for line in block.split("\n")}) == 1, "lines of two paragraphs in one"
@@ -149,17 +151,17 @@ def test_remove_lines_keeps_the_shape_of_a_draft_defect_12():
 
 def test_remove_lines_removes_a_fifth_and_repeats_itself():
     draft = numbered_draft(500, 4)
-    left = t.remove_lines(draft, 0.8, 7)
+    left = w.remove_lines(draft, 0.8, 7)
     # 2,000 lines: the standard deviation is 0.9 %, so four of them fail once in 16,000 seeds, and the seed is fixed.
     assert abs(left.count("line") / 2000 - 0.8) < 0.036
-    assert left == t.remove_lines(draft, 0.8, 7) != t.remove_lines(draft, 0.8, 8)
-    assert t.remove_lines(draft, 1.0, 7) == draft
+    assert left == w.remove_lines(draft, 0.8, 7) != w.remove_lines(draft, 0.8, 8)
+    assert w.remove_lines(draft, 1.0, 7) == draft
 
 
 def test_remove_lines_never_leaves_nothing():
-    assert all(t.remove_lines("only line", 0.8, seed) == "only line" for seed in range(40))
-    assert all(t.remove_lines("a\n\nb\n\nc", 0.0, seed) in ("a", "b", "c") for seed in range(10))
-    assert t.remove_lines("", 0.8, 0) == ""
+    assert all(w.remove_lines("only line", 0.8, seed) == "only line" for seed in range(40))
+    assert all(w.remove_lines("a\n\nb\n\nc", 0.0, seed) in ("a", "b", "c") for seed in range(10))
+    assert w.remove_lines("", 0.8, 0) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_repeats_agrees_with_counting_by_hand():
         counts = Counter(grams)
         covered = {i + j for i, gram in enumerate(grams) if counts[gram] > 1 for j in range(10)}
         expected = (max(counts.values(), default=0), len(covered) / len(words))
-        assert t.repeats(" ".join(words), "en") == pytest.approx(expected)
+        assert f.repeats(" ".join(words), "en") == pytest.approx(expected)
 
 
 def words(num: int, seed: int = 0) -> list[str]:
@@ -201,51 +203,51 @@ def test_a_loop_is_seen_in_either_language_whatever_the_record_says_defect_6():
     english = "The cat sat on the mat and looked at the dog again. " * 50
     chinese = "从前有座山，山里有座庙，庙里有个老和尚在讲故事。" * 50
     for language in ("en", "zh"):
-        assert t.is_loop(english, language) and t.is_loop(chinese, language)
-        assert t.clean_answer(english, "eos", language)[1] == "repetition"
-        assert t.clean_answer(chinese, "eos", language)[1] == "repetition"
+        assert f.is_loop(english, language) and f.is_loop(chinese, language)
+        assert f.clean_answer(english, "eos", language)[1] == "repetition"
+        assert f.clean_answer(chinese, "eos", language)[1] == "repetition"
 
 
 def test_a_long_name_may_occur_twice_in_a_long_text_defect_6():
     name = "the International Commission for the Protection of the Upper Danube and Its Many Old Tributaries"
-    assert t.count_words(name) > 10
+    assert w.count_words(name) > 10
     text = prose(4000, 1) + f"\n\nThey wrote to {name}.\n\n" + prose(4000, 2) + f"\n\nAt last {name} answered."
-    assert t.repeats(text, "en")[0] == 2
-    assert t.clean_answer(text, "eos", "en")[1] == ""
+    assert f.repeats(text, "en")[0] == 2
+    assert f.clean_answer(text, "eos", "en")[1] == ""
     name = "联合国教育科学及文化组织世界遗产保护委员会"
     text = zh_prose(4000, 1) + f"{name}来信了。" + zh_prose(4000, 2) + f"{name}又来信了。"
-    assert t.clean_answer(text, "eos", "zh")[1] == ""
+    assert f.clean_answer(text, "eos", "zh")[1] == ""
 
 
 def test_the_same_name_three_times_or_twice_in_a_short_text_is_repetition():
     sentence = "All of the people in the old town came out to see the ship that day. "
     filler = prose(300)
-    assert t.clean_answer(filler + " " + sentence + sentence, "eos", "en")[1] == "repetition"
+    assert f.clean_answer(filler + " " + sentence + sentence, "eos", "en")[1] == "repetition"
     long = prose(3000, 1) + sentence + prose(3000, 2) + sentence + prose(3000, 3) + sentence
-    assert t.repeats(long, "en")[0] == 3 and t.repeats(long, "en")[1] < 0.02
-    assert t.clean_answer(long, "eos", "en")[1] == "repetition"
+    assert f.repeats(long, "en")[0] == 3 and f.repeats(long, "en")[1] < 0.02
+    assert f.clean_answer(long, "eos", "en")[1] == "repetition"
 
 
 @pytest.mark.parametrize("unit", ["-", "ha", "| ", "…", "=-", "...!"])
 def test_loops_without_words_are_loops(unit):
-    assert t.is_loop("Some text. " + unit * 300, "en")
-    assert not t.is_loop("Some text. " + unit * 20 + " Some more.", "en")
+    assert f.is_loop("Some text. " + unit * 300, "en")
+    assert not f.is_loop("Some text. " + unit * 20 + " Some more.", "en")
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda text: t.repeats(text, "en"),
-        lambda text: t.clean_answer(text, "eos", "en"),
-        lambda text: t.clean_answer("Sure! " + text.replace("\n", " "), "eos", "en"),
-        lambda text: t.clean_answer("." * len(text) + "x", "eos", "en"),
-        lambda text: t.clean_answer("if you want " * (len(text) // 12) + "x.", "eos", "en"),
-        lambda text: t.clean_answer("Here is a text " * (len(text) // 15), "eos", "en"),
-        lambda text: t.clean_answer("-" * len(text), "eos", "en"),
-        lambda text: t.split_paragraphs(text.replace(" ", "\n")),
-        lambda text: t.split_paragraphs("\n" * len(text) + "x"),
-        lambda text: t.remove_lines(text.replace(" ", "\n"), 0.8, 0),
-        lambda text: t.clean_answer(text.replace(" ", "\n"), "eos", "en"),
+        lambda text: f.repeats(text, "en"),
+        lambda text: f.clean_answer(text, "eos", "en"),
+        lambda text: f.clean_answer("Sure! " + text.replace("\n", " "), "eos", "en"),
+        lambda text: f.clean_answer("." * len(text) + "x", "eos", "en"),
+        lambda text: f.clean_answer("if you want " * (len(text) // 12) + "x.", "eos", "en"),
+        lambda text: f.clean_answer("Here is a text " * (len(text) // 15), "eos", "en"),
+        lambda text: f.clean_answer("-" * len(text), "eos", "en"),
+        lambda text: w.split_paragraphs(text.replace(" ", "\n")),
+        lambda text: w.split_paragraphs("\n" * len(text) + "x"),
+        lambda text: w.remove_lines(text.replace(" ", "\n"), 0.8, 0),
+        lambda text: f.clean_answer(text.replace(" ", "\n"), "eos", "en"),
     ],
 )
 def test_filters_take_linear_time(function):
@@ -277,14 +279,14 @@ ZH_BODY = (
 
 @pytest.mark.parametrize("finish", ["length", "stop", "repetition", "error"])
 def test_only_answers_that_ended_by_themselves_are_accepted_defect_7(finish):
-    assert t.clean_answer(BODY, finish, "en") == (BODY, "unfinished")
+    assert f.clean_answer(BODY, finish, "en") == (BODY, "unfinished")
 
 
 @pytest.mark.parametrize(
     "ending", [",", ":", ";", " and", " -", "，", "：", "\n\n2.", "\n\n-", "\n- eggs,", "\n1. first:"]
 )
 def test_texts_that_go_on_are_no_ending_defect_7(ending):
-    assert t.clean_answer(BODY.rstrip(".") + ending, "eos", "en")[1] == "ending"
+    assert f.clean_answer(BODY.rstrip(".") + ending, "eos", "en")[1] == "ending"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_texts_that_go_on_are_no_ending_defect_7(ending):
     + ["\n| a | b |\n|---|---|\n| 1 | 2 |", "\n* one\n* two (2)"],
 )
 def test_finished_english_texts_are_accepted(ending):
-    assert t.clean_answer(BODY.rstrip(".") + ending, "eos", "en") == (BODY.rstrip(".") + ending, "")
+    assert f.clean_answer(BODY.rstrip(".") + ending, "eos", "en") == (BODY.rstrip(".") + ending, "")
 
 
 @pytest.mark.parametrize(
@@ -301,26 +303,26 @@ def test_finished_english_texts_are_accepted(ending):
 )
 def test_finished_chinese_texts_are_accepted_defect_6(ending):
     text = ZH_BODY.rstrip("。") + ending
-    assert t.clean_answer(text, "eos", "zh") == (text, "")
+    assert f.clean_answer(text, "eos", "zh") == (text, "")
 
 
 @pytest.mark.parametrize("ending", ["，", "：", "、", "的", "\n二、"])
 def test_unfinished_chinese_texts_are_not(ending):
-    assert t.clean_answer(ZH_BODY.rstrip("。") + ending, "eos", "zh")[1] == "ending"
+    assert f.clean_answer(ZH_BODY.rstrip("。") + ending, "eos", "zh")[1] == "ending"
 
 
 def test_empty_and_wordless_answers():
-    assert [t.clean_answer(text, "eos", "en")[1] for text in ("", "  \n", "---\n***", "…")] == ["empty"] * 4
+    assert [f.clean_answer(text, "eos", "en")[1] for text in ("", "  \n", "---\n***", "…")] == ["empty"] * 4
 
 
 def test_each_language_is_judged_by_its_own_record_defect_1():
-    assert t.clean_answer(BODY, "eos", "en")[1] == t.clean_answer(ZH_BODY, "eos", "zh")[1] == ""
-    assert t.clean_answer(BODY, "eos", "zh")[1] == t.clean_answer(ZH_BODY, "eos", "en")[1] == "language"
+    assert f.clean_answer(BODY, "eos", "en")[1] == f.clean_answer(ZH_BODY, "eos", "zh")[1] == ""
+    assert f.clean_answer(BODY, "eos", "zh")[1] == f.clean_answer(ZH_BODY, "eos", "en")[1] == "language"
 
 
 def test_a_text_that_drifts_into_the_other_language_is_rejected():
-    assert t.clean_answer(zh_prose(300) + "\n\n" + prose(200), "eos", "zh")[1] == "language"
-    assert t.clean_answer(prose(400) + "\n\n" + zh_prose(350), "eos", "en")[1] == "language"
+    assert f.clean_answer(zh_prose(300) + "\n\n" + prose(200), "eos", "zh")[1] == "language"
+    assert f.clean_answer(prose(400) + "\n\n" + zh_prose(350), "eos", "en")[1] == "language"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,12 +421,12 @@ BODIES = {"en": BODY, "zh": ZH_BODY}
 
 @pytest.mark.parametrize("language, chatter", [(key, phrase) for key, some in OPENINGS.items() for phrase in some])
 def test_a_chatty_opening_is_stripped_and_the_rest_kept(language, chatter):
-    assert t.clean_answer(chatter + BODIES[language], "eos", language) == (BODIES[language], "")
+    assert f.clean_answer(chatter + BODIES[language], "eos", language) == (BODIES[language], "")
 
 
 @pytest.mark.parametrize("language, chatter", [(key, phrase) for key, some in CLOSINGS.items() for phrase in some])
 def test_a_chatty_closing_is_stripped_and_the_rest_kept(language, chatter):
-    assert t.clean_answer(BODIES[language] + chatter, "eos", language) == (BODIES[language], "")
+    assert f.clean_answer(BODIES[language] + chatter, "eos", language) == (BODIES[language], "")
 
 
 @pytest.mark.parametrize(
@@ -454,8 +456,8 @@ def test_a_chatty_closing_is_stripped_and_the_rest_kept(language, chatter):
     ],
 )
 def test_ordinary_english_is_not_chatter(text):
-    assert t.clean_answer(text, "eos", "en") == (text, "")
-    assert t.clean_answer(BODY + "\n\n" + text + "\n\n" + "It was over.", "eos", "en")[1] == ""
+    assert f.clean_answer(text, "eos", "en") == (text, "")
+    assert f.clean_answer(BODY + "\n\n" + text + "\n\n" + "It was over.", "eos", "en")[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -474,8 +476,8 @@ def test_ordinary_english_is_not_chatter(text):
     ],
 )
 def test_ordinary_chinese_is_not_chatter(text):
-    assert t.clean_answer(text, "eos", "zh") == (text, "")
-    assert t.clean_answer(ZH_BODY + "\n\n" + text + "\n\n一切都结束了。", "eos", "zh")[1] == ""
+    assert f.clean_answer(text, "eos", "zh") == (text, "")
+    assert f.clean_answer(ZH_BODY + "\n\n" + text + "\n\n一切都结束了。", "eos", "zh")[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -496,18 +498,18 @@ def test_ordinary_chinese_is_not_chatter(text):
 def test_chatter_inside_rejects(language, line):
     body = BODIES[language]
     first, second = body.split("\n\n")
-    assert t.clean_answer(f"{first}\n\n{line}\n\n{second}", "eos", language)[1] == "chatter"
+    assert f.clean_answer(f"{first}\n\n{line}\n\n{second}", "eos", language)[1] == "chatter"
 
 
 def test_what_is_left_must_stand_alone():
-    assert t.clean_answer("I've rewritten your text as follows.", "eos", "en")[1] == "chatter"
-    assert t.clean_answer("Sure! and then the sun rose over the harbour. It was day.", "eos", "en")[1] == "chatter"
+    assert f.clean_answer("I've rewritten your text as follows.", "eos", "en")[1] == "chatter"
+    assert f.clean_answer("Sure! and then the sun rose over the harbour. It was day.", "eos", "en")[1] == "chatter"
 
 
 def test_strip_chatter_says_whether_it_stripped():
-    assert t.strip_chatter(BODY, "en") == (BODY, False)
-    assert t.strip_chatter("\n" + BODY + "\n\n", "en") == (BODY, False)
-    assert t.strip_chatter("Sure! " + BODY, "en") == (BODY, True)
+    assert f.strip_chatter(BODY, "en") == (BODY, False)
+    assert f.strip_chatter("\n" + BODY + "\n\n", "en") == (BODY, False)
+    assert f.strip_chatter("Sure! " + BODY, "en") == (BODY, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,7 +526,7 @@ def test_length_bias_drops_the_shortest_fifth_and_40_percent_on_average():
     random.Random(3).shuffle(lengths)
     shares, ever_kept = [], set()
     for seed in range(40):
-        dropped = t.length_bias(lengths, keys(1000), seed)
+        dropped = select.length_bias(lengths, keys(1000), seed)
         shares.append(len(dropped) / 1000)
         ever_kept |= {lengths[i] for i in range(1000) if i not in dropped}
     assert statistics.mean(shares) == pytest.approx(0.405, abs=0.005)
@@ -534,7 +536,7 @@ def test_length_bias_drops_the_shortest_fifth_and_40_percent_on_average():
 
 def test_length_bias_follows_its_curve_at_every_rank():
     """100 lengths, 2,000 seeds: at each rank the drop rate is min(1, 2 r^3) within 5 standard deviations (< 1e-4)."""
-    drops = Counter(i for seed in range(2000) for i in t.length_bias(list(range(100)), keys(100), seed))
+    drops = Counter(i for seed in range(2000) for i in select.length_bias(list(range(100)), keys(100), seed))
     for i in range(100):
         r = 1 - (i + 0.5) / 100
         p = min(1.0, 2 * r**3)
@@ -543,25 +545,25 @@ def test_length_bias_follows_its_curve_at_every_rank():
 
 def test_equal_lengths_do_not_all_vanish_defect_8():
     """All of one length: r = 1/2 for each, a quarter goes (standard deviation 1.4 %); the release keeps none."""
-    dropped = t.length_bias([500] * 1000, keys(1000), 0)
+    dropped = select.length_bias([500] * 1000, keys(1000), 0)
     assert abs(len(dropped) - 250) < 60
     # Ties amid others: lengths on either side keep their places.
-    dropped = t.length_bias([10] * 300 + [20] * 400 + [30] * 300, keys(1000), 0)
+    dropped = select.length_bias([10] * 300 + [20] * 400 + [30] * 300, keys(1000), 0)
     rates = [sum(a <= i < b for i in dropped) / (b - a) for a, b in ((0, 300), (300, 700), (700, 1000))]
     assert rates[0] == 1.0 and abs(rates[1] - 0.25) < 0.1 and rates[2] < 0.05
 
 
 def test_few_answers_are_thinned_by_the_same_share_as_many():
     for num in (1, 2, 4, 8):
-        mean = statistics.mean(len(t.length_bias(list(range(num)), keys(num), seed)) for seed in range(3000)) / num
+        mean = statistics.mean(len(select.length_bias(list(range(num)), keys(num), seed)) for seed in range(3000)) / num
         assert mean == pytest.approx(0.25 if num == 1 else 0.405, abs=0.04), num
 
 
 def test_length_bias_is_by_words_so_languages_compare_defect_8():
     """Equal words, unequal characters: neither language may be preferred."""
     english, chinese = [prose(n, n) for n in range(120, 600, 12)], [zh_prose(n, n) for n in range(120, 600, 12)]
-    lengths = [t.count_words(text) for text in english + chinese]
-    drops = [t.length_bias(lengths, keys(80), seed) for seed in range(200)]
+    lengths = [w.count_words(text) for text in english + chinese]
+    drops = [select.length_bias(lengths, keys(80), seed) for seed in range(200)]
     shares = [statistics.mean(sum(a <= i < a + 40 for i in dropped) / 40 for dropped in drops) for a in (0, 40)]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
     assert statistics.mean(map(len, english)) > 3 * statistics.mean(map(len, chinese))
@@ -571,16 +573,18 @@ def test_length_bias_is_a_pure_function_of_seed_and_keys():
     lengths = [random.Random(5).randrange(1000) for _ in range(300)]
     order = list(range(300))
     random.Random(6).shuffle(order)
-    dropped = t.length_bias(lengths, keys(300), 1)
-    shuffled = t.length_bias([lengths[i] for i in order], [keys(300)[i] for i in order], 1)
-    assert {order[i] for i in shuffled} == dropped == t.length_bias(lengths, keys(300), 1)
-    assert dropped != t.length_bias(lengths, keys(300), 2) and dropped != t.length_bias(lengths, keys(300, 1), 1)
-    assert t.length_bias([], [], 0) == set()
+    dropped = select.length_bias(lengths, keys(300), 1)
+    shuffled = select.length_bias([lengths[i] for i in order], [keys(300)[i] for i in order], 1)
+    assert {order[i] for i in shuffled} == dropped == select.length_bias(lengths, keys(300), 1)
+    assert dropped != select.length_bias(lengths, keys(300), 2) and dropped != select.length_bias(
+        lengths, keys(300, 1), 1
+    )
+    assert select.length_bias([], [], 0) == set()
 
 
 def test_length_bias_of_many_answers_is_fast_defect_8():
     start = time.process_time()
-    t.length_bias([i * 7919 % 9000 for i in range(40_000)], keys(40_000), 0)
+    select.length_bias([i * 7919 % 9000 for i in range(40_000)], keys(40_000), 0)
     assert time.process_time() - start < 2  # quadratic: hours
 
 
@@ -589,12 +593,12 @@ def test_length_bias_of_many_answers_is_fast_defect_8():
 
 
 def shingles(text: str) -> set[tuple]:
-    tokens = t.tokens(text)
+    tokens = w.tokens(text)
     return {tuple(tokens[i : i + 5]) for i in range(max(len(tokens) - 4, 1))}
 
 
 def test_exact_repeats_after_normalisation():
-    seen = t.NearDuplicates()
+    seen = select.NearDuplicates()
     assert seen.add("Write a story about a fox.", "en")
     assert not seen.add("write a STORY -- about a fox", "en")
     assert seen.add("写一个关于狐狸的故事。", "zh")
@@ -616,7 +620,7 @@ def test_near_duplicates_are_decided_as_by_comparing_all_pairs_defect_11():
         for _ in range(rng.randrange(5)):
             chosen[rng.randrange(40)] = f"changed{rng.randrange(10_000)}"
         texts.append(" ".join(chosen))
-    seen, kept, missed, similar = t.NearDuplicates(), [], 0, 0
+    seen, kept, missed, similar = select.NearDuplicates(), [], 0, 0
     for text in texts:
         mine = shingles(text)
         is_similar = any(len(mine & other) >= 0.6 * len(mine | other) for other in kept)
@@ -630,7 +634,7 @@ def test_near_duplicates_are_decided_as_by_comparing_all_pairs_defect_11():
 
 
 def test_chinese_near_duplicates_by_characters():
-    seen = t.NearDuplicates()
+    seen = select.NearDuplicates()
     text = "请写一篇关于老街变迁的散文，从街上的店铺、人物和声音写起，写出时代的变化与人们的情感。"
     assert seen.add(text, "zh")
     assert not seen.add(text.replace("情感", "感情"), "zh")
@@ -639,10 +643,13 @@ def test_chinese_near_duplicates_by_characters():
 
 def test_near_duplicates_are_stable_between_processes():
     """A resumed run must decide as the first did: no use of hash(), which is salted per process."""
-    assert t._hash(["a", "b"]) == int.from_bytes(__import__("hashlib").blake2b(b"a b", digest_size=7).digest(), "big")
+    assert select._hash(["a", "b"]) == int.from_bytes(
+        __import__("hashlib").blake2b(b"a b", digest_size=7).digest(), "big"
+    )
 
 
-def test_the_module_needs_the_standard_library_only():
-    source = open(t.__file__, encoding="utf-8").read()
+@pytest.mark.parametrize("module", [w, f, select])
+def test_the_module_needs_the_standard_library_only(module):
+    source = open(module.__file__, encoding="utf-8").read()
     imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
-    assert imported == {"collections", "hashlib", "random", "re", "unicodedata"}
+    assert imported <= {"collections", "hashlib", "lengthen", "random", "re", "unicodedata"}

@@ -17,14 +17,16 @@ from tiny import FAMILIES, WORDS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train
-from lengthen import checkpoint, lora, memory, packed
-from lengthen.chat import Chat
-from lengthen.memory import Memory, follow
-from lengthen.model import embeddings_to_host
-from lengthen.packed import checkpointed, examine
-from lengthen.pairs import Pair
-from lengthen.plan import Budget, Wanted, facts_of, trace
+from lengthen.models import lora
+from lengthen.models.chat import Chat
+from lengthen.models.loading import embeddings_to_host
 from lengthen.records import LowYield, UserError, new_record, read_jsonl
+from lengthen.training import checkpoint, packed
+from lengthen.training import policy as memory
+from lengthen.training.budget import Budget, Wanted, facts_of, trace
+from lengthen.training.packed import checkpointed, examine
+from lengthen.training.pairs import Pair
+from lengthen.training.policy import Memory, follow
 
 ROOT = Path(__file__).parent.parent
 EOS = 2
@@ -690,7 +692,7 @@ def test_an_input_that_is_not_finished(run, tmp_path):
 
 @pytest.mark.real_model
 def test_smollm2_packs_and_fuses():
-    from lengthen.model import load_model
+    from lengthen.models.loading import load_model
 
     loaded = load_model("smollm2", train=True)
     parameters = lora.attach(loaded.model, 8, 16)

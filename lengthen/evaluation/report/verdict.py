@@ -9,8 +9,8 @@ worse endings, a control that does as well, quality that nobody judged.
 import statistics
 from collections.abc import Sequence
 
-from lengthen.intervals import Interval, paired, unpaired
-from lengthen.rundir import amount, listing, number, table
+from lengthen.evaluation.intervals import Interval, paired, unpaired
+from lengthen.evaluation.report.rundir import amount, listing, number, table
 
 FEW_QUERIES = 30  # below that, luck and growth look alike
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------
 # prompts/NAME.LANGUAGE.md
 
-PROMPTS = Path(__file__).parent.parent / "prompts"
+PROMPTS = Path(__file__).parents[2] / "prompts"
 LANGUAGES = ("en", "zh")
 FIELDS = {  # what each template must hold, no more and no less
     "instruct": set(),

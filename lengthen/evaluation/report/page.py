@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from lengthen.cli import ACTING
-from lengthen.demands import TYPES, full_marks
+from lengthen.evaluation.report.rundir import Files, amount, counts, display, iteration, listing, number, table, text
+from lengthen.evaluation.report.verdict import interval, verdict
+from lengthen.evaluation.scores import HEADLINES
 from lengthen.records import UserError, replace_file
-from lengthen.rundir import Files, amount, counts, display, iteration, listing, number, table, text
-from lengthen.scores import HEADLINES
-from lengthen.verdict import interval, verdict
+from lengthen.text.demands import TYPES, full_marks
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BYTES = 14_000_000  # of texts and their rows in the page; the whole file stays below 15 MB

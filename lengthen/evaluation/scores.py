@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lengthen import cli, intervals
-from lengthen.demands import full_marks, length_score
-from lengthen.measures import (
+from lengthen import cli
+from lengthen.evaluation import intervals
+from lengthen.evaluation.measures import (
     OPENING_TOKENS,
     PREFIX_WORDS,
     compression,
@@ -24,7 +24,8 @@ from lengthen.measures import (
     spearman,
 )
 from lengthen.records import KINDS, new_record
-from lengthen.text import is_loop
+from lengthen.text.demands import full_marks, length_score
+from lengthen.text.filters import is_loop
 
 CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
 POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end

@@ -1,6 +1,6 @@
 """The memory of a training: its flags, the plan for this model and this card, and the choice for each row.
 
-lengthen/plan.py has the numbers; here they meet --vram, --checkpoint, --offload and the memory that there is.
+training/budget.py has the numbers; here they meet --vram, --checkpoint, --offload and the memory that there is.
 """
 
 import argparse
@@ -10,12 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lengthen import cli, lean, plan
-from lengthen.model import DTYPES, NF4_BELOW, context_length, embeddings_to_host, load_config, load_tokenizer
-from lengthen.packed import Abilities, checkpointed
-from lengthen.parallel import Processes
-from lengthen.plan import Budget, Settings, Wanted, most_tokens
+from lengthen import cli
+from lengthen.models.loading import DTYPES, NF4_BELOW, context_length, embeddings_to_host, load_config, load_tokenizer
 from lengthen.records import UserError
+from lengthen.training import budget as plan
+from lengthen.training import lean_layer as lean
+from lengthen.training.budget import Budget, Settings, Wanted, most_tokens
+from lengthen.training.packed import Abilities, checkpointed
+from lengthen.training.parallel import Processes
 
 CPU_ACTIVATION_GB = 3.0  # kept for the backward pass before layers are recomputed: SmolLM2 then stays below 6 GB in all
 

@@ -14,28 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# Bytes per second, the makers' data sheets, by a part of the name that CUDA gives the card; the first match counts.
-BANDWIDTH = {
-    "B200": 8.0e12,
-    "H200": 4.8e12,
-    "H100 PCIe": 2.0e12,
-    "H100": 3.35e12,
-    "A100-SXM4-80GB": 2.039e12,
-    "A100 80GB": 1.935e12,
-    "A100": 1.555e12,
-    "L40S": 0.864e12,
-    "L40": 0.864e12,
-    "L4": 0.3e12,
-    "A10G": 0.6e12,
-    "A10": 0.6e12,
-    "V100": 0.9e12,
-    "T4": 0.32e12,
-    "RTX 6000 Ada": 0.96e12,
-    "RTX A6000": 0.768e12,
-    "RTX 5090": 1.792e12,
-    "RTX 4090": 1.008e12,
-    "RTX 3090": 0.936e12,
-}
+from lengthen.models.cards import card_named
+
 MEMORY = 30.0  # seconds; how far back the rates look
 
 
@@ -43,9 +23,9 @@ MEMORY = 30.0  # seconds; how far back the rates look
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of the device's memory: from the table, else of the best of five copies (read and written)."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if known := next((value for part, value in BANDWIDTH.items() if part in name), 0.0):
-            return known
+        card = card_named(torch.cuda.get_device_name(device))
+        if card and card.bandwidth:
+            return 1e12 * card.bandwidth
     source = torch.ones(1 << 24, device=device)  # 64 MB: beyond a CPU's caches
     target, best = torch.empty_like(source), math.inf
     for _ in range(5):

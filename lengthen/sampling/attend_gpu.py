@@ -1,9 +1,9 @@
 """Attention of a packed batch on a GPU: new keys go to their pages, kernels walk the page tables.
 
-What lengthen/attention.py does by streaming the pool, done by kernels/attention.py: `store_pages`, then for decoding
+What sampling/attend_cpu.py does by streaming the pool, done by kernels/attention.py: `store_pages`, then for decoding
 texts `paged_attention` (one new token each, up to 8 with drafts), and for pieces of prompts FlashAttention over the
-keys gathered out of their pages (lengthen/prefill.py). Everything that a kernel needs to know lies in int32 tensors on
-the device, so a batch that only decodes can be captured in a CUDA graph (lengthen/graphs.py).
+keys gathered out of their pages (models/flash.py). Everything that a kernel needs to know lies in int32 tensors on
+the device, so a batch that only decodes can be captured in a CUDA graph (lengthen/sampling/graphs.py).
 
 On a CPU the same code runs on the kernels' torch references: slower than streaming, and tested that way.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Pages, paged_attention, read_pool, store_pages
-from lengthen.prefill import Bounds, attend_pieces
+from lengthen.models.flash import Bounds, attend_pieces
 
 # B decoding texts, T packed tokens, Q = the most tokens that one of the texts has in a pass: 1, more with drafts.
 

@@ -13,7 +13,8 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 
-from lengthen.text import IDEOGRAPHS, LOOP_COUNT, NGRAM, tokens
+from lengthen.text.filters import LOOP_COUNT, NGRAM
+from lengthen.text.words import IDEOGRAPHS, tokens
 
 PREFIX_WORDS = 200
 # On so many tokens own and other query are compared: the more of a text is known, the less either of them tells.

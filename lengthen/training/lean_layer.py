@@ -37,9 +37,9 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
-from lengthen import packed
-from lengthen.decoder import KINDS
-from lengthen.lora import LoraLinear
+from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.lora import LoraLinear
+from lengthen.training import packed
 
 CHECKPOINTS = ("none", "attention", "full")
 SLAB = 16 << 20  # bytes of host memory taken at a time
@@ -689,7 +689,7 @@ def apply(model: nn.Module, settings: Settings = Settings(), host_limit: int = 0
 def stands_against(model: nn.Module, device: str, dtype: torch.dtype) -> str:
     """Why a model cannot have lean layers there, as far as its classes and its configuration tell. "" = nothing."""
     layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
-    other = {type(layer).__name__ for layer in layers} - KINDS
+    other = {type(layer).__name__ for layer in layers} - REBUILT_LAYERS
     if other or not layers:
         return f"its layers are of another kind ({', '.join(sorted(other)) or 'none found'})"
     text = model.config.get_text_config()

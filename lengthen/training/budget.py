@@ -48,10 +48,11 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from kernels.linear_cross_entropy import CPU_TILE_ELEMENTS, TORCH_ROWS, WORKSPACE_BYTES
-from lengthen import lora
-from lengthen.lean import CHECKPOINTS as LEVELS
-from lengthen.lean import SLAB, Settings
+from lengthen.models import lora
+from lengthen.models.cards import CARDS, card_named
 from lengthen.records import UserError
+from lengthen.training.lean_layer import CHECKPOINTS as LEVELS
+from lengthen.training.lean_layer import SLAB, Settings
 
 GENERIC_LEVELS = ("none", "full")  # what transformers' own layers can do
 TILE_ROWS = 4096  # tokens of an MLP tile: large enough for full matrix products, 0.6 GB on an 8B model
@@ -60,26 +61,6 @@ MOMENT_BYTES = {32: 8, 8: 2 + 2 * 4 / 256}  # of AdamW, a parameter; 8 bits: and
 CONTEXT_BYTES = 1.0e9  # CUDA context, cuBLAS workspaces
 SLACK = 0.10  # of the activations: blocks that the allocator holds and cannot join
 BUFFERED_LAYERS = 2  # offloading: one layer on its way while another is in use
-
-# Dense bf16 TFLOP/s with fp32 accumulation, and GB, by the name that torch.cuda.get_device_name contains; from the
-# makers' data sheets. The first match counts.
-CARDS = {
-    "B200": (2250, 180),
-    "H200": (989, 141),
-    "H100 PCIe": (756, 80),
-    "H100": (989, 80),
-    "A100": (312, 80),
-    "L40S": (362, 48),
-    "RTX 6000 Ada": (364, 48),
-    "A6000": (155, 48),
-    "RTX 5090": (210, 32),
-    "RTX 4090": (165, 24),
-    "RTX 3090": (71, 24),
-    "A10": (125, 24),
-    "L4": (121, 24),
-    "RTX 4080": (98, 16),
-    "RTX 3060": (25, 12),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -496,14 +477,15 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     """(FLOP/s at the best, where the number is from). 0 for a card that the table does not know."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        found = next((card for card in CARDS if card in name), "")
-        return (CARDS[found][0] * 1e12, f"{name}, dense bf16 by its data sheet") if found else (0.0, name)
+        card = card_named(name)
+        return (1e12 * card.tflops, f"{name}, dense bf16 by its data sheet") if card and card.tflops else (0.0, name)
     return measured_flops(), f"one matrix product on {torch.get_num_threads()} threads, measured"
 
 
 def cards_of(gigabytes: float) -> dict[str, float]:
     """Name -> FLOP/s of the cards with about so much memory."""
-    return {name: 1e12 * tflops for name, (tflops, size) in CARDS.items() if abs(size - gigabytes) <= 0.1 * size}
+    near = {name: card for name, card in CARDS.items() if abs(card.gigabytes - gigabytes) <= 0.1 * card.gigabytes}
+    return {name: 1e12 * card.tflops for name, card in near.items() if card.tflops}
 
 
 def measured_flops(size: int = 1024) -> float:

@@ -15,7 +15,7 @@ bookkeeping for the next one) is captured once per batch size and replayed:
 4. Batch sizes are rounded up to a bucket; the rows in excess have length 0: they store nothing, read no page, and their
    draws are dropped.
 
-The draws are those of lengthen/draw.py, bit for bit, with one exception that the device can see: more than CANDIDATES
+The draws are those of sampling/draw.py, bit for bit, with one exception that the device can see: more than CANDIDATES
 ids that must be ranked. Such a draw is marked, the row is cut in front of it, and the caller's next step (which may
 look at the whole vocabulary) makes it. Rows whose top-k is off or that large are not served at all.
 
@@ -31,9 +31,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lengthen import walk
-from lengthen.attention import Hook, PagedCache
-from lengthen.draw import CANDIDATES, keep, race, top_candidates
+from lengthen.sampling import attend_gpu as walk
+from lengthen.sampling.attend_cpu import Hook, PagedCache
+from lengthen.sampling.draw import CANDIDATES, keep, race, top_candidates
 
 STEPS = 8  # per host read: of a text that ends in the middle, 3.5 tokens are computed for nothing on average
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lengthen.pairs import Pair
 from lengthen.records import UserError
+from lengthen.training.pairs import Pair
 
 
 def log_entry(

@@ -4,7 +4,7 @@ The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one
 of every running text and pieces of new prompts, with explicit positions, no mask and no Cache object. The one thing
 that must know which token belongs to which text is attention, so this module registers its own attention function
 (`AttentionInterface.register`) and leaves everything else to the model's unmodified code. A running text may bring
-drafted tokens behind its newest one (lengthen/lookup.py): each sees the pages up to itself.
+drafted tokens behind its newest one (lengthen/sampling/lookup.py): each sees the pages up to itself.
 
     keys[layer]    [pages, Hkv, D, S]    transposed: q @ K then needs no transposed operand, which a CPU likes
     values[layer]  [pages, Hkv, S, D]    S = tokens in a page
@@ -15,7 +15,7 @@ are. The partial softmaxes are then joined per text. Pages are handed out lowest
 appear, so that the streamed range stays dense. Where only a few texts bring drafts, these are a group of their own,
 whose pages are gathered: else every product has as many queries as the longest draft. That is the way of a CPU. On a
 GPU the pages lie as kernels/attention.py wants them, its kernels walk the page tables, and nothing needs to be moved:
-lengthen/walk.py.
+lengthen/sampling/attend_gpu.py.
 """
 
 import heapq
@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lengthen import decoder, walk
-from lengthen.prefill import dense
+from lengthen.models.flash import dense
 from lengthen.records import UserError
+from lengthen.sampling import attend_gpu as walk
+from lengthen.sampling import cpu_layer as decoder
 
 NAME = "lengthen_paged"  # key in transformers' registry
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types this module knows how to carry

@@ -15,14 +15,15 @@ logits with the model's own before the first). The copies take as much memory as
 are only made of models that take a quarter of the machine's memory or less.
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+from lengthen.models.cards import physical_memory
+from lengthen.models.families import REBUILT_LAYERS
+
 BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
 ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
 PACKED = 512  # the same of MKL's: packed for 512 rows it is as fast for 4 as packed for 4
@@ -108,7 +109,7 @@ def unit(x: Tensor, eps: float) -> Tensor:
 
 def plain(layer: nn.Module) -> bool:
     """Whether `Layer` can stand in for it: of a known kind, and nobody has put other modules inside (LoRA, 4 bits)."""
-    if type(layer).__name__ not in KINDS:
+    if type(layer).__name__ not in REBUILT_LAYERS:
         return False
     inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
     return len(inside) == 7 and all(type(module) is nn.Linear for module in inside.values())
@@ -132,8 +133,3 @@ def forwards(model: nn.Module, attend: Callable, windows: dict[int, int]) -> lis
 
 def fp32_on_cpu(module: nn.Module) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
-
-
-def physical_memory() -> int:
-    """Bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

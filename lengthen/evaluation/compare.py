@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lengthen import cli, intervals
-from lengthen.measures import mean
+from lengthen import cli
+from lengthen.evaluation import intervals
+from lengthen.evaluation.measures import mean
+from lengthen.evaluation.scores import HEADLINES, MEASURES, by_query, cell, complete, headlines, measured, rounded
 from lengthen.records import UserError, numbered_lines
-from lengthen.scores import HEADLINES, MEASURES, by_query, cell, complete, headlines, measured, rounded
 
 
 def read_run(folder: str) -> dict:

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
-from lengthen.attention import PagedCache
+from lengthen.sampling.attend_cpu import PagedCache
 
 NEAR = 64  # pages compared token by token where none matches as a whole: the newest
 

@@ -4,7 +4,7 @@
     train_log.jsonl       one line a step; lines behind the checkpoint are cut when a run resumes
     checkpoint/           state.safetensors + state.json, whole or absent
     checkpoint.previous/  the one before: used when the newest is damaged
-    pairs.bin             the pairs as token ids (lengthen/pairs.py), for resumes; gone when the run is done
+    pairs.bin             the pairs as token ids (lengthen/training/pairs.py), for resumes; gone when the run is done
     adapter_*             only when the run is done: whoever finds an adapter may use it
 
 No pickles: tensors are safetensors, the rest is JSON.
@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn, optim
 
-from lengthen import lora
 from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
-from lengthen.pairs import NAME as PAIRS
+from lengthen.models import lora
 from lengthen.records import Appender, UserError, read_jsonl, replace_file
+from lengthen.training.pairs import NAME as PAIRS
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png", PAIRS)
 NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"

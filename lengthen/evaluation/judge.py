@@ -31,10 +31,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lengthen import cli
-from lengthen.chat import fill, template_hashes
-from lengthen.endpoint import SHORTEST, Endpoint, Reply, Unanswered, key_from_environment, read_address
-from lengthen.intervals import bootstrap
+from lengthen.evaluation.endpoint import SHORTEST, Endpoint, Reply, Unanswered, key_from_environment, read_address
+from lengthen.evaluation.intervals import bootstrap
 from lengthen.jobs import Job
+from lengthen.models.chat import fill, template_hashes
 from lengthen.records import (
     LowYield,
     UserError,
@@ -46,7 +46,7 @@ from lengthen.records import (
     replace_file,
     run_id_of,
 )
-from lengthen.stage import open_model, sampling_of
+from lengthen.stage import Stage, open_model, sampling_of
 
 CRITERIA = ("relevance", "coherence", "accuracy", "consistency", "clarity", "creativity", "engagement")  # method.md, 5
 WINNERS = ("first", "second", "tie")
@@ -158,26 +158,26 @@ class LocalJudge:
 
     def __init__(self, name: str, args: argparse.Namespace, job: Job):
         gc.collect()  # the evaluated model is no longer needed, but may hang together in a circle
-        plain = {
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": LOCAL_TOKENS,
-        }
-        self.args = argparse.Namespace(**{**vars(args), **plain, "model": name, "adapter": ""})
+        model = replace(cli.take(args, cli.ModelFlags), model=name, adapter="")
+        self.sampling = replace(
+            cli.take(args, cli.SamplingFlags),
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_new_tokens=LOCAL_TOKENS,
+        )
         self.model = fingerprint(name)
-        self.loaded, self.sampler = open_model(self.args, job)
+        self.loaded, self.sampler = open_model(Stage(cli.take(args, cli.OutputFlags), model, self.sampling), job)
         self.asked: dict[str, tuple[str, int]] = {}  # id -> (how the reply begins, characters cut)
 
     def add(self, question: Question, seed: int, temperature: float) -> None:
-        from lengthen.sampler import Request
+        from lengthen.sampling.request import Request
 
         prompt, cut = question.prompt(self._limit(question))
         prefill = PREFILL[question.kind]
         ids = self.loaded.chat.encode([{"role": "user", "content": prompt}], prefill)
-        self.args.temperature = temperature
-        sampling = sampling_of(self.args, stop=("}",))  # the end of the JSON object
+        sampling = sampling_of(replace(self.sampling, temperature=temperature), stop=("}",))  # the JSON object's end
         self.asked[question.id] = prefill, cut
         self.sampler.add(Request(question.id, ids, seed, sampling))
 

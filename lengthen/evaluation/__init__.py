@@ -1,0 +1,1 @@
+"""What came out: measures, scores, intervals, judges, comparisons and the report."""

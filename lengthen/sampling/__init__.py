@@ -1,0 +1,1 @@
+"""The batched sampler: continuous batching over a paged KV cache."""

@@ -1,0 +1,1 @@
+"""What is decided about a text without a model: words, languages, filters, selection, length demands."""

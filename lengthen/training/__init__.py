@@ -1,0 +1,1 @@
+"""Memory-lean LoRA training on packed rows."""
