@@ -428,7 +428,7 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
         _finish_kernel[(num_rows,)](
             *(u, weight, t, zt, part, coef, t if rows is None else rows, sums, dh if grad else part),
             *(num_rows, dim, parts),
-            *(weight.stride(0), dh.stride(0) if grad else 0, sums.stride(0)),
+            *(weight.stride(0), 0 if dh is None else dh.stride(0), sums.stride(0)),
             *(scale, cap),
             HAS_CAP=softcap is not None,
             HAS_ROWS=rows is not None,
