@@ -347,15 +347,6 @@ def _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path) 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
-) -> tuple[Tensor, LossStats]: ...
-
-
-@overload
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor: ...
-
-
-def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

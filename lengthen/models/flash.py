@@ -141,7 +141,15 @@ def _torch_flash(
 
 
 def _torch_flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, samples: Varlen, scaling: float, window: int
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    samples: Varlen,
+    scaling: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, of the shapes of q, k, v. Also of what flash-attn computed: it saves the same two."""
     # torch's own forward pass hands out the state of a generator, which only dropout needs
@@ -266,8 +274,9 @@ def attend_pieces(
         for start in range(first, last, QUERIES):
             new = slice(start, min(start + QUERIES, last))
             seen = slice(keys.start, keys.start + earlier + new.stop - first)
-            heads = (x.transpose(0, 1) for x in (q[new], k[seen], v[seen]))
-            out[new] = dense(*heads, earlier + start - first, scaling, window, softcap, sinks).transpose(0, 1)
+            q_new, k_seen, v_seen = (x.transpose(0, 1) for x in (q[new], k[seen], v[seen]))
+            here = dense(q_new, k_seen, v_seen, earlier + start - first, scaling, window, softcap, sinks)
+            out[new] = here.transpose(0, 1)
     return out
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -86,7 +87,7 @@ class LoraLinear(nn.Module):
 # Which layers
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def decoder_linears(model: Any) -> dict[str, nn.Linear]:
     """Name -> linear layer, quantised or not; without the head, whose weight the loss reads past any LoRA layer."""
     head = model.get_output_embeddings()
     found = {}
@@ -131,7 +132,7 @@ def _layers_hint(names: list[str]) -> str:
     return "its linear layers: " + ", ".join(sorted({n.rpartition(".")[2] for n in names}))
 
 
-def _wrap(model: nn.Module, name: str, layer: LoraLinear) -> None:
+def _wrap(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
@@ -142,7 +143,6 @@ def attach(
     alpha: float,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
-    rslora: bool = False,
     seed: int = 0,
 ) -> list[nn.Parameter]:
     """Freeze the model, put fresh LoRA layers in place of its linear layers, return their (fp32, trainable) parameters.
@@ -155,7 +155,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     linears = decoder_linears(model)
     for name in select_targets(model, targets):
-        layer = LoraLinear(linears[name], rank, alpha, dropout, rslora)
+        layer = LoraLinear(linears[name], rank, alpha, dropout)
         bound = 1 / math.sqrt(layer.in_features)
         start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         layer.A.data.copy_(start)
@@ -173,7 +173,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 # Files
 
 
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: Any) -> str:
     """16 hex digits over the norms and 64 rows of the embedding: tells apart models of one shape (instruct and base).
 
     Neither is ever quantised; rounded to bf16, both are the same at every --dtype but fp16 (then "").
@@ -299,7 +299,7 @@ def adapter_meta(folder: str | Path) -> dict:
 # Adapter -> model
 
 
-def _matched(model: nn.Module, folder: str | Path) -> tuple[dict, dict, dict[str, nn.Linear]]:
+def _matched(model: Any, folder: str | Path) -> tuple[dict, dict, dict[str, nn.Linear]]:
     """The adapter, checked against the model: (config, tensors, linear layers)."""
     config, tensors = read_adapter(folder)
     linears = decoder_linears(model)
@@ -338,6 +338,27 @@ def attach_adapter(model: nn.Module, folder: str | Path, trainable: bool = False
         layer.train(model.training)
         _wrap(model, name, layer)
     return lora_parameters(model)
+
+
+def continue_adapter(
+    model: Any, folder: str | Path, rank: int, alpha: float, dropout: float, targets: str | list[str]
+) -> list[nn.Parameter]:
+    """attach_adapter to train on, at the adapter's own rank, scale and layers: others asked for are a UserError."""
+    parameters = attach_adapter(model, folder, trainable=True)
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    for name, theirs, ours in (("rank", first.rank, rank), ("alpha", first.alpha, alpha)):
+        if theirs != ours:
+            raise UserError(f"the adapter {folder} has {name} {theirs:g}, not {ours:g}", f"--{name} {theirs:g}")
+    if set(layers) != set(select_targets(model, targets)):
+        raise UserError(
+            f"the adapter {folder} adapts other layers than --targets "
+            + (targets if isinstance(targets, str) else " ".join(targets)),
+            "--targets " + " ".join(sorted({n.rpartition(".")[2] for n in layers})),
+        )
+    for layer in layers.values():
+        layer.dropout = dropout
+    return parameters
 
 
 def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
@@ -435,7 +456,7 @@ def _scale(config: dict) -> float:
     return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
 
 
-def merge_to(model: nn.Module, tokenizer, folder: str | Path) -> None:
+def merge_to(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write a merged model as a folder that any loader takes (safetensors, config, tokenizer): whole, or not at all."""
     assert not lora_layers(model), "merge_adapter first"
     folder = Path(folder)
