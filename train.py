@@ -71,6 +71,7 @@ LAST_WORD = 5.0  # seconds that the other processes wait before they end, for th
 
 def to_messages(record: dict, role: str, keep_lines: float, seed: int) -> list[dict[str, str]]:
     """What the model is shown: as generate.py and extend.py will ask it."""
+    # constrained.jsonl has a length demand in `query`: that is what the answer was written for.
     prompt = record.get("query") or record["prompt"]
     if role == "extender":
         draft = record["initial"]
@@ -85,8 +86,10 @@ def make_pairs(
     records: list[dict], chat: Chat, flags: PairFlags, seed: int, max_length: int
 ) -> tuple[list[Pair], list[dict]]:
     """(pairs, records left out with `reason`). A pair longer than max_length tokens is left out, never cut."""
+    # A text that was cut at its limit would teach to stop anywhere. A user's own records have no `finish`: all count.
     left_out = [{**r, "reason": "unfinished"} for r in records if r.get("finish", "eos") not in ("eos", "")]
-    whole = [r for r in records if r.get("finish", "eos") in ("eos", "")]  # a cut text would teach to stop anywhere
+    whole = [r for r in records if r.get("finish", "eos") in ("eos", "")]
+    # One call of the tokenizer for all: a fast one then uses every core.
     prompts = chat.encode_many([to_messages(r, flags.role, flags.kept_lines, seed) for r in whole])
     answers = chat.encode_answers([r["response"] for r in whole])  # each ends in its EOS
     pairs = []
@@ -124,8 +127,9 @@ def step_pairs(step: int, num_pairs: int, per_step: int, seed: int) -> list[int]
     """
     import torch
 
-    per_epoch = math.ceil(num_pairs / per_step)
+    per_epoch = math.ceil(num_pairs / per_step)  # steps
     epoch, position = divmod(step, per_epoch)
+    # Drawn on the CPU from the seed and the epoch alone: the same order on every device and after every resume.
     generator = torch.Generator().manual_seed(draw_seed(seed, "order", epoch))
     order = torch.randperm(num_pairs, generator=generator).tolist()
     return order[position * per_step : (position + 1) * per_step]
@@ -153,6 +157,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 def split_rows(pairs: list[Pair], per_row: int, most_tokens: int) -> list[list[Pair]]:
     """The pairs of a step as rows of at most `per_row` pairs and `most_tokens` tokens (a longer pair goes alone)."""
+    # In the order of the step, not sorted by length: rows are for memory, and the sum of their gradients is the same.
     rows: list[list[Pair]] = []
     for pair in pairs:
         room = rows and len(rows[-1]) < per_row
@@ -191,12 +196,15 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     from kernels.linear_cross_entropy import linear_cross_entropy
     from lengthen.training.packed import pack
 
+    # The sum, not the mean: train_step divides by the targets of all rows, so that a token counts the same in each.
     index, targets = (torch.tensor(x).to(model.device) for x in targets_of(pairs))  # int64 [num_targets]
     row = pack([p.ids for p in pairs], model.device)
+    # A model whose attention cannot be packed exactly gets rows of one sample, and its own attention.
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
     if abilities.head is None:  # this model does something to its logits that the loss kernel does not know
         logits = model(**inputs, use_cache=False).logits[0, index]
         return F.cross_entropy(logits.float(), targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+    # Only hidden states that predict a target go through the head: no logits of the prompt, none held of the answer.
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
     loss, stats = linear_cross_entropy(
         hidden.index_select(0, index),
@@ -243,9 +251,12 @@ def train_step(
         packs = learner.abilities.packs
         memory.ran_out(max(*lengths, min(sum(lengths), memory.free_tokens)) if packs else max(lengths))
 
+    # Every row was divided by the targets of the whole step: the sum over rows and processes is the gradient of the
+    # mean over all targets, however they were split.
     processes.sum_gradients(learner.parameters)
     loss, hits, flops = processes.sum(sums or [], model.device)
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters, CLIP).item()
+    # Skipped steps keep AdamW's moments as they are: one bad batch in bf16 would poison them for hundreds of steps.
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = "not finite" if not finite else f"a spike, above {ceiling:.2f}" if loss > ceiling else ""
     if not skipped:
@@ -264,7 +275,7 @@ def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets:
             how = memory.set(sum(lengths))  # store as much as fits for this row, recompute the rest
             loss, likeliest = row_loss(learner.model, abilities, row)
             loss = loss / num_targets
-            loss.backward()
+            loss.backward()  # adds to A's and B's .grad; the base is frozen
             total, hits = total + loss.item(), hits + likeliest.item()
             flops += memory.budget.flops(lengths, [p.num_targets for p in row], how)
     except RuntimeError as error:  # torch.OutOfMemoryError is one, too
@@ -292,7 +303,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
     from lengthen.models.loading import context_length, load_config, load_tokenizer
     from lengthen.training.learner import prepare
 
-    # 1) pairs
+    # 1) pairs: all are encoded before the model is loaded, so that a mistake in the input costs no gigabytes
     flags, optimizer = training.model, training.optimizer
     tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)
     context, _ = context_length(load_config(flags.model, flags.trust_remote_code), tokenizer)
@@ -306,6 +317,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
             f"{len(pairs)} of {pairs.facts['records']} records can be trained on, --min-yield asks for {least}",
             f"--max-length is {max_length} tokens; see {folder.folder / 'rejected.jsonl'}",
         )
+    # The last step of an epoch may have fewer pairs; a control (--budget-of) ends in the middle of one.
     total = optimizer.epochs * math.ceil(len(pairs) / optimizer.pairs_per_step)
     if optimizer.budget_of:
         budget = folder.settings["target_tokens"]
@@ -320,7 +332,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
     # 3) the steps
     entries = run_steps(learner, pairs, total, training, folder, processes)
 
-    # 4) the adapter, and what to show of it
+    # 4) the adapter, and what to show of it. Until now there is none in the folder: whoever finds one may use it.
     if not processes.first:
         return
     lora.save_adapter(learner.model, folder.folder, facts["base"])
@@ -367,7 +379,7 @@ def run_steps(
             skips = skips + 1 if result.skipped else 0
             if not result.skipped:
                 losses.append(result.loss)
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - started  # .item() of the loss has waited for the GPU
             entry = steplog.log_entry(step, per_epoch, result, rate, batch, seconds, speed * processes.count, device)
             folder.log(entry)
             entries.append(entry)
@@ -380,6 +392,7 @@ def run_steps(
                     f"{skips} steps in a row were skipped: {result.skipped} (last: step {step + 1})",
                     "a lower --learning-rate, or --dtype float32; the last checkpoint is kept",
                 )
+            # Not after the last step: the adapter follows at once. A kill costs at most save_every steps.
             if (step + 1) % training.runtime.save_every == 0 and step + 1 < total:
                 state = {"step": step + 1, "skips_in_a_row": skips}
                 folder.save_checkpoint(state_bytes(learner.model, learner.optimizer), state)
@@ -416,6 +429,7 @@ def run(training: Training, processes: Processes) -> None:
 
             show_plan(training)
         return
+    # What a run that goes on must have in common with this one. Models and adapters count by their contents.
     out, model = training.out, training.model
     settings = {**training.recorded(), "model": fingerprint(model.model), "adapter": fingerprint(model.adapter)}
     if training.optimizer.budget_of:
@@ -431,6 +445,7 @@ def run(training: Training, processes: Processes) -> None:
         allow_partial=out.allow_partial,
         processes=processes,
     ) as folder:
+        # A finished training prints its summary again, without torch; --merge-to may still be new.
         if folder.complete:
             cli.say(f"{out.output} is done: nothing to train")
         else:
@@ -444,7 +459,7 @@ def run(training: Training, processes: Processes) -> None:
                 write_merged(model, out.output, training.runtime.merge_to)
                 summary["merged"] = training.runtime.merge_to
             cli.emit(summary)
-        processes.wait()
+        processes.wait()  # else torchrun would end the first in the middle of a merge
     processes.stop()
 
 

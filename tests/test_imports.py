@@ -26,7 +26,9 @@ ONE_ROOM = [{"lengthen.records", "lengthen.jobs", "lengthen.cli"}, {"lengthen.st
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
     *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.stage", "lengthen.sampling.request"),
-    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.training.pairs"),
+    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families"),
+    *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
+    "train",
 }
 FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
 TORCH = {

@@ -246,6 +246,29 @@ def test_a_finished_run_loads_no_model(run, monkeypatch):
     assert again[:2] == first[:2] and "nothing to train" in again[2]
 
 
+def test_help_and_a_finished_run_import_no_torch(run, tmp_path, model_folder):
+    """In a cold interpreter: what is not trained does not wait seconds for torch and transformers."""
+    summary, _, _ = run()
+    small = "--epochs 2 --learning-rate 5e-3 --rank 4 --alpha 8 --save-every 2".split()
+    command = ["--role", "generator", "--model", str(model_folder), "--input", str(tmp_path / "extended.jsonl")]
+    command += ["--output", str(tmp_path / "out"), *small]
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+try:
+    train.main({{argv!r}})
+except SystemExit:
+    pass
+loaded = {{{{name.partition(".")[0] for name in sys.modules}}}}
+print(sorted(loaded & {{{{"torch", "transformers", "safetensors", "kernels", "bitsandbytes"}}}}), file=sys.stderr)
+"""
+    for argv in (["--help"], command):
+        done = subprocess.run([sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == summary and "nothing to train" in done.stderr
+
+
 def test_other_settings_are_refused_by_name(run, tmp_path):
     run()
     with pytest.raises(UserError, match="rank = 4, this command says 8") as raised:
@@ -288,6 +311,18 @@ def test_an_adapter_of_other_shape_is_not_continued(run, tmp_path, flags, messag
     run("--epochs", "1")
     with pytest.raises(UserError, match=message):
         run("--adapter", str(tmp_path / "out"), *flags, output="next")
+
+
+def test_an_rslora_adapter_of_peft_is_continued_at_its_own_scale(run, tmp_path):
+    """PEFT scales by alpha / sqrt(rank) where its config says use_rslora; what we write says so, too."""
+    run("--epochs", "1")
+    path = tmp_path / "out" / lora.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
+    plain, scaled = ({"output": name} for name in ("fresh", "next"))
+    fresh = run("--learning-rate", "0", "--epochs", "1", **plain)
+    again = run("--adapter", str(tmp_path / "out"), "--learning-rate", "0", "--epochs", "1", **scaled)
+    assert json.loads((tmp_path / "next" / lora.CONFIG).read_text())["use_rslora"]
+    assert losses_of(again[1]) != losses_of(fresh[1])
 
 
 def test_an_adapter_for_another_base_is_refused(run, tmp_path):

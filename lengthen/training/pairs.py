@@ -6,7 +6,8 @@
 
 10,000 pairs of 8,000 tokens are 320 MB here, and 3 GB as Python's lists. The footer holds the key (what the ids depend
 on: hashes of the input files, of the tokenizer and of the templates, and the flags), a checksum of all before it, and
-facts for people. A file with another key or a wrong checksum is not used. No torch here.
+facts for people. A file with another key or a wrong checksum is not used. No torch here, and NumPy only once there are
+pairs: --help does not wait for it.
 """
 
 import hashlib
@@ -20,14 +21,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.records import LowYield, each_record, no_room, to_line
 from lengthen.text.words import count_words, detect_language
 from lengthen.training.parallel import Processes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "pairs.bin"
 MAGIC = b"pairs\x00\x00\x01"
@@ -50,6 +52,8 @@ class PairFile:
     """The pairs of a file, a sequence; each is read when it is asked for. `facts`: what the writer left for people."""
 
     def __init__(self, path: Path, facts: dict[str, Any], count: int, num_ids: int):
+        import numpy as np
+
         self.path, self.facts = path, facts
         self.ids = np.memmap(path, np.int32, "r", shape=(num_ids,)) if num_ids else np.empty(0, np.int32)
         self.starts = np.fromfile(path, np.int64, count + 1, offset=4 * num_ids)
@@ -65,12 +69,12 @@ class PairFile:
         return Pair(self.ids[start:stop].tolist(), int(self.prompts[index]))
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> "np.ndarray":
         """Tokens of each pair, int64 [N]."""
-        return np.diff(self.starts)
+        return self.starts[1:] - self.starts[:-1]
 
     @property
-    def num_targets(self) -> np.ndarray:
+    def num_targets(self) -> "np.ndarray":
         """Tokens after the prompt of each pair, int64 [N]."""
         return self.lengths - self.prompts
 
@@ -92,6 +96,8 @@ def write_pairs(path: Path, blocks: Iterator[list[Pair]], key: dict[str, Any], f
 
     facts: read when the last block has come, so a generator of blocks may fill it.
     """
+    import numpy as np
+
     temporary = path.with_name(f".{path.name}.tmp")
     starts, prompts, checksum = array("q", [0]), array("i"), hashlib.sha256()
     try:
