@@ -74,6 +74,7 @@ def to_messages(record: dict, role: str, keep_lines: float, seed: int) -> list[d
     # constrained.jsonl has a length demand in `query`: that is what the answer was written for.
     prompt = record.get("query") or record["prompt"]
     if role == "extender":
+        # The draft, not the answer of the round before: one step from a first draft to the text that grew out of it.
         draft = record["initial"]
         if keep_lines < 1:
             # Seeded by the record alone: every epoch sees the same outline, and so does a resumed run.
@@ -140,6 +141,8 @@ def steps_for(target_tokens: int, num_targets: Sequence[int], per_step: int, see
 
     num_targets: of each pair.
     """
+    # Step by step, because the pairs differ in length and each epoch has its own order. The prompt's tokens do not
+    # count: nothing is learned from them, and the two roles have prompts of very different lengths.
     step = 0
     while step == 0 or target_tokens > 0:
         target_tokens -= sum(int(num_targets[i]) for i in step_pairs(step, len(num_targets), per_step, seed))
@@ -149,15 +152,18 @@ def steps_for(target_tokens: int, num_targets: Sequence[int], per_step: int, see
 
 def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up over the first tenth, then a cosine to zero; step counts from 0."""
+    # step + 1: transformers' schedule gives the first step a rate of 0, here it already learns.
     warm_up = math.ceil(WARM_UP * total)
     if step < warm_up:
         return peak * (step + 1) / warm_up
+    # It would be 0 one step after the last; max(): a single step has no way down.
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
 def split_rows(pairs: list[Pair], per_row: int, most_tokens: int) -> list[list[Pair]]:
     """The pairs of a step as rows of at most `per_row` pairs and `most_tokens` tokens (a longer pair goes alone)."""
     # In the order of the step, not sorted by length: rows are for memory, and the sum of their gradients is the same.
+    # A row costs attention's square only within each pair, so a longer row is as cheap per token as a shorter one.
     rows: list[list[Pair]] = []
     for pair in pairs:
         room = rows and len(rows[-1]) < per_row
@@ -202,6 +208,7 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     # A model whose attention cannot be packed exactly gets rows of one sample, and its own attention.
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
     if abilities.head is None:  # this model does something to its logits that the loss kernel does not know
+        # [num_targets, V] in memory, in fp32: what the kernel below is for.
         logits = model(**inputs, use_cache=False).logits[0, index]
         return F.cross_entropy(logits.float(), targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
     # Only hidden states that predict a target go through the head: no logits of the prompt, none held of the answer.
@@ -235,6 +242,7 @@ def train_step(
     import torch
 
     model, memory = learner.model, learner.memory
+    # Tokens of each pair, prompt and answer: what memory and time go by. The loss goes by the targets alone.
     lengths = [len(p.ids) for p in pairs]
     num_targets = sum(p.num_targets for p in pairs)  # of the whole step: what the loss is divided by
     mine = [pairs[i] for i in processes.share(lengths)]
@@ -245,6 +253,7 @@ def train_step(
         # If memory runs out in one process, all do the step again: their gradients are summed below.
         if not processes.any(sums is None, model.device):
             break
+        # Rows that did fit have left gradients, and the allocator holds blocks of the size that did not.
         learner.optimizer.zero_grad()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -270,6 +279,7 @@ def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets:
     memory, abilities = learner.memory, learner.abilities
     total = hits = flops = 0.0
     try:
+        # A row is no longer than what fits without recomputation: filling it further would cost more than it saves.
         for row in split_rows(pairs, per_row if abilities.packs else 1, memory.free_tokens):
             lengths = [len(p.ids) for p in row]
             how = memory.set(sum(lengths))  # store as much as fits for this row, recompute the rest
@@ -289,6 +299,7 @@ def spike_ceiling(losses: list[float]) -> float:
     """The loss above which a step is skipped, from the losses of the steps before it that were not."""
     if len(losses) < SPIKE_FROM:
         return math.inf
+    # The median, so that one high loss among the last 32 does not raise the ceiling for the next.
     middle = statistics.median(losses[-SPIKE_WINDOW:])
     return max(SPIKE * middle, middle + SPIKE_NATS)
 
@@ -311,6 +322,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
     pairs = pairs_of(training, folder, Chat(tokenizer), max_length, processes)
     for line in pairs.facts["notes"]:
         cli.say(line)
+    # Fewer than asked for is exit code 3, not an adapter that nobody wants.
     least = max(1, training.out.min_yield)
     if len(pairs) < least:
         raise LowYield(
@@ -358,6 +370,7 @@ def run_steps(
 
     flags, seed, device = training.optimizer, training.out.seed, learner.model.device
     per_epoch = math.ceil(len(pairs) / flags.pairs_per_step)
+    # From here on everything depends on the step number alone: order, rate, dropout, ceiling.
     done, skips, entries = resume(learner, total, folder, processes)
     speed, source = peak_flops(device)
     cli.say(f"peak: {speed / 1e12:,.3g} TFLOP/s ({source})" if speed else f"peak of {source}: unknown")
@@ -387,6 +400,7 @@ def run_steps(
             cli.say(f"step {step + 1}/{total} | {steplog.step_line(result, entry)} | {left:.0f} s left")
             if bar:
                 bar.update(step + 1)
+            # One skipped step is a bad batch; three in a row are a training that has gone wrong.
             if skips > SKIPS_ALLOWED:
                 raise UserError(
                     f"{skips} steps in a row were skipped: {result.skipped} (last: step {step + 1})",
@@ -432,8 +446,10 @@ def run(training: Training, processes: Processes) -> None:
     # What a run that goes on must have in common with this one. Models and adapters count by their contents.
     out, model = training.out, training.model
     settings = {**training.recorded(), "model": fingerprint(model.model), "adapter": fingerprint(model.adapter)}
+    # By its number of tokens, not by its path: the other training may move, its budget is what matters here.
     if training.optimizer.budget_of:
         settings["target_tokens"] = target_tokens_of(training.optimizer.budget_of)
+    # Only the Extender's prompt has a template; an edited one makes other pairs.
     settings["templates"] = template_hashes("extend") if training.pairs.role == "extender" else {}
     before = {} if out.overwrite or not Path(out.output).is_dir() else read_sidecar(out.output)
     processes.check(training.optimizer.batch_size, training.optimizer.accumulate, before, out.output)

@@ -254,7 +254,7 @@ def _exp_kernel(
             moment += e * d
             largest = tl.maximum(largest, e)
         if STORE:
-            # Block j is read at bytes 4jB.. and written at 2jB..: behind everything still to be read, except within
+            # Block j is read at bytes 4jB.. and written at 2jB..: before everything still to be read, except within
             # the first block. So all threads must have read theirs before any writes.
             tl.debug_barrier()
             tl.store(e_ptr + row * 2 * stride_z + n, _to_bf16(e_slope, EMULATE), mask=n < V)

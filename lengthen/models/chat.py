@@ -231,7 +231,7 @@ class Chat:
                 starts_alike = encoded[i][: len(head)] == head
                 encoded[i] = encoded[i][len(head) :] if starts_alike else self._anchored(text)
                 if encoded[i] is None:
-                    raise UserError(f"the tokenizer {self.name} cannot encode a text in pieces")
+                    raise UserError(f"the tokenizer {self.name} cannot encode a text in several calls")
             if self._control_ids.intersection(encoded[i]):
                 encoded[i] = self._without_controls(text, after, encoded[i])
         return encoded
@@ -240,15 +240,15 @@ class Chat:
         """The ids of a text in which the tokenizer sees control tokens, as the plain text that it is."""
         stray = self._control_ids.intersection(ids)
         # `split_special_tokens` leaves added tokens alone that are not marked special, though the template may use
-        # them: cut each after its first character and encode the pieces apart.
+        # them: cut each after its first character and encode the parts separately.
         names = "|".join(map(re.escape, sorted(self._controls, key=len, reverse=True)))
         cuts = [match.start() + 1 for match in re.finditer(names, text)]
         if not cuts and stray == {self.tokenizer.unk_token_id}:
             return ids  # a character that the vocabulary lacks
         if not cuts:
             raise UserError(f"the tokenizer {self.name} makes control tokens out of plain text")
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return self._encode(pieces[0], after) + [i for piece in pieces[1:] for i in self._encode(piece, "text")]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return self._encode(parts[0], after) + [i for text in parts[1:] for i in self._encode(text, "text")]
 
     def _is_encoded_alone(self, after: str) -> bool:
         """SentencePiece-like tokenizers put a space before each text they are given: not wanted in mid-sentence."""

@@ -1,9 +1,9 @@
 """A model by its name: hub id, local folder, .gguf file, or `smollm2` (the demo's), ready to sample from or to train.
 
 Every mistake a user can make here ends in a UserError of one line. Weights are safetensors only (nothing is unpickled),
-a repository's own code runs only when told, and a file that lacks weights is refused: transformers would fill the gap
-with random numbers. Of the model's generation config only the EOS ids are kept: its temperatures and penalties are
-not ours.
+a repository's own code runs only with --trust-remote-code, and a file that lacks weights is refused: transformers would
+fill the gap with random numbers. Of the model's generation config only the EOS ids are kept: its temperatures and
+penalties are not ours.
 """
 
 from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
@@ -162,7 +162,7 @@ def _resolve(name: str) -> str:
 
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
-        # With PEFT installed transformers would apply it behind our back.
+        # With PEFT installed transformers would apply it silently.
         raise UserError(f"{folder} is an adapter", f"--model its base model, --adapter {folder}")
     if not (folder / "config.json").exists():
         found = sorted(folder.glob("*.gguf"))

@@ -27,7 +27,7 @@ from torch import nn
 from lengthen.records import UserError, replace_file
 
 WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "meta.json"
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 # Fields of adapter_config.json that we obey, or that say nothing about the arithmetic. `exclude_modules`,
 # `layers_to_transform` and `layers_pattern` only choose layers, and the tensors in the file say which were chosen.
@@ -90,15 +90,15 @@ class LoraLinear(nn.Module):
 def decoder_linears(model: Any) -> dict[str, nn.Linear]:
     """Name -> linear layer, quantised or not; without the head, whose weight the loss reads past any LoRA layer."""
     head = model.get_output_embeddings()
-    found = {}
+    linears = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            found[name] = module.base
+            linears[name] = module.base
         elif isinstance(module, nn.Linear) and module is not head and not name.endswith(".base"):
-            found[name] = module
-    if not found:
+            linears[name] = module
+    if not linears:
         raise UserError(f"{type(model).__name__} has no nn.Linear layer in its decoder: LoRA has nothing to attach to")
-    return found
+    return linears
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -121,7 +121,7 @@ def select_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
         if unmatched:
             raise UserError(
-                f"LoRA target {unmatched[0]!r} is no linear layer of this model's decoder", _layers_hint(names)
+                f"LoRA target {unmatched[0]!r} is not a linear layer of this model's decoder", _layers_hint(names)
             )
     if not chosen:
         raise UserError(f"LoRA targets {targets!r} match no linear layer of this decoder", _layers_hint(names))
@@ -191,18 +191,18 @@ def base_hash(model: Any) -> str:
 
 
 def adapter_config(model: nn.Module, base_name: str) -> dict:
-    """adapter_config.json of the LoRA layers in the model; what PEFT has beside it is at PEFT's defaults."""
+    """adapter_config.json of the LoRA layers in the model; PEFT's other fields are left at their defaults."""
     layers = lora_layers(model)
-    one = next(iter(layers.values()))
+    first = next(iter(layers.values()))  # all have the same rank, alpha and dropout
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
         "target_modules": _shortest_targets(layers, decoder_linears(model)),
-        "use_rslora": one.rslora,
+        "use_rslora": first.rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -220,8 +220,8 @@ def adapter_bytes(model: nn.Module) -> bytes:
     """adapter_model.safetensors of the LoRA layers in the model: fp32, PEFT's names."""
     tensors = {}
     for name, layer in lora_layers(model).items():
-        for part, value in (("A", layer.A), ("B", layer.B)):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value.detach().float().cpu().contiguous()
+        for matrix, value in (("A", layer.A), ("B", layer.B)):
+            tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = value.detach().float().cpu().contiguous()
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -251,21 +251,21 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, tuple[torch.Tensor
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, NotADirectoryError) as error:
         raise UserError(f"the adapter {folder} cannot be read: {error}", "copy or train it again") from None
     _check_config(folder, config)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         match = KEY.fullmatch(key)
         if not match:
             raise UserError(
-                f"the adapter {folder} holds {key!r}, which is no LoRA matrix of a linear layer", _VARIANT_HINT
+                f"the adapter {folder} holds {key!r}, which is not a LoRA matrix of a linear layer", _VARIANT_HINT
             )
-        parts.setdefault(match["layer"], {})[match["part"]] = value
-    for layer, pair in parts.items():
+        pairs.setdefault(match["layer"], {})[match["matrix"]] = value
+    for layer, pair in pairs.items():
         if len(pair) < 2 or pair["A"].shape[0] != config["r"] or pair["B"].shape[-1] != config["r"]:
-            shapes = {part: list(value.shape) for part, value in pair.items()}
+            shapes = {matrix: list(value.shape) for matrix, value in pair.items()}
             raise UserError(f"the adapter {folder} is inconsistent: r = {config['r']}, but {layer} has {shapes}")
-    if not parts:
+    if not pairs:
         raise UserError(f"the adapter {folder} holds no matrix at all")
-    return config, {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
+    return config, {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
 
 
 _VARIANT_HINT = "only plain LoRA on the decoder's linear layers is applied here: merge with PEFT, pass the merged model"
@@ -273,8 +273,8 @@ _VARIANT_HINT = "only plain LoRA on the decoder's linear layers is applied here:
 
 def _check_config(folder: Path, config: dict) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"the adapter {folder} is of type {kind!r}, not LORA", _VARIANT_HINT)
+        peft_type = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"the adapter {folder} is of type {peft_type!r}, not LORA", _VARIANT_HINT)
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"{folder / CONFIG} names no r or no lora_alpha")
     start = config.get("init_lora_weights", True)
@@ -288,7 +288,7 @@ def _check_config(folder: Path, config: dict) -> None:
 
 
 def adapter_meta(folder: str | Path) -> dict:
-    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} beside anyone else's."""
+    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} for anyone else's."""
     try:
         return json.loads((Path(folder) / META).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -381,7 +381,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
 
 @contextmanager
 def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
-    """The base model, for a while: LoRA layers step aside, a merged adapter is taken out of the weights and put back.
+    """The base model, for a while: LoRA layers are unhooked, a merged adapter is taken out of the weights and put back.
 
     A weight is then off by no more than the rounding of its merged value, in its own dtype, and nothing is held twice.
     """

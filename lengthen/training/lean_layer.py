@@ -99,7 +99,7 @@ class LeanLayer:
         keep = torch.is_grad_enabled()
         return _LayerFunction.apply(hidden_states, self, row, self.how, seed, keep, *matrices)
 
-    # -- pieces of both passes, on [T, H] --------------------------------------------------------------------
+    # -- what both passes do, on [T, H] ----------------------------------------------------------------------
 
     def _mask(self, group: int, x: Tensor, first: int, seed: int) -> Tensor | None:
         """LoRA's dropout for the tokens from `first` on; one mask for the layers that read x."""

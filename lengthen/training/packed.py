@@ -24,7 +24,7 @@ from lengthen.models.flash import flash_autograd
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
-WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rule is the one we are told
+WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rules are the window and causality
 
 
 class Row(NamedTuple):
