@@ -45,7 +45,7 @@ from lengthen.training import parallel, steplog
 from lengthen.training.folder import TrainingFolder, target_tokens_of
 from lengthen.training.pairs import Pair, PairFile, encode_pairs, records_of
 from lengthen.training.parallel import Processes
-from lengthen.training.settings import PairFlags, Training
+from lengthen.training.settings import GROUPS, PairFlags, Training
 from lengthen.training.steplog import Step
 
 # torch and what imports it come with the functions that need them: --help, a mistake in the input and a finished
@@ -420,15 +420,21 @@ def run_steps(
 def make_parser() -> argparse.ArgumentParser:
     """The flags of lengthen/training/settings.py."""
     parser = cli.make_parser(__doc__, "train.py")
-    Training.add_flags(parser)
+    for title, kind in GROUPS.items():
+        cli.add_flags(parser, title, kind)
     return parser
+
+
+def settings_of(args: argparse.Namespace) -> Training:
+    """The parsed command line as typed settings: below this line nobody sees a Namespace."""
+    return Training(*(cli.take(args, kind) for kind in GROUPS.values()))
 
 
 def main(argv: list[str] | None = None) -> None:
     processes = parallel.start()
     cli.console.quiet = not processes.first  # what concerns all processes is said by the first
     try:
-        run(Training.take(make_parser().parse_args(argv)), processes)
+        run(settings_of(make_parser().parse_args(argv)), processes)
     except UserError:
         if not processes.first:  # torchrun ends all when one ends: the first must have said why
             time.sleep(LAST_WORD)

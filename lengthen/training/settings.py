@@ -3,10 +3,9 @@
 A class for each concern; the machinery takes the ones that concern it. No torch here.
 """
 
-import argparse
 from dataclasses import dataclass, field
 
-from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, add_flags, at_least, between, flag, take
+from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, at_least, between, flag
 
 MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answer; the release cuts both at 16,384
 # What the backward pass finds stored of a layer: "none" is recomputed, all but "attention" is, the layer in "full" is.
@@ -121,17 +120,6 @@ class Training:
     optimizer: OptimizerFlags = field(default_factory=OptimizerFlags)
     memory: MemoryFlags = field(default_factory=MemoryFlags)
     runtime: RuntimeFlags = field(default_factory=RuntimeFlags)
-
-    @staticmethod
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        """All of them on a command line."""
-        for title, kind in GROUPS.items():
-            add_flags(parser, title, kind)
-
-    @classmethod
-    def take(cls, args: argparse.Namespace) -> "Training":
-        """A parsed command line as typed settings."""
-        return cls(*(take(args, kind) for kind in GROUPS.values()))
 
     def recorded(self) -> dict[str, object]:
         """All that changes the result: a run that goes on must have the same."""
