@@ -25,11 +25,11 @@ def attention(q, k, v, cu_seq_lens, scale, window):
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, window_size, softcap, return_attn_probs
+    q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, return_attn_probs
 ):
     """flash-attn's: window_size (left, 0) or (-1, -1), always causal."""
     assert causal and return_attn_probs and torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max())
-    assert dropout_p == 0 and softcap == 0 and (window_size == (-1, -1) or window_size[1] == 0)
+    assert softcap == 0 and (window_size == (-1, -1) or window_size[1] == 0)
     return *attention(q, k, v, cu_q, softmax_scale, window_size[0] + 1), None
 
 

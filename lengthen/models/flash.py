@@ -110,12 +110,12 @@ def _flash_attn(
 
     out, lse, _ = flash_attn_varlen_func(
         *(q, k, v, *samples),
-        dropout_p=dropout,
         softmax_scale=scaling,
         causal=True,
         window_size=(window - 1, 0) if window else (-1, -1),
         softcap=softcap or 0.0,
         return_attn_probs=True,
+        **({"dropout_p": dropout} if dropout else {}),
     )
     return out, lse
 
