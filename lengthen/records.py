@@ -20,7 +20,7 @@ LANGUAGES = ("en", "zh")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what and where, and a hint (a command where possible)."""
+    """A mistake the user can fix: one line that says what and where, and a hint (a command where possible)."""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
@@ -298,7 +298,7 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, a JSONL file is needed") from None
     except jsonlines.InvalidLineError as error:
-        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "mend or delete that line") from None
+        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "fix or delete that line") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error}", f"iconv -f GB18030 -t UTF-8 {path}  (or what it is in)"
@@ -350,7 +350,7 @@ def filter_language(records: list[dict], language: str) -> list[dict]:
 # Writing
 
 
-def _write(descriptor: int, data: bytes) -> int:
+def _write(descriptor: int, data: bytes | memoryview) -> int:
     """os.write, on its own so that the tests can make it fail."""
     return os.write(descriptor, data)
 
@@ -363,7 +363,7 @@ def _replace(source: Path, target: Path) -> None:
 def no_room(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror or error}",
-        "finished samples are on disk: mend that and run the same command again, it goes on where it was",
+        "finished samples are on disk: fix this and run the same command again, it continues where it was",
     )
 
 
