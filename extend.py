@@ -112,6 +112,7 @@ def speaks_of_task(text: str, given: str) -> bool:
     "Awesome! Please share the outline with me" is how SmolLM2 makes a text longer. Only the opening counts: a long
     story may well have the outline of a hill in it.
     """
+    # 300 characters: two or three sentences.
     return bool(_TASK.search(text[:300]) and not _TASK.search(given))
 
 
@@ -175,6 +176,7 @@ class Extension(Task[Writer, Sample]):
 
     @property
     def over(self) -> bool:
+        # Tries are shared by all rounds: a hard first round leaves fewer for the others.
         return len(self.round_words) >= self.rules.rounds or self.attempt >= self.rules.max_attempts
 
     @property
@@ -229,6 +231,7 @@ class Extension(Task[Writer, Sample]):
     def apply(self, entry: Entry) -> None:
         """Go on to the next call."""
         assert (entry["attempt"], entry["round"], entry["stage"]) == self.draw(), (entry, self.draw())
+        # Counted before the state moves on: the entry is about the stage that has just ended.
         self.tries += self.last_stage or bool(entry["reason"])
         self.prefix_tokens += 0 if self.last_stage else entry["tokens"]
         if entry["reason"]:
@@ -243,6 +246,7 @@ class Extension(Task[Writer, Sample]):
             self.text, self.accepted_attempt = entry["text"], self.attempt
             self.stage, self.prefix = 1, ""
             self.round_words.append(count_words(self.text))
+            # From the journal, so that a resumed run needs no tokenizer to know it.
             self.record["response_tokens"] = entry["response_tokens"]
             self.attempt += 1
 
@@ -251,7 +255,7 @@ class Extension(Task[Writer, Sample]):
         changes = {
             "response": self.text,
             "response_words": self.words,
-            "finish": "eos" if self.round_words else "",
+            "finish": "eos" if self.round_words else "",  # only texts that ended by EOS become rounds
             "attempt": self.accepted_attempt,
             "rounds": len(self.round_words),
             "round_words": self.round_words,
@@ -275,6 +279,7 @@ def read_drafts(paths: list[str], language: str) -> list[dict]:
                 raise UserError(f"id {row['id']!r} is in {origin[row['id']]} and again in {path}")
             origin[row["id"]] = path
             drafts.append({**row, "words": count_words(row["response"])})
+    # Ties by id: the same order on every machine, whatever the order of the files.
     return sorted(filter_language(drafts, language), key=lambda row: (-row["words"], row["id"]))
 
 
@@ -293,12 +298,13 @@ def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> list
 
 def statistics_of(extensions: list[Extension], tally: Tally, job: Job) -> dict:
     """The Extender in numbers, before the length bias drops the short texts."""
-    gains = [r["gain"] for r in job.records]
+    gains = [r["gain"] for r in job.records]  # words at the end per word of the draft
     return {
         "jobs": len(job.done_ids),
         "acceptance": round(len(gains) / max(1, len(job.done_ids)), 4),
         "gain_median": statistics.median(gains) if gains else -1.0,
         "calls": tally.attempts,
+        # A try is one pass of all stages: tries_passed / tries is how often a try gives a longer text.
         "tries": sum(e.tries for e in extensions),
         "tries_passed": sum(len(e.round_words) for e in extensions),
         "tokens": tally.tokens,

@@ -148,13 +148,14 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
 
 def split_count(count: int, seeds: list[dict]) -> list[str]:
     """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh")."""
+    # English gets the rounding, Chinese the rest: together they are always `count`.
     num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
     return ["en"] * num_en + ["zh"] * (count - num_en)
 
 
 def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
     """The two examples of a record: the same on every machine and in every attempt."""
-    # Sorted by id: the order of the seed files does not count.
+    # Sorted by id, and drawn by the record's: neither the order of the files nor --seed changes what is shown.
     same = sorted((s for s in seeds if s["language"] == language), key=lambda s: s["id"])
     if len(same) < 2:
         raise UserError(f"two seeds of language {language!r} are needed, found {len(same)}", "--seeds FILE [FILE ...]")
@@ -180,6 +181,7 @@ class NewInstruction(Task[Writer, Sample]):
 
     def verdict(self, attempt: int) -> str | None:
         """Why an attempt failed, "" = it did not (unless it is a near-duplicate), None = not known yet."""
+        # The filters first: the judge is not asked about what they refuse.
         _, reason = self.drawn.get(attempt, ("", None))
         if reason != "" or self.rules.judge_margin == float("-inf"):
             return reason
@@ -194,6 +196,7 @@ class NewInstruction(Task[Writer, Sample]):
             attempt += 1
         if self.over or self.verdict(attempt) == "":
             return []  # it only waits for its turn
+        # The first draw is made alone, it may pass. After a failure two at a time shorten the end of the stage.
         ahead = min(attempt + (RETRIES if attempt else 1), self.rules.max_attempts)
         return [(number,) for number in range(attempt, ahead) if number not in self.drawn]
 
@@ -218,6 +221,7 @@ class NewInstruction(Task[Writer, Sample]):
         question = fill("judge", language, instruction=self.drawn[draw[0]][0], words=str(self.rules.long_words))
         prompt_ids = writer.encode(question)
         answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
+        # The answer's ids must fit too, since they are read together with the question.
         fits = len(prompt_ids) + max(map(len, answers)) <= writer.loaded.context
         return [(prompt_ids, answer) for answer in answers] if fits else []
 
@@ -241,7 +245,7 @@ class NewInstruction(Task[Writer, Sample]):
             reason = "duplicate"
         if reason and self.attempt + 1 < self.rules.max_attempts:
             self.attempt += 1
-        else:
+        else:  # the last attempt's text is kept also when it failed: X.rejected.jsonl shows what was written
             self.reason = reason
             self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
         return reason
@@ -255,6 +259,7 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
     seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
     if not seeds:
         raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
+    # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
     run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
     for sample, language in enumerate(split_count(rules.count, seeds)):
         id_ = record_id("instruction", "", sample, scope=run_id)
@@ -281,19 +286,22 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
 
 
 class Draft(Redraw[Writer, Sample]):
-    """An answer to an instruction, by the Generator: the bare instruction is asked, as in training and evaluation."""
+    """An answer to an instruction, by the Generator."""
 
     def request(self, draw: Draw, writer: Writer) -> Request:
+        # The bare instruction, without a word about length: as it is trained, and as it is evaluated.
         return writer.request(self.id, draw, self.record["prompt"])
 
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
         text, reason = clean_answer(sample.text, sample.finish, self.record["language"])
+        # Words of the cleaned text, tokens of what was drawn (EOS included).
         fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
         return {**fields, "finish": sample.finish}, reason
 
 
 def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
-    # 1) --samples answers to each instruction
+    # 1) --samples answers to each instruction. Their ids depend on the instruction's and on the number of the sample
+    #    only, so the same command finds its records again.
     run_id, tasks = run_id_of(stage.out.output), []
     for parent in filter_language(read_prompts(inputs), stage.out.language):
         for sample in range(rules.samples):
@@ -331,8 +339,9 @@ class Demand(Redraw[Writer, Sample]):
         language, prompt_words = self.record["language"], count_words(self.record["prompt"])
         query = clean_instruction(strip_chatter(sample.text, language)[0])
         reason = finish_reason(sample.finish)
+        # An answer in place of the instruction is far longer, a fragment far shorter; 30 words: room for the demand.
         if not reason and not prompt_words / 2 <= count_words(query) <= 2 * prompt_words + 30:
-            reason = "words"  # an answer, or a fragment
+            reason = "words"
         elif not reason and detect_language(query) != language:
             reason = "language"
         elif not reason and not states_demand(query, *demand_of(self.record), language):
@@ -386,7 +395,7 @@ def make_demands(answers: list[dict], run_id: str, seed: int, rules: ConstrainFl
 
 
 def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
-    # 1) all answers there are, each with a demand
+    # 1) each answer with its demand. Several files are one list: this is how the training set of the run is collected.
     answers = [row for path in inputs for row in read_answers(path)]
     answers = filter_language(answers, stage.out.language)
     tasks = make_demands(answers, run_id_of(stage.out.output), stage.out.seed, rules)
@@ -396,6 +405,7 @@ def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
         if not job.complete:
             # 2) written in by the model, else appended
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "demands").statistics()
+            # How many the model did not manage, of those accepted.
             stats["appended"] = sum(record["attempt"] == -1 for record in job.records)
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)

@@ -147,6 +147,7 @@ def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:
     """{id: "length-bias"} of the answers to drop. Each language is ranked alone: a Chinese word is a character."""
     drops: dict[str, str] = {}
     for language in LANGUAGES:
+        # All records of the language at once: which are dropped depends on the ranks of all of them.
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
         drops |= {same[i]["id"]: "length-bias" for i in gone}

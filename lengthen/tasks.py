@@ -239,9 +239,10 @@ class _Driver(Generic[E, R]):
 
     def ask_all(self, engine: E, what: str) -> None:
         self.engine = engine
-        for task in self.left.values():
+        for task in self.left.values():  # all at once: the engine orders its queue itself
             self._ask(task)
         with cli.progress(what, len(self.tasks)) as bar:
+            # Again, where the scores asked for after the last reply make new draws necessary.
             while self.left and (self.asked or self.unscored):
                 for reply in engine.run():
                     self._take(reply, engine)
@@ -253,8 +254,9 @@ class _Driver(Generic[E, R]):
                 self._take_turns()
 
     def _ask(self, task: Task[E, R]) -> None:
-        if self.engine is None or task.over:
-            return  # replaying: `ask_all` comes later
+        """Put in the queue what the task wants now, draws and scores."""
+        if self.engine is None or task.over:  # None: replaying, `ask_all` comes later
+            return
         self.unscored |= {(task.id, draw): task for draw in task.unscored()}
         for draw in task.draws():
             if (task.id, draw) not in self.asked:
@@ -275,7 +277,7 @@ class _Driver(Generic[E, R]):
         self._take_turns()
 
     def _note(self, task: Task[E, R], entry: Entry) -> None:
-        """On disk first, then in force; then on to the next draw, or into the output."""
+        """On disk first, then in force; after that the next draw, or the record."""
         if self.job.use_journal:
             self.job.note(entry)
         self._apply(task, entry)
@@ -293,8 +295,8 @@ class _Driver(Generic[E, R]):
             self.job.count(entry["reason"])
 
     def _score(self, engine: E) -> None:
-        """All questions that wait, in one batch."""
-        waiting = [(task, draw) for (id_, draw), task in self.unscored.items() if id_ not in self.job.done_ids]
+        """All questions that wait, in one batch: a pass over eight short texts costs little more than over one."""
+        waiting = [(task, draw) for (id_, draw), task in self.unscored.items() if id_ in self.left]
         questions = [task.questions(draw, engine) for task, draw in waiting]
         pairs = [pair for asked in questions for pair in asked]
         sums: Iterator[float] = iter(())
@@ -307,7 +309,7 @@ class _Driver(Generic[E, R]):
         ]
         for (task, _), entry in zip(waiting, entries, strict=True):
             self._note(task, entry)
-        self.unscored.clear()
+        self.unscored.clear()  # only now: noting one score of a task lists its others again
 
     def _take_turns(self) -> None:
         """Decide every draw whose turn has come; a failed one's next draw has its turn after all others."""

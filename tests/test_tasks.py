@@ -359,6 +359,23 @@ def test_without_a_journal_finished_tasks_are_skipped_and_the_others_start_again
     assert {id_ for id_, _ in engine.asked} == {"t003", "t004", "t005"} and len(stored(tmp_path)) == 6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_journal_costs_time_and_no_record(tmp_path, kind):
+    """Power that fails may leave the records and not the journal."""
+
+    def stop(got: Got) -> Got:
+        if len(job.done_ids) > 10:
+            raise KeyboardInterrupt
+        return got
+
+    run_all(tmp_path / "whole", KINDS[kind](40), ScriptedEngine())
+    with pytest.raises(KeyboardInterrupt), open_file(tmp_path / "cut") as job:
+        run_tasks(job, KINDS[kind](40), lambda: ScriptedEngine(reply=stop), "things")
+    job.work_path.unlink()
+    run_all(tmp_path / "cut", KINDS[kind](40), ScriptedEngine(1))
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+
+
 def test_other_entries_of_a_journal_are_left_alone(tmp_path):
     with open_file(tmp_path) as job:
         for entry in ({"probed": "t000", "loss": 1.0}, {"id": "of another command", "attempt": 0}):
