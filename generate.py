@@ -140,7 +140,7 @@ def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str
 def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     """Stop strings: the next number; and a blank line, where the shots have none inside.
 
-    After it, small models go on with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's did.
+    After it, small models continue with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's.
     """
     has_blank_line = any("\n\n" in shot["prompt"].strip() for shot in shots)
     return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")

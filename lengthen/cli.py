@@ -293,7 +293,7 @@ def run(main: Callable[[], None]) -> None:
         _report(error.message, error.hint)
         sys.exit(3 if isinstance(error, LowYield) else 2)
     except KeyboardInterrupt:
-        _report("interrupted", "finished samples are on disk: run the same command again to go on")
+        _report("interrupted", "finished samples are on disk: run the same command again to continue")
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone: nothing to say, nobody to say it to

@@ -3,7 +3,7 @@
 A stage reads JSONL, appends one line per finished sample, and leaves a sidecar `X.meta.json` beside `X.jsonl`.
 
     X.jsonl            accepted records, one per line
-    X.rejected.jsonl   records given up, with a `reason`
+    X.rejected.jsonl   records rejected for good, with a `reason`
     X.meta.json        the sidecar: stage, status ("running" or "done"), settings, input hashes, counts, times
     X.work.jsonl       a journal of work inside a job; exists only while the stage runs
 
@@ -251,7 +251,7 @@ class Job(OneWriter):
                 try:
                     self._save("running")
                 except UserError:
-                    pass  # a full disk is already being reported: its message must not hide behind this one
+                    pass  # a full disk is already being reported, and that message must not be replaced by this one
         finally:
             self.lock.release()
 
@@ -265,7 +265,7 @@ class Job(OneWriter):
         self._save_now_and_then()
 
     def reject(self, record: dict, reason: str) -> None:
-        """A sample given up for good: what it would have been, and why."""
+        """A record rejected for good: what it would have been, and why."""
         self.writers[self.rejected_path].append({**record, "reason": reason})
         self.rejected.append({**record, "reason": reason})
         self.done_ids.add(record["id"])
