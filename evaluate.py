@@ -56,8 +56,8 @@ from typing import TYPE_CHECKING, Any
 from lengthen import cli
 from lengthen.evaluation import judge
 from lengthen.evaluation.compare import compare
-from lengthen.evaluation.figures import length_following
 from lengthen.evaluation.measures import OPENING_TOKENS
+from lengthen.evaluation.report.figures import length_following
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import POSITIONS, complete, rounded, score, show
 from lengthen.jobs import Job

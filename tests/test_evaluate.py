@@ -13,7 +13,7 @@ import pytest
 
 import evaluate
 from lengthen.evaluation.measures import spearman
-from lengthen.evaluation.report.page import read_models
+from lengthen.evaluation.report.models import read_models
 from lengthen.evaluation.report.rundir import Files
 from lengthen.evaluation.report.verdict import verdict
 from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_writer
@@ -742,7 +742,7 @@ def test_the_figure_shows_every_answer_and_clips_none_away(monkeypatch):
     """Every answer is a point inside the axes of its type's panel, an empty one and an endless one too."""
     from matplotlib import pyplot
 
-    from lengthen.evaluation.figures import length_following
+    from lengthen.evaluation.report.figures import length_following
 
     outputs = [answer(w, d) for d in ("around 500 words", "200-300 words") for w in (0, 200, 450, 90000)]
     outputs += [answer(90, "小于三千字", language="zh", finish="length")]
