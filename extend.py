@@ -38,30 +38,18 @@ Departures from the paper and its release:
 import argparse
 import re
 import statistics
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.jobs import Job
 from lengthen.models.chat import fill, template_hashes
-from lengthen.records import (
-    UserError,
-    draw_seed,
-    filter_language,
-    new_record,
-    prompt_id,
-    read_jsonl,
-    record_id,
-    run_id_of,
-)
-from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
-from lengthen.text.filters import clean_answer, has_chatter, is_loop, strip_chatter
+from lengthen.records import UserError, filter_language, new_record, read_answers, record_id, run_id_of
+from lengthen.sampling.request import Request, Sample
+from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
+from lengthen.tasks import Draw, Entry, Tally, Task, run_tasks
+from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_loop, strip_chatter
 from lengthen.text.words import count_words, detect_language, split_paragraphs
-
-if TYPE_CHECKING:
-    from lengthen.sampling.request import Sample
 
 KEPT = (2, 3)  # of the paragraphs that a stage returns: what the next one goes on from
 _TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
@@ -129,8 +117,8 @@ def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[
 
     The first stage must give one. A later one that ends at once adds nothing, and the next goes on from the same.
     """
-    if finish != "eos":
-        return "", finish if finish in ("error", "repetition") else "unfinished"
+    if reason := finish_reason(finish):
+        return "", reason
     text = text.lstrip() if prefix else strip_chatter(text, language)[0]
     kept = prefix + "".join(first_share(text, KEPT))
     if not kept:
@@ -144,9 +132,7 @@ def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[
 
 def examine_round(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (prefix + continuation without chatter, reason); reason "" = it passes the filters."""
-    if finish in ("error", "repetition"):
-        return "", finish
-    if not text.strip():
+    if not text.strip() and finish_reason(finish) in ("", "unfinished"):
         return "", "empty"
     return clean_answer(prefix + text.lstrip(), finish, language)
 
@@ -156,7 +142,7 @@ def examine_round(prefix: str, text: str, finish: str, language: str) -> tuple[s
 
 
 @dataclass
-class Extension:
+class Extension(Task[Writer, Sample]):
     """A draft on its way to a longer text. `examine` decides about a sample, `apply` alone changes the state.
 
     What `examine` returns is what the journal holds, so applying a journal's entries in order gives the state back.
@@ -171,6 +157,8 @@ class Extension:
     stage: int = 1  # of this try
     prefix: str = ""  # what the stages before it left
     reason: str = ""  # why the last failed try failed
+    tries: int = 0  # passes of all stages; one that failed early counts
+    prefix_tokens: int = 0  # drawn in all stages but the last
 
     def __post_init__(self) -> None:
         self.text = self.text or self.record["initial"]
@@ -192,10 +180,22 @@ class Extension:
         return shown(self.text, self.stage, self.rules.stages)
 
     def draw(self) -> tuple[int, int, int]:
-        """(attempt, round, stage): what a call's sampling seed is hashed from."""
+        """(attempt, round, stage) of the next call: its sampling seed is hashed from them."""
         return self.attempt, len(self.round_words), self.stage
 
-    def examine(self, sample: "Sample") -> dict:
+    def draws(self) -> list[Draw]:
+        return [] if self.over else [self.draw()]
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        draft = self.draft()
+        content = fill("extend", self.record["language"], instruction=self.record["prompt"], draft=draft)
+        # At least as long as what it enriches, less what it is prefilled with: the longest start first, also when they
+        # come back for their next call.
+        expected = max(1, len(writer.chat.encode_text(draft)) - len(writer.chat.encode_text(self.prefix)))
+        whole = self.rules.penalty_scope == "all"
+        return writer.request(self.id, draw, content, self.prefix, penalize_prompt=whole, expected_tokens=expected)
+
+    def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
         """The journal entry of a sample: with reason "", `text` is a round (the last stage) or a prefix."""
         language = self.record["language"]
         if self.last_stage:
@@ -205,9 +205,12 @@ class Extension:
             text, reason = examine_prefix(self.prefix, sample.text, sample.finish, language)
         if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"]):
             reason = "chatter"
-        attempt, round_, stage = self.draw()
-        entry = {"id": self.record["id"], "attempt": attempt, "round": round_, "stage": stage}
-        return {**entry, "reason": reason, "text": "" if reason else text, "tokens": sample.num_tokens}
+        attempt, round_, stage = draw
+        entry = {"id": self.id, "attempt": attempt, "round": round_, "stage": stage, "reason": reason}
+        entry |= {"text": "" if reason else text, "tokens": sample.num_tokens}
+        if self.last_stage and not reason:  # as the text alone is encoded: with the prefix, without chatter
+            entry["response_tokens"] = len(writer.chat.encode_answer(text))
+        return entry
 
     def _too_short(self, words: int) -> str:
         if words <= self.words:
@@ -215,9 +218,11 @@ class Extension:
         last_round = len(self.round_words) + 1 == self.rules.rounds
         return "gain" if last_round and words <= self.rules.min_gain * self.record["initial_words"] else ""
 
-    def apply(self, entry: dict) -> None:
+    def apply(self, entry: Entry) -> None:
         """Go on to the next call."""
         assert (entry["attempt"], entry["round"], entry["stage"]) == self.draw(), (entry, self.draw())
+        self.tries += self.last_stage or bool(entry["reason"])
+        self.prefix_tokens += 0 if self.last_stage else entry["tokens"]
         if entry["reason"]:
             self.reason = entry["reason"]
             # A draft that does not fit the context never will; a prefix that does not may come out shorter.
@@ -230,7 +235,7 @@ class Extension:
             self.text, self.accepted_attempt = entry["text"], self.attempt
             self.stage, self.prefix = 1, ""
             self.round_words.append(count_words(self.text))
-            self.record["response_tokens"] = entry.get("response_tokens", -1)
+            self.record["response_tokens"] = entry["response_tokens"]
             self.attempt += 1
 
     def outcome(self) -> tuple[dict, str]:
@@ -253,11 +258,10 @@ class Extension:
 
 def read_drafts(paths: list[str], language: str) -> list[dict]:
     """Drafts of one or several files, longest first: they take the most calls and the longest ones."""
-    drafts, origin = [], {}
+    drafts: list[dict] = []
+    origin: dict[str, str] = {}  # id -> its file
     for path in paths:
-        for row in read_jsonl(path, needs=("prompt", "response")):
-            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
-            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+        for row in read_answers(path):
             if row["id"] in origin:
                 raise UserError(f"id {row['id']!r} is in {origin[row['id']]} and again in {path}")
             origin[row["id"]] = path
@@ -265,92 +269,31 @@ def read_drafts(paths: list[str], language: str) -> list[dict]:
     return sorted(filter_language(drafts, language), key=lambda row: (-row["words"], row["id"]))
 
 
-def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> dict[str, Extension]:
-    """--samples jobs a draft, by id, in the order in which they are to start."""
-    extensions = {}
+def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> list[Extension]:
+    """--samples jobs a draft, in the order in which they are to start."""
+    extensions = []
     for draft in drafts:
         for sample in range(rules.samples):
             id_ = record_id("extended", draft["id"], sample)
             base = {"id": id_, "parent_id": draft["id"], "language": draft["language"], "run_id": run_id}
             initial = {"initial": draft["response"], "initial_words": draft["words"]}
             record = new_record("extended", **base, sample=sample, prompt=draft["prompt"], **initial)
-            extensions[id_] = Extension(record, rules)
+            extensions.append(Extension(record, rules))
     return extensions
 
 
-def extend_all(stage: Stage, rules: ExtendFlags, job: Job, extensions: dict[str, Extension]) -> list[dict]:
-    """Run every job to its end and store it; returns all journal entries, those of earlier processes included."""
-    # 1) where an earlier process left off
-    entries = list(job.journal)
-    for entry in entries:
-        extensions[entry["id"]].apply(entry)
-    running = [e for e in extensions.values() if not e.over]
-
-    def store(extension: Extension) -> None:
-        record, reason = extension.outcome()
-        if record["id"] not in job.done_ids:
-            job.reject(record, reason) if reason else job.accept(record)
-
-    for extension in extensions.values():
-        if extension.over:  # killed between the last entry and the record
-            store(extension)
-    if not running:
-        return entries
-
-    # 2) new requests join while results are read: no waves, no idle rows
-    from lengthen.sampling.request import Request
-
-    loaded, sampler = open_model(stage, job)
-    chat, sampling = loaded.chat, sampling_of(stage.sampling)
-
-    def add(extension: Extension) -> None:
-        record = extension.record
-        content = fill("extend", record["language"], instruction=record["prompt"], draft=extension.draft())
-        messages = [{"role": "user", "content": content}]
-        prompt_ids = chat.encode(messages, prefill=extension.prefix)
-        penalty_from = len(chat.encode(messages)) if rules.penalty_scope == "output" else 0
-        seed = draw_seed(stage.out.seed, record["id"], *extension.draw())
-        # At least as long as what it enriches, less what it is prefilled with: the longest start first, also when they
-        # come back for their next call.
-        expected = max(1, len(chat.encode_text(extension.draft())) - len(chat.encode_text(extension.prefix)))
-        sampler.add(Request(record["id"], prompt_ids, seed, sampling, penalty_from, expected))
-
-    for extension in running:
-        add(extension)
-    with cli.progress("extensions", len(extensions)) as bar:
-        for sample in sampler.run():
-            extension = extensions[sample.request.key]
-            entry = extension.examine(sample)
-            if sample.finish == "error":
-                cli.say(f"  {entry['id']}, stage {entry['stage']}: {sample.error}")
-            if extension.last_stage and not entry["reason"]:
-                entry["response_tokens"] = len(chat.encode_answer(entry["text"]))
-            job.note(entry)
-            entries.append(entry)
-            extension.apply(entry)
-            if extension.over:
-                store(extension)
-            else:
-                add(extension)
-            calls = f"{len(job.records)} accepted, {len(entries)} calls"
-            bar.update(len(job.done_ids), f"{calls}, {sampler.progress()}")
-    return entries
-
-
-def statistics_of(entries: list[dict], stages: int, job: Job) -> dict:
+def statistics_of(extensions: list[Extension], tally: Tally, job: Job) -> dict:
     """The Extender in numbers, before the length bias takes its share."""
-    tries = sum(e["stage"] == stages or bool(e["reason"]) for e in entries)  # one that failed early is a whole try
-    passed = sum(e["stage"] == stages and not e["reason"] for e in entries)
     gains = [r["gain"] for r in job.records]
     return {
         "jobs": len(job.done_ids),
         "acceptance": round(len(gains) / max(1, len(job.done_ids)), 4),
         "gain_median": statistics.median(gains) if gains else -1.0,
-        "calls": len(entries),
-        "tries": tries,
-        "tries_passed": passed,
-        "tokens": sum(e["tokens"] for e in entries),
-        "prefix_tokens": sum(e["tokens"] for e in entries if e["stage"] < stages),
+        "calls": tally.attempts,
+        "tries": sum(e.tries for e in extensions),
+        "tries_passed": sum(len(e.round_words) for e in extensions),
+        "tokens": tally.tokens,
+        "prefix_tokens": sum(e.prefix_tokens for e in extensions),
     }
 
 
@@ -374,10 +317,8 @@ def main(argv: list[str] | None = None) -> None:
         stats = {}
         if not job.complete:
             # 1) all jobs to their end
-            entries = extend_all(stage, rules, job, extensions)
-            for reason, times in Counter(e["reason"] for e in entries if e["reason"]).items():
-                job.count(reason, times)
-            stats = statistics_of(entries, rules.stages, job)
+            tally = run_tasks(job, extensions, lambda: open_writer(stage, job), "extensions")
+            stats = statistics_of(extensions, tally, job)
             # 2) the shortest go, once all are there
             if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed))

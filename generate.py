@@ -30,38 +30,33 @@ Departures from the paper and its release:
 import argparse
 import random
 import re
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
-from lengthen.jobs import Job
 from lengthen.models.chat import fill, template_hashes
 from lengthen.records import (
     UserError,
     draw_seed,
     filter_language,
     new_record,
-    prompt_id,
-    read_jsonl,
+    read_answers,
     read_prompts,
     record_id,
     run_id_of,
 )
-from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
+from lengthen.sampling.request import Request, Sample
+from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
+from lengthen.tasks import Draw, Entry, Pair, Redraw, Task, run_tasks
 from lengthen.text.demands import make_demand, states_demand
-from lengthen.text.filters import clean_answer, strip_chatter
+from lengthen.text.filters import clean_answer, finish_reason, strip_chatter
 from lengthen.text.selection import NearDuplicates
 from lengthen.text.words import count_words, detect_language
 
-if TYPE_CHECKING:
-    from lengthen.sampling.request import Sample
-
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
-JUDGE_BATCH = 8  # instructions judged at a time, between two steps of the sampler
+DOES_NOT_FIT = -1e9  # nats: the margin of an instruction whose question is longer than the context, a no
 RETRIES = 2  # draws at a time for an instruction whose first one failed: one by one, the last few take the longest
 NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
 YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
@@ -128,8 +123,8 @@ def clean_instruction(text: str) -> str:
 def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (instruction, reason): "" = worth a judgement."""
     instruction = clean_instruction(text)
-    if finish not in ("eos", "stop"):
-        return instruction, finish if finish in ("error", "repetition") else "unfinished"
+    if reason := finish_reason(finish, ends=("eos", "stop")):
+        return instruction, reason
     if not MIN_INSTRUCTION_WORDS < count_words(instruction) < MAX_INSTRUCTION_WORDS:
         return instruction, "words"
     return instruction, "" if detect_language(instruction) == language else "language"
@@ -158,191 +153,156 @@ def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
     return random.Random(record_id_).sample(same, 2)
 
 
-def instructions(stage: Stage, own: InstructionsFlags) -> None:
-    # 1) seeds, and one record per wanted instruction
-    seeds = filter_language(read_prompts(own.seeds, source="seed"), stage.out.language)
+class Invention(Task[Writer, Sample]):
+    """An instruction in the making. Its draws finish in any order; near-duplicates are decided when its turn comes."""
+
+    in_turn = True
+
+    def __init__(self, record: dict, shots: list[dict], rules: InstructionsFlags, distinct: NearDuplicates):
+        self.record, self.shots, self.rules = record, shots, rules
+        self.distinct = distinct  # shared by all: the seeds, and what was kept so far
+        self.drawn: dict[int, tuple[str, str]] = {}  # attempt -> (instruction, reason; "" = worth a judgement)
+        self.margins: dict[int, float] = {}  # attempt -> log p(yes) - log p(no), nats
+        self.attempt = 0  # the one whose turn is next
+        self.reason = ""  # why the last one failed
+        self._over = False
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    def verdict(self, attempt: int) -> str | None:
+        """A reason, "" = passed (near-duplicates are not known before its turn), None = not known yet."""
+        if attempt not in self.drawn:
+            return None
+        reason, no_judge = self.drawn[attempt][1], self.rules.judge_margin == float("-inf")
+        if reason or no_judge:
+            return reason
+        if attempt not in self.margins:
+            return None
+        return "" if self.margins[attempt] > self.rules.judge_margin else "judge"
+
+    def draws(self) -> list[Draw]:
+        """The next draws are asked for as soon as one is known to have failed: its turn may be far away."""
+        attempt = self.attempt
+        while self.verdict(attempt) and attempt + 1 < self.rules.max_attempts:
+            attempt += 1
+        if self.over or self.verdict(attempt) == "":
+            return []  # nothing to do but to wait for its turn
+        ahead = min(attempt + (RETRIES if attempt else 1), self.rules.max_attempts)
+        return [(number,) for number in range(attempt, ahead) if number not in self.drawn]
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        language = self.record["language"]
+        examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(self.shots, start=1)}
+        prefill, stop = fill("instruct_prefill", language, **examples), item_ends(self.shots, language)
+        ask = fill("instruct", language)
+        return writer.request(self.id, draw, ask, prefill, limit=INSTRUCTION_TOKENS, stop=stop)
+
+    def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
+        prompt, reason = examine_instruction(sample.text, sample.finish, self.record["language"])
+        return {"id": self.id, "attempt": draw[0], "prompt": prompt, "reason": reason, "tokens": sample.num_tokens}
+
+    def unscored(self) -> list[Draw]:
+        return [(attempt,) for attempt in self.drawn if self.verdict(attempt) is None]
+
+    def questions(self, draw: Draw, writer: Writer) -> list[Pair]:
+        """Does it suit a long article? Yes and no, each as the answer; none for a question that does not fit."""
+        language = self.record["language"]
+        question = fill("judge", language, instruction=self.drawn[draw[0]][0], words=str(self.rules.long_words))
+        prompt_ids = writer.encode(question)
+        answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
+        fits = len(prompt_ids) + max(map(len, answers)) <= writer.loaded.context
+        return [(prompt_ids, answer) for answer in answers] if fits else []
+
+    def examine_scores(self, draw: Draw, sums: list[float]) -> Entry:
+        return {"id": self.id, "attempt": draw[0], "margin": sums[0] - sums[1] if sums else DOES_NOT_FIT}
+
+    def apply(self, entry: Entry) -> None:
+        if "margin" in entry:
+            self.margins[entry["attempt"]] = entry["margin"]
+        else:
+            self.drawn[entry["attempt"]] = entry["prompt"], entry["reason"]
+
+    @property
+    def ready(self) -> bool:
+        return self.verdict(self.attempt) is not None
+
+    def take_turn(self) -> str:
+        prompt, self.reason = self.drawn[self.attempt][0], self.verdict(self.attempt) or ""
+        if not self.reason and not self.distinct.add(prompt, self.record["language"]):
+            # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
+            self.reason = "duplicate"
+        if not self.reason or self.attempt + 1 == self.rules.max_attempts:
+            self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
+            self._over = True
+        else:
+            self.attempt += 1
+        return self.reason
+
+    def outcome(self) -> tuple[dict, str]:
+        return self.record, self.reason
+
+
+def instructions(stage: Stage, rules: InstructionsFlags) -> None:
+    # 1) seeds, and one task per wanted instruction
+    seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
     if not seeds:
         raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
-    run_id = run_id_of(stage.out.output)
-    records, shots = [], []
-    for sample, language in enumerate(split_count(own.count, seeds)):
+    run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
+    for sample, language in enumerate(split_count(rules.count, seeds)):
         id_ = record_id("instruction", "", sample, scope=run_id)
-        shots.append(draw_shots(id_, language, seeds))
+        shots = draw_shots(id_, language, seeds)
         base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
-        records.append(new_record("instruction", **base, example_ids=[s["id"] for s in shots[-1]]))
+        record = new_record("instruction", **base, example_ids=[shot["id"] for shot in shots])
+        tasks.append(Invention(record, shots, rules, distinct))
     settings = {
-        **{k: getattr(own, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
+        **{k: getattr(rules, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
         "templates": template_hashes("instruct", "instruct_prefill", "judge"),
     }
-    with open_job("instructions", stage, [*own.seeds, *own.dedup_against], settings) as job:
+    with open_job("instructions", stage, [*rules.seeds, *rules.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
-            distinct = NearDuplicates()
-            for known in [*seeds, *(read_prompts(own.dedup_against) if own.dedup_against else [])]:
+            # 2) draw, judge and compare until the count is reached
+            for known in [*seeds, *(read_prompts(rules.dedup_against) if rules.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])
-            stats = write_instructions(stage, own, job, records, shots, distinct)
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "instructions").statistics()
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
-
-
-def write_instructions(
-    stage: Stage,
-    own: InstructionsFlags,
-    job: Job,
-    records: list[dict],
-    shots: list[list[dict]],
-    distinct: NearDuplicates,
-) -> dict:
-    """Fill and store the records; returns the stage's statistics.
-
-    Draws run and finish in any order. Whether one is a near-duplicate depends on those before it, so that is decided
-    in the order (attempt, sample), each draw waiting for its turn: nearly the order in which the sampler finishes.
-    """
-    from lengthen.sampling.request import Request
-
-    # The journal holds every draw: {"id", "attempt", "prompt", "reason"}, and {"id", "attempt", "margin"} once judged.
-    entries = [e for e in job.journal if "prompt" in e]
-    drawn = {(e["id"], e["attempt"]): (e["prompt"], e["reason"]) for e in entries}
-    margins = {(e["id"], e["attempt"]): e["margin"] for e in job.journal if "margin" in e}
-    loaded, sampler = open_model(stage, job)
-    chat = loaded.chat
-    wanted = {r["id"]: (r, pair) for r, pair in zip(records, shots, strict=True)}
-    turns = deque((r["id"], 0) for r in records)
-    asked, failures = set(drawn), Counter()
-    no_judge = own.judge_margin == float("-inf")
-    unjudged = [draw for draw, (_, reason) in drawn.items() if not reason and draw not in margins and not no_judge]
-
-    def verdict(draw: tuple[str, int]) -> str | None:
-        """A reason, "" = passed (but for near-duplicates), None = not known yet."""
-        if draw not in drawn or drawn[draw][1]:
-            return drawn[draw][1] if draw in drawn else None
-        if no_judge:
-            return ""
-        return None if draw not in margins else "" if margins[draw] > own.judge_margin else "judge"
-
-    def advance(id_: str) -> None:
-        """Ask for the next draws as soon as one is known to have failed: its turn may be far away."""
-        attempt = 0
-        while verdict((id_, attempt)) and attempt + 1 < own.max_attempts:
-            attempt += 1
-        if verdict((id_, attempt)) == "":
-            return
-        for ahead in range(attempt, min(attempt + (RETRIES if attempt else 1), own.max_attempts)):
-            if (id_, ahead) not in asked:
-                ask(id_, ahead)
-
-    def ask(id_: str, attempt: int) -> None:
-        asked.add((id_, attempt))
-        record, pair = wanted[id_]
-        language = record["language"]
-        examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
-        messages = [{"role": "user", "content": fill("instruct", language)}]
-        prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
-        sampling = sampling_of(stage.sampling, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
-        sampler.add(Request((id_, attempt), prompt_ids, draw_seed(stage.out.seed, id_, attempt), sampling))
-
-    def judge() -> None:
-        """Log-probability of yes minus that of no, for all that wait; a question that does not fit gets a no."""
-        pairs, questions = [], []
-        waiting = [draw for draw in unjudged if draw[0] not in job.done_ids]
-        unjudged.clear()
-        for id_, attempt in waiting:
-            language = wanted[id_][0]["language"]
-            question = fill("judge", language, instruction=drawn[id_, attempt][0], words=str(own.long_words))
-            prompt_ids = chat.encode([{"role": "user", "content": question}])
-            answers = [chat.encode_text(word) for word in YES_NO[language]]
-            if len(prompt_ids) + max(map(len, answers)) > loaded.context:
-                note_margin(id_, attempt, -1e9)
-                continue
-            questions.append((id_, attempt))
-            pairs += [(prompt_ids, answer) for answer in answers]
-        logprobs = [float(values.sum()) for values in sampler.logprobs(pairs)] if pairs else []
-        for draw, yes, no in zip(questions, logprobs[::2], logprobs[1::2], strict=True):
-            note_margin(*draw, yes - no)
-        for id_, _ in waiting:
-            advance(id_)
-
-    def note_margin(id_: str, attempt: int, margin: float) -> None:
-        job.note({"id": id_, "attempt": attempt, "margin": margin})
-        margins[id_, attempt] = margin
-
-    def take_turns() -> None:
-        """Decide every draw whose turn has come; the failed ones get another turn behind all others."""
-        while turns and (reason := verdict(turns[0])) is not None:
-            id_, attempt = turns.popleft()
-            prompt, language = drawn[id_, attempt][0], wanted[id_][0]["language"]
-            if not reason and not distinct.add(prompt, language):
-                # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
-                reason = "duplicate"
-                drawn[id_, attempt] = prompt, reason
-            record = {**wanted[id_][0], "attempt": attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
-            if reason:
-                failures[reason] += 1
-            if reason and attempt + 1 < own.max_attempts:
-                turns.append((id_, attempt + 1))
-                advance(id_)
-            elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
-                job.reject(record, reason) if reason else job.accept(record)
-
-    for record in records:
-        advance(record["id"])
-    with cli.progress("instructions", len(records)) as bar:
-        take_turns()
-        while turns:
-            for sample in sampler.run():
-                id_, attempt = sample.request.key
-                prompt, reason = examine_instruction(sample.text, sample.finish, wanted[id_][0]["language"])
-                entry = {"id": id_, "attempt": attempt, "prompt": prompt, "reason": reason, "tokens": sample.num_tokens}
-                entries.append(entry)
-                job.note(entry)
-                drawn[id_, attempt] = prompt, reason
-                if not reason and not no_judge:
-                    unjudged.append((id_, attempt))
-                advance(id_)
-                if len(unjudged) >= JUDGE_BATCH:
-                    judge()
-                take_turns()
-                draws = f"{len(job.records)} accepted, {len(entries)} draws"
-                bar.update(len(job.done_ids), f"{draws}, {sampler.progress()}")
-                if not turns:
-                    break  # what still runs was drawn ahead, and is not needed
-            judge()
-            take_turns()
-    for reason, times in failures.items():
-        job.count(reason, times)
-    return {"attempts": len(entries), "tokens": sum(e["tokens"] for e in entries)}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 3, 4: responses
 
 
-def examine_response(record: dict, sample: "Sample") -> tuple[dict, str]:
-    """Return (the fields that a draw fills, reason); reason "" = accepted."""
-    text, reason = clean_answer(sample.text, sample.finish, record["language"])
-    if sample.finish in ("error", "repetition"):
-        reason = sample.finish  # more telling than "unfinished"
-    fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
-    return {**fields, "finish": sample.finish}, reason
+class Draft(Redraw[Writer, Sample]):
+    """An answer to an instruction, by the Generator."""
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        return writer.request(self.id, draw, self.record["prompt"])
+
+    def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
+        text, reason = clean_answer(sample.text, sample.finish, self.record["language"])
+        fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
+        return {**fields, "finish": sample.finish}, reason
 
 
-def responses(stage: Stage, inputs: list[str], own: ResponsesFlags) -> None:
-    # 1) one record per instruction and sample
-    prompts = filter_language(read_prompts(inputs), stage.out.language)
-    run_id, records = run_id_of(stage.out.output), []
-    for parent in prompts:
-        for sample in range(own.samples):
+def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
+    # 1) --samples tasks per instruction
+    run_id, tasks = run_id_of(stage.out.output), []
+    for parent in filter_language(read_prompts(inputs), stage.out.language):
+        for sample in range(rules.samples):
             id_ = record_id("response", parent["id"], sample)
             base = {"id": id_, "parent_id": parent["id"], "language": parent["language"], "run_id": run_id}
-            records.append(new_record("response", **base, sample=sample, prompt=parent["prompt"]))
-    with open_job("responses", stage, inputs, vars(own)) as job:
+            record = new_record("response", **base, sample=sample, prompt=parent["prompt"])
+            tasks.append(Draft(record, rules.max_attempts))
+    with open_job("responses", stage, inputs, vars(rules)) as job:
         stats = {}
         if not job.complete:
             # 2) draw until the filters pass
-            ask = lambda record: (record["prompt"], 0)  # noqa: E731
-            stats = draw_each(stage, own.max_attempts, job, records, "answers", ask, examine_response)
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "answers").statistics()
             # 3) the shortest go, once all are there
-            if not own.no_length_bias:
+            if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed))
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
@@ -352,24 +312,41 @@ def responses(stage: Stage, inputs: list[str], own: ResponsesFlags) -> None:
 # 5: constrain
 
 
-def examine_query(record: dict, sample: "Sample") -> tuple[dict, str]:
-    """Return ({"query": …}, reason): the rewritten instruction states the demand, in its language, at a sane length."""
-    language, prompt = record["language"], record["prompt"]
-    query = clean_instruction(strip_chatter(sample.text, language)[0])
-    words, prompt_words = count_words(query), count_words(prompt)
-    if sample.finish != "eos":
-        reason = sample.finish if sample.finish in ("error", "repetition") else "unfinished"
-    elif not prompt_words / 2 <= words <= 2 * prompt_words + 30:  # an answer, or a fragment
-        reason = "words"
-    elif detect_language(query) != language:
-        reason = "language"
-    else:
-        reason = "" if states_demand(query, *demand_of(record), language) else "demand"
-    return {"query": query}, reason
+class Demand(Redraw[Writer, Sample]):
+    """A length demand to be woven into an instruction; `reason` of an answer that gets none is there from the start."""
+
+    def __init__(self, record: dict, max_attempts: int, reason: str):
+        super().__init__(record, max_attempts)
+        self.without = self.reason = reason
+
+    @property
+    def over(self) -> bool:
+        return bool(self.without) or super().over
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        fields = {"instruction": self.record["prompt"], "constraint": self.record["constraint"]}
+        limit = 3 * count_words(self.record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
+        return writer.request(self.id, draw, fill("constrain", self.record["language"], **fields), limit=limit)
+
+    def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
+        """The rewritten instruction states the demand, in its language, at a sane length."""
+        language, prompt_words = self.record["language"], count_words(self.record["prompt"])
+        query = clean_instruction(strip_chatter(sample.text, language)[0])
+        reason = finish_reason(sample.finish)
+        if not reason and not prompt_words / 2 <= count_words(query) <= 2 * prompt_words + 30:
+            reason = "words"  # an answer, or a fragment
+        elif not reason and detect_language(query) != language:
+            reason = "language"
+        elif not reason and not states_demand(query, *demand_of(self.record), language):
+            reason = "demand"
+        return {"query": query}, reason
+
+    def last_resort(self, record: dict, reason: str) -> tuple[dict, str]:
+        return (record, reason) if self.without else append_demand(record, reason)
 
 
 def append_demand(record: dict, reason: str) -> tuple[dict, str]:
-    """The last resort: the demand in a sentence of its own; not behind a prompt with another demand, which stays."""
+    """The demand in a sentence of its own; not after a prompt with another demand, which stays rejected."""
     template = APPENDED[record["language"]]
     query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
     if not states_demand(query, *demand_of(record), record["language"]):
@@ -381,124 +358,46 @@ def demand_of(record: dict) -> tuple[str, int, int]:
     return record["type"], record["min_words"], record["max_words"]
 
 
-def read_answers(paths: list[str], language: str) -> list[dict]:
-    """Answers of several files (responses, extended); a pair of prompt and answer that came before is left out."""
-    answers, seen = [], set()
-    for path in paths:
-        for row in read_jsonl(path, needs=("prompt", "response")):
-            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
-            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
-            if (row["prompt"], row["response"]) not in seen:
-                seen.add((row["prompt"], row["response"]))
-                answers.append(row)
-    return filter_language(answers, language)
-
-
-def constrain(stage: Stage, inputs: list[str], own: ConstrainFlags) -> None:
-    # 1) a demand per answer, true of it
-    run_id, records, without, same_id = run_id_of(stage.out.output), [], [], Counter()
-    for parent in read_answers(inputs, stage.out.language):
+def make_demands(answers: list[dict], run_id: str, seed: int, rules: ConstrainFlags) -> list[Demand]:
+    """A demand per pair of prompt and answer, true of the answer; a pair that came before is left out."""
+    tasks, seen = [], set()
+    same_id: Counter[str] = Counter()
+    for parent in answers:
+        if (parent["prompt"], parent["response"]) in seen:
+            continue
+        seen.add((parent["prompt"], parent["response"]))
         language, words = parent["language"], count_words(parent["response"])
         # Two files may hold the same id with other answers (one prompt file used twice): number them.
-        id_ = record_id("constrained", parent["id"], same_id[parent["id"]])
-        base = {"id": id_, "parent_id": parent["id"], "language": language, "run_id": run_id}
-        kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
-        record = new_record("constrained", **base, **kept, sample=same_id[parent["id"]])
-        record["response_tokens"] = parent.get("response_tokens", -1)
-        record["origin"] = "extended" if "initial" in parent else "response"
+        sample = same_id[parent["id"]]
         same_id[parent["id"]] += 1
-        bounds = {"low": own.demand_min, "high": own.demand_max, "steps": own.demand_steps}
-        demand = make_demand(words, language, random.Random(draw_seed(stage.out.seed, id_, 0)), **bounds)
-        if demand is None:
-            without.append(record)
-        else:
-            names = ("constraint", "type", "min_words", "max_words")
-            records.append({**record, **dict(zip(names, demand, strict=True))})
-    settings = {
-        **vars(own),
-        "templates": template_hashes("constrain"),
-    }
+        id_ = record_id("constrained", parent["id"], sample)
+        base = {"id": id_, "parent_id": parent["id"], "language": language, "run_id": run_id, "sample": sample}
+        kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
+        tokens, origin = parent.get("response_tokens", -1), "extended" if "initial" in parent else "response"
+        record = new_record("constrained", **base, **kept, response_tokens=tokens, origin=origin)
+        rng, low, high = random.Random(draw_seed(seed, id_, 0)), rules.demand_min, rules.demand_max
+        demand = make_demand(words, language, rng, low=low, high=high, steps=rules.demand_steps)
+        reason = "" if demand else "no-demand" if low <= words < high else "outside-demand"
+        if demand:
+            record |= dict(zip(("constraint", "type", "min_words", "max_words"), demand, strict=True))
+        tasks.append(Demand(record, rules.max_attempts, reason))
+    return tasks
+
+
+def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
+    # 1) all answers there are, each with a demand
+    answers = [row for path in inputs for row in read_answers(path)]
+    answers = filter_language(answers, stage.out.language)
+    tasks = make_demands(answers, run_id_of(stage.out.output), stage.out.seed, rules)
+    settings = {**vars(rules), "templates": template_hashes("constrain")}
     with open_job("constrain", stage, inputs, settings) as job:
         stats = {}
         if not job.complete:
-            for record in without:
-                if record["id"] not in job.done_ids:
-                    inside = own.demand_min <= record["response_words"] < own.demand_max
-                    job.reject(record, "no-demand" if inside else "outside-demand")
-
             # 2) woven in by the model, else appended
-            def ask(record: dict) -> tuple[str, int]:
-                fields = {"instruction": record["prompt"], "constraint": record["constraint"]}
-                limit = 3 * count_words(record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
-                return fill("constrain", record["language"], **fields), limit
-
-            stats = draw_each(stage, own.max_attempts, job, records, "demands", ask, examine_query, append_demand)
-            stats["appended"] = sum(r["attempt"] == -1 for r in job.records)
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "demands").statistics()
+            stats["appended"] = sum(record["attempt"] == -1 for record in job.records)
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What responses and constrain share: draw, examine, draw again
-
-
-def draw_each(
-    stage: Stage,
-    max_attempts: int,
-    job: Job,
-    records: list[dict],
-    what: str,
-    ask: Callable[[dict], tuple[str, int]],
-    examine: Callable[[dict, "Sample"], tuple[dict, str]],
-    give_up: Callable[[dict, str], tuple[dict, str]] = lambda record, reason: (record, reason),
-) -> dict:
-    """Sample every record that is not done until `examine` passes it; returns the stage's statistics.
-
-    ask(record) -> (the user's turn, most tokens or 0); examine(record, sample) -> (fields, reason);
-    give_up(record, reason) -> (record, reason), asked after the last attempt: reason "" accepts it after all.
-    """
-    # Draws of an earlier process are in the journal: failed ones are neither made nor counted again, except the last
-    # one of a record (a kill may have come between its note and the record), whose text is needed.
-    notes = {(n["id"], n["attempt"]): n for n in job.journal}
-    failed = Counter(n["id"] for n in notes.values() if n["reason"])
-    attempts = {r["id"]: min(failed[r["id"]], max_attempts - 1) for r in records}
-    todo = {r["id"]: r for r in records if r["id"] not in job.done_ids}
-    if todo:
-        from lengthen.sampling.request import Request
-
-        loaded, sampler = open_model(stage, job)
-
-        def add(id_: str) -> None:
-            content, limit = ask(todo[id_])
-            prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
-            seed = draw_seed(stage.out.seed, id_, attempts[id_])
-            sampler.add(Request(id_, prompt_ids, seed, sampling_of(stage.sampling, limit)))
-
-        for id_ in todo:
-            add(id_)
-        with cli.progress(what, len(todo)) as bar:
-            before = len(job.done_ids)  # of an earlier process, or rejected before any draw
-            for sample in sampler.run():
-                id_ = sample.request.key
-                attempt = attempts[id_]
-                fields, reason = examine(todo[id_], sample)
-                record = {**todo[id_], **fields, "attempt": attempt}
-                note = {"id": id_, "attempt": attempt, "reason": reason, "tokens": sample.num_tokens}
-                notes[id_, attempt] = note
-                job.note(note)
-                if reason:
-                    if sample.finish == "error":  # it would fail again: a prompt that does not fit, say
-                        cli.say(f"  {id_}: {sample.error}")
-                    elif attempt + 1 < max_attempts:
-                        attempts[id_] += 1
-                        add(id_)
-                        continue
-                    record, reason = give_up(record, reason)
-                job.reject(record, reason) if reason else job.accept(record)
-                bar.update(len(job.done_ids) - before, f"{len(job.records)} accepted, {sampler.progress()}")
-    for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
-        job.count(reason, times)
-    return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from typing import Any
 from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
 from lengthen.text.words import quantile
 
+LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
 WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
 
 
@@ -206,9 +207,15 @@ class Job(OneWriter):
                 "--overwrite replaces it, another --output keeps it",
             )
         self.complete = meta.get("status") == "done"
-        self.meta = meta or {"stage": self.stage, "created": _now(), "seconds": 0.0}
+        if meta and not self.complete and self.use_journal and meta.get("layout") != LAYOUT:
+            raise UserError(
+                f"{self.output} was begun by another version of this program and is not finished",
+                "--overwrite starts it afresh, another --output keeps both",
+            )
+        self.meta = meta or {"stage": self.stage, "layout": LAYOUT, "created": _now(), "seconds": 0.0}
         self.seconds_before = self.meta.get("seconds", 0.0)
-        self.counts.update(self.meta.get("attempt_reasons", {}))
+        if self.complete or not self.use_journal:  # else they are counted again from the journal
+            self.counts.update(self.meta.get("attempt_reasons", {}))
         self.writers = {p: Appender(p) for p in (self.output, self.rejected_path)}
         if self.use_journal and not self.complete:
             self.writers[self.work_path] = Appender(self.work_path)

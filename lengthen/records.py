@@ -1,6 +1,6 @@
 """Records and their files: what is in a line, which id it has, how it is read, how it is written whole or not at all.
 
-jobs.py holds what a stage does with them. Standard library and jsonlines only.
+jobs.py holds what a stage does with them. Standard library, jsonlines and lengthen.text only.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jsonlines
+
+from lengthen.text.words import count_words, detect_language
 
 LANGUAGES = ("en", "zh")
 
@@ -305,12 +307,12 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
 
 def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict]:
     """Seed files or a user's own: any JSONL with `prompt` (and optionally `language`, `id`) as instruction records."""
-    from lengthen.text.words import count_words, detect_language
-
-    records, occurrences, origin = [], Counter(), {}
+    records: list[dict] = []
+    occurrences: Counter[tuple[str, str]] = Counter()
+    origin: dict[str, str] = {}  # id -> where it was read
     for path in paths:
         for line, row in enumerate(read_jsonl(path), start=1):
-            language = row.get("language") or detect_language(row["prompt"]) or "en"
+            language = language_of(row, row["prompt"])
             known = {k: v for k, v in row.items() if k in Instruction.__annotations__}
             number = occurrences[language, row["prompt"]]
             occurrences[language, row["prompt"]] += 1
@@ -323,6 +325,20 @@ def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict
             origin[record["id"]] = f"{path}, line {line}"
             records.append(record)
     return records
+
+
+def read_answers(path: str | Path) -> list[dict]:
+    """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
+    rows = read_jsonl(path, needs=("prompt", "response"))
+    for row in rows:
+        row["language"] = language_of(row, row["response"])
+        row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+    return rows
+
+
+def language_of(row: Mapping, text: str, default: str = "en") -> str:
+    """The row's own language, else that of the text, else `default`: a user's file need not name any."""
+    return row.get("language") or detect_language(text) or default
 
 
 def filter_language(records: list[dict], language: str) -> list[dict]:

@@ -4,18 +4,20 @@ torch comes with the first call of `open_model` or `sampling_of`, not with the i
 and a finished stage do not wait for it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
 from lengthen.jobs import Job
-from lengthen.records import LANGUAGES, fingerprint
-from lengthen.sampling.request import Sampling
+from lengthen.records import LANGUAGES, draw_seed, fingerprint
+from lengthen.sampling.request import Request, Sample, Sampling
 from lengthen.text.selection import length_bias
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lengthen.models.loading import LoadedModel
     from lengthen.sampling.engine import Sampler
 
@@ -81,6 +83,57 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
     return loaded, sampler
 
 
+def open_writer(stage: Stage, job: Job) -> "Writer":
+    """`open_model`, as the engine of lengthen.tasks."""
+    return Writer(stage, *open_model(stage, job))
+
+
+class Writer:
+    """A loaded model as the tasks of a stage ask it: their prompts are rendered, their draws get seeds."""
+
+    def __init__(self, stage: Stage, loaded: "LoadedModel", sampler: "Sampler"):
+        self.stage, self.loaded, self.sampler, self.chat = stage, loaded, sampler, loaded.chat
+
+    def encode(self, content: str, prefill: str = "") -> list[int]:
+        """The ids of one user turn and of the answer that is begun for the model."""
+        return self.chat.encode([{"role": "user", "content": content}], prefill)
+
+    def request(
+        self,
+        id_: str,
+        draw: tuple[int, ...],
+        content: str,
+        prefill: str = "",
+        *,
+        limit: int = 0,
+        stop: tuple[str, ...] = (),
+        min_new_tokens: int = 0,
+        penalize_prompt: bool = True,
+        expected_tokens: int = 0,
+    ) -> Request:
+        """One draw of a task. `limit`: as in `sampling_of`; `expected_tokens`: a guess, 0 = like those finished.
+
+        penalize_prompt: False = the repetition penalty counts the prefill and the output, but not the user's turn.
+        """
+        sampling = replace(sampling_of(self.stage.sampling, limit, stop), min_new_tokens=min_new_tokens)
+        seed = draw_seed(self.stage.out.seed, id_, *draw)
+        penalty_from = 0 if penalize_prompt else len(self.encode(content))
+        return Request((id_, draw), self.encode(content, prefill), seed, sampling, penalty_from, expected_tokens)
+
+    def add(self, request: Request) -> None:
+        self.sampler.add(request)
+
+    def run(self) -> Iterator[Sample]:
+        return self.sampler.run()
+
+    def progress(self) -> object:
+        return self.sampler.progress()
+
+    def logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> "list[Tensor]":
+        """One value per continuation token, nats."""
+        return self.sampler.logprobs(pairs)
+
+
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:
     """The flags as Sampling; `limit`: new tokens where the user set none, 0 = the sampler's own."""
     recipe = flags.recipe()
@@ -90,7 +143,7 @@ def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()
 
 def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:
     """{id: "length-bias"} of the answers to drop; a Chinese word is a character, so each language is ranked alone."""
-    drops = {}
+    drops: dict[str, str] = {}
     for language in LANGUAGES:
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)

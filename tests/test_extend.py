@@ -118,11 +118,15 @@ def test_defect_7_what_stage_2_must_be(text, finish, reason):
 # One job
 
 
+WRITER = Namespace(chat=chat())
+
+
 def play(job: extend.Extension, *samples) -> list[dict]:
     entries = []
     for one in samples:
         assert not job.over
-        entries.append(json.loads(json.dumps(job.examine(one))))  # as the journal would give it back
+        entry = job.examine(job.draw(), one, WRITER)
+        entries.append(json.loads(json.dumps(entry)))  # as the journal would give it back
         job.apply(entries[-1])
     return entries
 
@@ -261,7 +265,7 @@ def write(request) -> tuple[str, str]:
 
 def run_stage(monkeypatch, folder: Path, *flags: str, order: int = 0, script=write) -> ScriptedSampler:
     sampler = ScriptedSampler(script, order)
-    monkeypatch.setattr(extend, "open_model", lambda args, job: (Namespace(chat=chat()), sampler))
+    monkeypatch.setattr("lengthen.stage.open_model", lambda args, job: (Namespace(chat=chat()), sampler))
     inputs = str(folder / "iter_1" / "responses.jsonl")
     output = str(folder / "iter_1" / "extended.jsonl")
     extend.main(

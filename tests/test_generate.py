@@ -105,7 +105,7 @@ def run_stage(monkeypatch, command: str, folder: Path, *flags: str, script, orde
         context = 2048
 
     Loaded.chat = chat()
-    monkeypatch.setattr(generate, "open_model", lambda args, job: (Loaded, sampler))
+    monkeypatch.setattr("lengthen.stage.open_model", lambda args, job: (Loaded, sampler))
     output = folder / "iter_1" / f"{command}.jsonl"
     generate.main([command, "--model", "m", "--output", str(output), "--min-yield", "0", *flags])
     return sampler
@@ -252,10 +252,10 @@ def test_a_failed_draw_is_drawn_again_with_another_seed(monkeypatch, tmp_path, c
     assert summary["attempts"] == len(sampler.requests) and {"unfinished", "repetition"} == set(
         summary["failed_attempts"]
     )
-    draws = Counter(r.key for r in sampler.requests)
+    draws = Counter(r.key[0] for r in sampler.requests)
     for id_, record in result.items():
         assert record["attempt"] == draws[id_] - 1
-        last = [r for r in sampler.requests if r.key == id_][-1]
+        last = [r for r in sampler.requests if r.key[0] == id_][-1]
         assert record["response"] == answer(last)[0]
         if "reason" in record:
             assert draws[id_] == 3 and record["reason"] in ("unfinished", "repetition")

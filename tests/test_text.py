@@ -277,9 +277,14 @@ ZH_BODY = (
 )
 
 
-@pytest.mark.parametrize("finish", ["length", "stop", "repetition", "error"])
-def test_only_answers_that_ended_by_themselves_are_accepted_defect_7(finish):
-    assert f.clean_answer(BODY, finish, "en") == (BODY, "unfinished")
+@pytest.mark.parametrize(
+    "finish, reason",
+    [("length", "unfinished"), ("stop", "unfinished"), ("repetition", "repetition"), ("error", "error")],
+)
+def test_only_answers_that_ended_by_themselves_are_accepted_defect_7(finish, reason):
+    assert f.clean_answer(BODY, finish, "en") == (BODY, reason)
+    assert f.finish_reason(finish) == reason
+    assert f.finish_reason("eos") == "" == f.finish_reason("stop", ends=("eos", "stop"))
 
 
 @pytest.mark.parametrize(

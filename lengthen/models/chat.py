@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from lengthen.records import UserError
+from lengthen.records import LANGUAGES, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # prompts/NAME.LANGUAGE.md
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
-LANGUAGES = ("en", "zh")
 FIELDS = {  # what each template must hold, no more and no less
     "instruct": set(),
     "instruct_prefill": {"example_1", "example_2"},
