@@ -152,7 +152,7 @@ def make_evaluation(folder: Path, queries: int, words: float, follows: float) ->
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "length_following", lambda *_: b"")  # the PNG takes a second, and is no matter here
-        evaluate.main(["--outputs", str(source), "--output", str(folder)])
+        evaluate.main(["score", str(source), "--output", str(folder)])
     source.unlink()
     path = folder / "scores.json"
     scores = json.loads(path.read_text())
@@ -441,7 +441,7 @@ def test_texts_beyond_the_limit_become_a_seeded_subset(run, monkeypatch, tmp_pat
 
 def test_the_command(run):
     def call(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "evaluate.py", "--report", str(folder)]
+        command = [sys.executable, "evaluate.py", "report", str(folder)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = call(run)
