@@ -118,7 +118,8 @@ def save_writer(folder: Path, stop: float = 2.8) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     full_stop, paragraph = tokenizer.convert_tokens_to_ids("."), tokenizer.convert_tokens_to_ids("ĊĊ")
     assert None not in (full_stop, paragraph), "the tokenizer must know '.' and a blank line as single tokens"
-    words = [i for t, i in tokenizer.get_vocab().items() if t.startswith("Ġ") and len(t) > 2 and t[1:] in set(WORDS)]
+    # Sorted: the order of a vocabulary differs from process to process, and the weights below follow it.
+    words = [i for t, i in sorted(tokenizer.get_vocab().items()) if t.startswith("Ġ") and len(t) > 2 and t[1:] in set(WORDS)]
 
     code = torch.nn.functional.normalize(torch.randn(size, width - 3), dim=1)
     state = torch.zeros(size, width)

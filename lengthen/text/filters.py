@@ -160,7 +160,8 @@ _ANNOUNCED = re.compile(rf"(?:[:：]\**(?=\s|$)|：)\s*|{_SENTENCE.pattern}")  #
 
 
 def _starts(phrases: re.Pattern, line: str, position: int = 0) -> re.Match | None:
-    return phrases.match(line.replace("’", "'"), _MARKS.match(line, position).end())
+    marks = _MARKS.match(line, position)
+    return phrases.match(line.replace("’", "'"), marks.end() if marks else position)
 
 
 def _without_opening(line: str) -> str:
