@@ -1,17 +1,21 @@
-"""The Generator's part of Self-Lengthen: invent instructions, draft answers, weave length demands into instructions.
+"""The Generator's part of Self-Lengthen: invent instructions, draft answers, write length demands into instructions.
 
 Three commands, each one step of the method (arXiv 2410.23933):
 
 instructions  1. The BASE model sees two seed instructions and writes a third, as a continuation of its own turn.
               2. It judges whether that instruction suits a long article; 3 < words < 500, right language, not a
                  near-duplicate of a seed, of --dedup-against, or of an instruction before it.
-responses     3. The Generator answers each instruction --samples times; one that fails the filters is drawn again.
+responses     3. The Generator answers each instruction --samples times; what fails the filters is drawn again.
               4. Length bias: the shortest fifth of the answers always goes, 40.5 % go on average.
-constrain     5. A length demand that is true of the answer is woven into its instruction by the BASE model, checked,
-                 and drawn again; at last it is appended in one plain sentence. Several files in = this also collects.
+constrain     5. The BASE model writes a length demand that is true of the answer into its instruction; the result is
+                 checked, and drawn again if need be. When all attempts are used up, the demand is appended as a
+                 sentence of its own. Several input files: this also collects them.
 
 Reads and writes JSONL: seeds -> instructions.jsonl -> responses.jsonl; responses.jsonl + extended.jsonl ->
 constrained.jsonl. Beside X.jsonl: X.rejected.jsonl with a `reason`, X.meta.json, and X.work.jsonl while it runs.
+
+Every record is a task (lengthen/tasks.py): NewInstruction, Draft and Demand below say what is asked and which reply is
+good enough; run_tasks asks, retries, stores, and continues after a kill.
 
 Departures from the paper and its release:
  1. One tree for both languages: templates, filters and word measures follow each record's language.
@@ -55,11 +59,12 @@ from lengthen.text.selection import NearDuplicates
 from lengthen.text.words import count_words, detect_language
 
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
-INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
-DOES_NOT_FIT = -1e9  # nats: the margin of an instruction whose question is longer than the context, a no
-RETRIES = 2  # draws at a time for an instruction whose first one failed: one by one, the last few take the longest
-NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
+INSTRUCTION_TOKENS = 1024  # enough for 500 words; without a limit, one that does not end would fill the context
+RETRIES = 2  # draws at a time once the first has failed: one at a time, the last few instructions take the longest
+DOES_NOT_FIT = -1e9  # nats: margin of an instruction that leaves no room for the judge's question; always a no
+NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}  # the template shows 1 and 2, the model writes 3
 YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
+# The last resort of constrain. Plain, so that text.demands reads exactly this demand back.
 APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,25 +109,27 @@ class ConstrainFlags:
 # ---------------------------------------------------------------------------------------------------------
 # 1, 2: instructions
 
-# What models put before and behind an instruction when they continue the list: its number, a label, an answer.
+# What models put before and after an instruction when they continue the list: its number, a label, an answer.
 _LABEL = re.compile(r"^\W*(?:instruction|prompt|task|指令|题目)\s*\d*\s*[:：.]\W*|^\d+[.:、)]\s*", re.IGNORECASE)
 _ANSWER = re.compile(r"\n\W*(?:(?:response|answer|output|solution|example)\W*:|(?:回答|答案|输出|示例)\W*[:：])", re.I)
 _QUOTES = {'"': '"', "“": "”", "'": "'", "「": "」", "『": "』", "**": "**", "*": "*"}
 
 
 def clean_instruction(text: str) -> str:
-    """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer behind it."""
+    """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer after it."""
+    # The newline in front: an answer may begin in the first line, and then nothing is left.
     text = _LABEL.sub("", _ANSWER.split("\n" + text)[0].strip()).strip()
     for left, right in _QUOTES.items():
-        inside = text[len(left) : -len(right)]
+        inside = text[len(left) : -len(right)]  # no quote in it: '"Ships" and "harbours"' is not one quotation
         if text.startswith(left) and text.endswith(right) and inside and left not in inside:
             return inside.strip()
     return text
 
 
 def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str]:
-    """Return (instruction, reason): "" = worth a judgement."""
+    """Return (instruction, reason); reason "" = to be judged."""
     instruction = clean_instruction(text)
+    # "stop": it went on to the next number, or to something after a blank line (`item_ends`).
     if reason := finish_reason(finish, ends=("eos", "stop")):
         return instruction, reason
     if not MIN_INSTRUCTION_WORDS < count_words(instruction) < MAX_INSTRUCTION_WORDS:
@@ -133,7 +140,7 @@ def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str
 def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     """Stop strings: the next number; and a blank line, where the shots have none inside.
 
-    Small models go on behind it with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's did.
+    After it, small models continue with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's.
     """
     has_blank_line = any("\n\n" in shot["prompt"].strip() for shot in shots)
     return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
@@ -141,60 +148,62 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
 
 def split_count(count: int, seeds: list[dict]) -> list[str]:
     """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh")."""
+    # English gets the rounding, Chinese the rest: together they are always `count`.
     num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
     return ["en"] * num_en + ["zh"] * (count - num_en)
 
 
 def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
     """The two examples of a record: the same on every machine and in every attempt."""
+    # Sorted by id, and drawn by the record's: neither the order of the files nor --seed changes what is shown.
     same = sorted((s for s in seeds if s["language"] == language), key=lambda s: s["id"])
     if len(same) < 2:
         raise UserError(f"two seeds of language {language!r} are needed, found {len(same)}", "--seeds FILE [FILE ...]")
     return random.Random(record_id_).sample(same, 2)
 
 
-class Invention(Task[Writer, Sample]):
-    """An instruction in the making. Its draws finish in any order; near-duplicates are decided when its turn comes."""
+class NewInstruction(Task[Writer, Sample]):
+    """An instruction that the model invents. Its draws finish in any order, but near-duplicates are decided in turn."""
 
     in_turn = True
 
     def __init__(self, record: dict, shots: list[dict], rules: InstructionsFlags, distinct: NearDuplicates):
         self.record, self.shots, self.rules = record, shots, rules
-        self.distinct = distinct  # shared by all: the seeds, and what was kept so far
-        self.drawn: dict[int, tuple[str, str]] = {}  # attempt -> (instruction, reason; "" = worth a judgement)
+        self.distinct = distinct  # shared by all tasks: the seeds, and the instructions accepted so far
+        self.drawn: dict[int, tuple[str, str]] = {}  # attempt -> (instruction, reason; "" = to be judged)
         self.margins: dict[int, float] = {}  # attempt -> log p(yes) - log p(no), nats
         self.attempt = 0  # the one whose turn is next
-        self.reason = ""  # why the last one failed
-        self._over = False
+        self.reason: str | None = None  # why the last attempt failed, "" = accepted; None = not over
 
     @property
     def over(self) -> bool:
-        return self._over
+        return self.reason is not None
 
     def verdict(self, attempt: int) -> str | None:
-        """A reason, "" = passed (near-duplicates are not known before its turn), None = not known yet."""
-        if attempt not in self.drawn:
-            return None
-        reason, no_judge = self.drawn[attempt][1], self.rules.judge_margin == float("-inf")
-        if reason or no_judge:
+        """Why an attempt failed, "" = it did not (unless it is a near-duplicate), None = not known yet."""
+        # The filters first: the judge is not asked about what they refuse.
+        _, reason = self.drawn.get(attempt, ("", None))
+        if reason != "" or self.rules.judge_margin == float("-inf"):
             return reason
         if attempt not in self.margins:
             return None
         return "" if self.margins[attempt] > self.rules.judge_margin else "judge"
 
     def draws(self) -> list[Draw]:
-        """The next draws are asked for as soon as one is known to have failed: its turn may be far away."""
         attempt = self.attempt
+        # An attempt that has failed is followed up at once: its turn may be far away.
         while self.verdict(attempt) and attempt + 1 < self.rules.max_attempts:
             attempt += 1
         if self.over or self.verdict(attempt) == "":
-            return []  # nothing to do but to wait for its turn
+            return []  # it only waits for its turn
+        # The first draw is made alone, it may pass. After a failure two at a time shorten the end of the stage.
         ahead = min(attempt + (RETRIES if attempt else 1), self.rules.max_attempts)
         return [(number,) for number in range(attempt, ahead) if number not in self.drawn]
 
     def request(self, draw: Draw, writer: Writer) -> Request:
         language = self.record["language"]
         examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(self.shots, start=1)}
+        # The examples stand in the model's own turn, so the third instruction is a continuation of what it "wrote".
         prefill, stop = fill("instruct_prefill", language, **examples), item_ends(self.shots, language)
         ask = fill("instruct", language)
         return writer.request(self.id, draw, ask, prefill, limit=INSTRUCTION_TOKENS, stop=stop)
@@ -207,11 +216,12 @@ class Invention(Task[Writer, Sample]):
         return [(attempt,) for attempt in self.drawn if self.verdict(attempt) is None]
 
     def questions(self, draw: Draw, writer: Writer) -> list[Pair]:
-        """Does it suit a long article? Yes and no, each as the answer; none for a question that does not fit."""
+        """Does it suit a long article? (prompt ids, yes) and (prompt ids, no); [] where they do not fit the context."""
         language = self.record["language"]
         question = fill("judge", language, instruction=self.drawn[draw[0]][0], words=str(self.rules.long_words))
         prompt_ids = writer.encode(question)
         answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
+        # The answer's ids must fit too, since they are read together with the question.
         fits = len(prompt_ids) + max(map(len, answers)) <= writer.loaded.context
         return [(prompt_ids, answer) for answer in answers] if fits else []
 
@@ -229,19 +239,19 @@ class Invention(Task[Writer, Sample]):
         return self.verdict(self.attempt) is not None
 
     def take_turn(self) -> str:
-        prompt, self.reason = self.drawn[self.attempt][0], self.verdict(self.attempt) or ""
-        if not self.reason and not self.distinct.add(prompt, self.record["language"]):
+        prompt, reason = self.drawn[self.attempt][0], self.verdict(self.attempt) or ""
+        if not reason and not self.distinct.add(prompt, self.record["language"]):
             # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
-            self.reason = "duplicate"
-        if not self.reason or self.attempt + 1 == self.rules.max_attempts:
-            self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
-            self._over = True
-        else:
+            reason = "duplicate"
+        if reason and self.attempt + 1 < self.rules.max_attempts:
             self.attempt += 1
-        return self.reason
+        else:  # the last attempt's text is kept also when it failed: X.rejected.jsonl shows what was written
+            self.reason = reason
+            self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
+        return reason
 
     def outcome(self) -> tuple[dict, str]:
-        return self.record, self.reason
+        return self.record, self.reason or ""
 
 
 def instructions(stage: Stage, rules: InstructionsFlags) -> None:
@@ -249,21 +259,21 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
     seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
     if not seeds:
         raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
+    # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
     run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
     for sample, language in enumerate(split_count(rules.count, seeds)):
         id_ = record_id("instruction", "", sample, scope=run_id)
         shots = draw_shots(id_, language, seeds)
         base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
         record = new_record("instruction", **base, example_ids=[shot["id"] for shot in shots])
-        tasks.append(Invention(record, shots, rules, distinct))
-    settings = {
-        **{k: getattr(rules, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
-        "templates": template_hashes("instruct", "instruct_prefill", "judge"),
-    }
+        tasks.append(NewInstruction(record, shots, rules, distinct))
+    # The files count by their contents, as inputs of the job; the other flags by value.
+    settings = {k: getattr(rules, k) for k in ("count", "max_attempts", "judge_margin", "long_words")}
+    settings["templates"] = template_hashes("instruct", "instruct_prefill", "judge")
     with open_job("instructions", stage, [*rules.seeds, *rules.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
-            # 2) draw, judge and compare until the count is reached
+            # 2) draw, judge and compare, until there are --count or all attempts are used up
             for known in [*seeds, *(read_prompts(rules.dedup_against) if rules.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "instructions").statistics()
@@ -279,16 +289,19 @@ class Draft(Redraw[Writer, Sample]):
     """An answer to an instruction, by the Generator."""
 
     def request(self, draw: Draw, writer: Writer) -> Request:
+        # The bare instruction, without a word about length: as it is trained, and as it is evaluated.
         return writer.request(self.id, draw, self.record["prompt"])
 
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
         text, reason = clean_answer(sample.text, sample.finish, self.record["language"])
+        # Words of the cleaned text, tokens of what was drawn (EOS included).
         fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
         return {**fields, "finish": sample.finish}, reason
 
 
 def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
-    # 1) --samples tasks per instruction
+    # 1) --samples answers to each instruction. Their ids depend on the instruction's and on the number of the sample
+    #    only, so the same command finds its records again.
     run_id, tasks = run_id_of(stage.out.output), []
     for parent in filter_language(read_prompts(inputs), stage.out.language):
         for sample in range(rules.samples):
@@ -301,7 +314,7 @@ def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
         if not job.complete:
             # 2) draw until the filters pass
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "answers").statistics()
-            # 3) the shortest go, once all are there
+            # 3) only now, because the rank of an answer depends on all others
             if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed))
         summary = job.finish(stage.out.min_yield, **stats)
@@ -313,19 +326,12 @@ def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
 
 
 class Demand(Redraw[Writer, Sample]):
-    """A length demand to be woven into an instruction; `reason` of an answer that gets none is there from the start."""
-
-    def __init__(self, record: dict, max_attempts: int, reason: str):
-        super().__init__(record, max_attempts)
-        self.without = self.reason = reason
-
-    @property
-    def over(self) -> bool:
-        return bool(self.without) or super().over
+    """A length demand that is to be written into an instruction. Its `query` is that instruction with the demand."""
 
     def request(self, draw: Draw, writer: Writer) -> Request:
         fields = {"instruction": self.record["prompt"], "constraint": self.record["constraint"]}
-        limit = 3 * count_words(self.record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
+        # Tokens: enough for a rewritten instruction, and an answer in its place is cut early.
+        limit = 3 * count_words(self.record["prompt"]) + 64
         return writer.request(self.id, draw, fill("constrain", self.record["language"], **fields), limit=limit)
 
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
@@ -333,8 +339,9 @@ class Demand(Redraw[Writer, Sample]):
         language, prompt_words = self.record["language"], count_words(self.record["prompt"])
         query = clean_instruction(strip_chatter(sample.text, language)[0])
         reason = finish_reason(sample.finish)
+        # An answer in place of the instruction is far longer, a fragment far shorter; 30 words: room for the demand.
         if not reason and not prompt_words / 2 <= count_words(query) <= 2 * prompt_words + 30:
-            reason = "words"  # an answer, or a fragment
+            reason = "words"
         elif not reason and detect_language(query) != language:
             reason = "language"
         elif not reason and not states_demand(query, *demand_of(self.record), language):
@@ -342,16 +349,17 @@ class Demand(Redraw[Writer, Sample]):
         return {"query": query}, reason
 
     def last_resort(self, record: dict, reason: str) -> tuple[dict, str]:
-        return (record, reason) if self.without else append_demand(record, reason)
+        return append_demand(record, reason)
 
 
 def append_demand(record: dict, reason: str) -> tuple[dict, str]:
     """The demand in a sentence of its own; not after a prompt with another demand, which stays rejected."""
     template = APPENDED[record["language"]]
     query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
+    # states_demand wants this demand and no other: two would contradict each other.
     if not states_demand(query, *demand_of(record), record["language"]):
         return record, reason
-    return {**record, "query": query, "attempt": -1}, ""
+    return {**record, "query": query, "attempt": -1}, ""  # -1: by no draw
 
 
 def demand_of(record: dict) -> tuple[str, int, int]:
@@ -367,7 +375,7 @@ def make_demands(answers: list[dict], run_id: str, seed: int, rules: ConstrainFl
             continue
         seen.add((parent["prompt"], parent["response"]))
         language, words = parent["language"], count_words(parent["response"])
-        # Two files may hold the same id with other answers (one prompt file used twice): number them.
+        # Two files may hold the same id with different answers (one prompt file used twice): number them.
         sample = same_id[parent["id"]]
         same_id[parent["id"]] += 1
         id_ = record_id("constrained", parent["id"], sample)
@@ -375,17 +383,19 @@ def make_demands(answers: list[dict], run_id: str, seed: int, rules: ConstrainFl
         kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
         tokens, origin = parent.get("response_tokens", -1), "extended" if "initial" in parent else "response"
         record = new_record("constrained", **base, **kept, response_tokens=tokens, origin=origin)
+        # A seed of its own: the demand does not depend on which other answers are there.
         rng, low, high = random.Random(draw_seed(seed, id_, 0)), rules.demand_min, rules.demand_max
         demand = make_demand(words, language, rng, low=low, high=high, steps=rules.demand_steps)
-        reason = "" if demand else "no-demand" if low <= words < high else "outside-demand"
         if demand:
             record |= dict(zip(("constraint", "type", "min_words", "max_words"), demand, strict=True))
-        tasks.append(Demand(record, rules.max_attempts, reason))
+            tasks.append(Demand(record, rules.max_attempts))
+        else:  # rejected without a draw: between --demand-min and --demand-max, but no round number is true of it
+            tasks.append(Demand(record, 0, "no-demand" if low <= words < high else "outside-demand"))
     return tasks
 
 
 def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
-    # 1) all answers there are, each with a demand
+    # 1) each answer with its demand. Several files are one list: this is how the training set of the run is collected.
     answers = [row for path in inputs for row in read_answers(path)]
     answers = filter_language(answers, stage.out.language)
     tasks = make_demands(answers, run_id_of(stage.out.output), stage.out.seed, rules)
@@ -393,8 +403,9 @@ def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
     with open_job("constrain", stage, inputs, settings) as job:
         stats = {}
         if not job.complete:
-            # 2) woven in by the model, else appended
+            # 2) written in by the model, else appended
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "demands").statistics()
+            # How many the model did not manage, of those accepted.
             stats["appended"] = sum(record["attempt"] == -1 for record in job.records)
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
@@ -403,29 +414,25 @@ def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+COMMANDS = {
+    "instructions": (InstructionsFlags, "self-instruct from seeds, judged and without near-duplicates"),
+    "responses": (ResponsesFlags, "draft answers to instructions, filtered, the shortest dropped"),
+    "constrain": (ConstrainFlags, "collect answers and write a true length demand into each instruction"),
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "generate.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = cli.add_command(commands, "instructions", "self-instruct from seeds, judged and without near-duplicates")
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", InstructionsFlags)
-    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))  # self-instruct is the base model's
-    cli.add_flags(sub, "sampling", SamplingFlags)
-
-    sub = cli.add_command(commands, "responses", "draft answers to instructions, filtered, the shortest dropped")
-    cli.add_flags(sub, "input", InputFlags)
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", ResponsesFlags)
-    cli.add_flags(sub, "model", ModelFlags)
-    cli.add_flags(sub, "sampling", SamplingFlags)
-
-    help = "collect answers and weave a true length demand into each instruction"
-    sub = cli.add_command(commands, "constrain", help)
-    cli.add_flags(sub, "input", InputFlags)
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", ConstrainFlags)
-    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))
-    cli.add_flags(sub, "sampling", SamplingFlags)
+    for name, (own, help) in COMMANDS.items():
+        sub = cli.add_command(commands, name, help)
+        if name != "instructions":  # it has --seeds
+            cli.add_flags(sub, "input", InputFlags)
+        cli.add_flags(sub, "output", OutputFlags)
+        cli.add_flags(sub, "selection", own)
+        # Only drafts are the trained Generator's; the other two steps are the base model's.
+        cli.add_flags(sub, "model", ModelFlags, leave_out=() if name == "responses" else ("adapter",))
+        cli.add_flags(sub, "sampling", SamplingFlags)
     return parser
 
 

@@ -20,7 +20,7 @@ LANGUAGES = ("en", "zh")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what and where, and a hint (a command where possible)."""
+    """A mistake the user can fix: one line that says what and where, and a hint (a command where possible)."""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
@@ -121,9 +121,9 @@ class Output(TypedDict):
     length_score: float  # 0..1, -1 = no demand
     perplexity: float  # of the answer's tokens under the model that wrote it, at temperature 1; -1 = not known
     base_tokens: int  # of the response, encoded again for the probes below; -1 = not probed
-    base_losses: list[float]  # nats per token behind its query, of the base model, in the buckets of scores.POSITIONS
+    base_losses: list[float]  # nats per token after its query, of the base model, in the buckets of scores.POSITIONS
     own_loss: float  # the same over the response's beginning (measures.OPENING_TOKENS); -1 = not probed
-    shuffled_loss: float  # the same behind the next query of its language; -1 = not probed, or there is no other
+    shuffled_loss: float  # the same after the next query of its language; -1 = not probed, or there is no other
 
 
 class Judgement(TypedDict):
@@ -133,7 +133,7 @@ class Judgement(TypedDict):
     run_id: str
     sample: int
     attempt: int  # which reply of the judge was usable, from 0
-    answer_hash: str  # 16 hex digits over query and answer: another answer under the same id is judged afresh
+    answer_hash: str  # 16 hex digits over query and answer: another answer under the same id is judged again
     judge: str  # as given to --judge
     model: str  # what answered: the model name at an endpoint, the fingerprint of a local model
     relevance: int  # 1 to 10, as the six below; -1 in a rejected record
@@ -217,7 +217,7 @@ def run_id_of(output: str | Path) -> str:
 def fingerprint(path: str | Path | None) -> str:
     """A cheap identity of a model, adapter or file: names, sizes, and contents (of large files the first and last MiB).
 
-    A name that is no path (a hub id, "smollm2") stands for itself. 15 GB of weights are told apart by their headers.
+    A name that is not a path (a hub id, "smollm2") stands for itself. 15 GB of weights are told apart by their headers.
     """
     if not path:
         return ""
@@ -298,7 +298,7 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, a JSONL file is needed") from None
     except jsonlines.InvalidLineError as error:
-        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "mend or delete that line") from None
+        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "fix or delete that line") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error}", f"iconv -f GB18030 -t UTF-8 {path}  (or what it is in)"
@@ -350,7 +350,7 @@ def filter_language(records: list[dict], language: str) -> list[dict]:
 # Writing
 
 
-def _write(descriptor: int, data: bytes) -> int:
+def _write(descriptor: int, data: bytes | memoryview) -> int:
     """os.write, on its own so that the tests can make it fail."""
     return os.write(descriptor, data)
 
@@ -363,7 +363,7 @@ def _replace(source: Path, target: Path) -> None:
 def no_room(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror or error}",
-        "finished samples are on disk: mend that and run the same command again, it goes on where it was",
+        "finished samples are on disk: fix this and run the same command again, it continues where it was",
     )
 
 

@@ -1,7 +1,7 @@
 """What the stages that sample have in common: their settings, their model with its sampler, the length bias.
 
-torch comes with the first call of `open_model` or `sampling_of`, not with the import: --help, a mistake in the input
-and a finished stage do not wait for it.
+torch is loaded by `open_model`, not by the import: --help, a mistake in the input and a finished stage do not wait for
+it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """What every stage that samples is told: where it writes, which model it asks, how tokens are drawn."""
+    """The flags of every stage that samples: where it writes, which model it asks, how tokens are drawn."""
 
     out: OutputFlags
     model: ModelFlags
@@ -33,6 +33,7 @@ class Stage:
 
 def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str, Any]) -> Job:
     """The stage's output, with a journal; `settings`: what shapes it besides the flags that all stages have."""
+    # Not in it: what changes no text (max_rows, device). They may differ when a run is continued.
     shared = {
         "seed": stage.out.seed,
         "language": stage.out.language,
@@ -55,7 +56,7 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
 
 
 def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
-    """Load what the flags name; say once what is in force, and why."""
+    """Load the model that the flags name, and print once what is in force and why."""
     from lengthen.models.loading import load_model
     from lengthen.sampling.attend_cpu import FP8
     from lengthen.sampling.engine import Sampler
@@ -116,6 +117,7 @@ class Writer:
         penalize_prompt: False = the repetition penalty counts the prefill and the output, but not the user's turn.
         """
         sampling = replace(sampling_of(self.stage.sampling, limit, stop), min_new_tokens=min_new_tokens)
+        # Of id and draw alone: a text does not depend on what else is in the batch, nor on a resume.
         seed = draw_seed(self.stage.out.seed, id_, *draw)
         penalty_from = 0 if penalize_prompt else len(self.encode(content))
         return Request((id_, draw), self.encode(content, prefill), seed, sampling, penalty_from, expected_tokens)
@@ -137,14 +139,15 @@ class Writer:
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:
     """The flags as Sampling; `limit`: new tokens where the user set none, 0 = the sampler's own."""
     recipe = flags.recipe()
-    tokens = recipe.pop("max_new_tokens") or limit
+    tokens = recipe.pop("max_new_tokens") or limit  # 0 = Sampling's default, capped by the context
     return Sampling(**recipe, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
 
 
 def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:
-    """{id: "length-bias"} of the answers to drop; a Chinese word is a character, so each language is ranked alone."""
+    """{id: "length-bias"} of the answers to drop. Each language is ranked alone: a Chinese word is a character."""
     drops: dict[str, str] = {}
     for language in LANGUAGES:
+        # All records of the language at once: which are dropped depends on the ranks of all of them.
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
         drops |= {same[i]["id"]: "length-bias" for i in gone}

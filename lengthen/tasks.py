@@ -143,18 +143,18 @@ class Task(ABC, Generic[E, R]):
 class Redraw(Task[E, R]):
     """A record that one draw completes: drawn again, with another seed each time, until one passes.
 
-    A subclass says what is asked (`request`) and what a reply is worth (`read`).
+    A subclass says what is asked (`request`) and what a reply is worth (`read`). `reason`: of a record that is rejected
+    without a draw; None = it is to be drawn.
     """
 
-    def __init__(self, record: dict[str, Any], max_attempts: int):
+    def __init__(self, record: dict[str, Any], max_attempts: int, reason: str | None = None):
         self.record, self.max_attempts = record, max_attempts
         self.attempt = 0  # the next one, or the last one when it is over
-        self.reason = ""  # of the last draw
-        self._over = False
+        self.reason = reason  # why the last attempt failed, "" = accepted; None = not over
 
     @property
     def over(self) -> bool:
-        return self._over
+        return self.reason is not None
 
     @abstractmethod
     def read(self, reply: R, engine: E) -> tuple[dict[str, Any], str]:
@@ -169,21 +169,21 @@ class Redraw(Task[E, R]):
 
     def examine(self, draw: Draw, reply: R, engine: E) -> Entry:
         fields, reason = self.read(reply, engine)
-        # An error would come again: a prompt that does not fit the context, say.
+        # The same error would come again: a prompt that does not fit the context, say.
         last = not reason or bool(reply.error) or draw[0] + 1 >= self.max_attempts
         entry = {"id": self.id, "attempt": draw[0], "reason": reason, "tokens": reply.num_tokens, "last": last}
         return {**entry, "fields": fields if last else {}}  # a text that is drawn again is not kept
 
     def apply(self, entry: Entry) -> None:
         assert entry["attempt"] == self.attempt and not self.over, (entry, self.attempt)
-        self.reason, self._over = entry["reason"], entry["last"]
-        if self.over:
-            self.record = {**self.record, **entry["fields"], "attempt": self.attempt}
-        else:
+        if not entry["last"]:
             self.attempt += 1
+            return
+        record, reason = {**self.record, **entry["fields"], "attempt": self.attempt}, entry["reason"]
+        self.record, self.reason = self.last_resort(record, reason) if reason else (record, "")
 
     def outcome(self) -> tuple[dict[str, Any], str]:
-        return self.last_resort(self.record, self.reason) if self.reason else (self.record, "")
+        return self.record, self.reason or ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -239,9 +239,10 @@ class _Driver(Generic[E, R]):
 
     def ask_all(self, engine: E, what: str) -> None:
         self.engine = engine
-        for task in self.left.values():
+        for task in self.left.values():  # all at once: the engine orders its queue itself
             self._ask(task)
         with cli.progress(what, len(self.tasks)) as bar:
+            # Again, where the scores asked for after the last reply make new draws necessary.
             while self.left and (self.asked or self.unscored):
                 for reply in engine.run():
                     self._take(reply, engine)
@@ -253,8 +254,10 @@ class _Driver(Generic[E, R]):
                 self._take_turns()
 
     def _ask(self, task: Task[E, R]) -> None:
-        if self.engine is None:
-            return  # replaying: `ask_all` comes later
+        """Put in the queue what the task wants now, draws and scores."""
+        if self.engine is None or task.over:  # None: replaying, `ask_all` comes later
+            return
+        self.unscored |= {(task.id, draw): task for draw in task.unscored()}
         for draw in task.draws():
             if (task.id, draw) not in self.asked:
                 self.asked[task.id, draw] = task, draw
@@ -274,7 +277,7 @@ class _Driver(Generic[E, R]):
         self._take_turns()
 
     def _note(self, task: Task[E, R], entry: Entry) -> None:
-        """On disk first, then in force; then on to the next draw, or into the output."""
+        """On disk first, then in force; after that the next draw, or the record."""
         if self.job.use_journal:
             self.job.note(entry)
         self._apply(task, entry)
@@ -290,11 +293,10 @@ class _Driver(Generic[E, R]):
             self.tally.tokens += entry["tokens"]
         if entry.get("reason") and not task.in_turn:
             self.job.count(entry["reason"])
-        self.unscored |= {(task.id, draw): task for draw in task.unscored()}
 
     def _score(self, engine: E) -> None:
-        """All questions that wait, in one batch."""
-        waiting = [(task, draw) for (id_, draw), task in self.unscored.items() if id_ not in self.job.done_ids]
+        """All questions that wait, in one batch: a pass over eight short texts costs little more than over one."""
+        waiting = [(task, draw) for (id_, draw), task in self.unscored.items() if id_ in self.left]
         questions = [task.questions(draw, engine) for task, draw in waiting]
         pairs = [pair for asked in questions for pair in asked]
         sums: Iterator[float] = iter(())
@@ -307,7 +309,7 @@ class _Driver(Generic[E, R]):
         ]
         for (task, _), entry in zip(waiting, entries, strict=True):
             self._note(task, entry)
-        self.unscored.clear()
+        self.unscored.clear()  # only now: noting one score of a task lists its others again
 
     def _take_turns(self) -> None:
         """Decide every draw whose turn has come; a failed one's next draw has its turn after all others."""

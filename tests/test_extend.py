@@ -351,8 +351,9 @@ def test_the_longest_drafts_start_first_and_seeds_differ(monkeypatch, tmp_path):
     assert len({r.seed for r in sampler.requests}) == len(sampler.requests)
 
 
-def test_killed_at_every_write_and_rename_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path, capsys):
-    """Promise 1; each cut tears the line that is being written. What the journal holds is not drawn a second time."""
+def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path, capsys):
+    """Promise 1, at every third write or rename (tests/test_tasks.py dies at each); each cut tears the line that is
+    being written. What the journal holds is not drawn a second time."""
 
     def run(name: str, die: int, order: int = 0) -> tuple[ScriptedSampler | None, int]:
         with monkeypatch.context() as patch:
@@ -370,7 +371,7 @@ def test_killed_at_every_write_and_rename_and_run_again_it_is_the_uninterrupted_
     sampler, total = run("whole", never)
     whole, whole_summary, calls = result_of(tmp_path / "whole" / "run"), summary(), len(sampler.requests)
     assert len(whole) == 3 and total > calls > 10
-    for step in range(1, total + 1):
+    for step in range(1, total + 1, 3):
         drafts_file(tmp_path / str(step) / "run")
         assert run(str(step), step)[0] is None
         folder = tmp_path / str(step) / "run" / "iter_1"

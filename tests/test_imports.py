@@ -25,7 +25,14 @@ RANKS = [
 ONE_ROOM = [{"lengthen.records", "lengthen.jobs", "lengthen.cli"}, {"lengthen.stage", "lengthen.tasks"}]
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
-    *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.stage", "lengthen.sampling.request"),
+    *(
+        "lengthen.records",
+        "lengthen.jobs",
+        "lengthen.cli",
+        "lengthen.stage",
+        "lengthen.tasks",
+        "lengthen.sampling.request",
+    ),
     *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.training.pairs"),
 }
 FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
