@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
+from lengthen.text.words import quantile
 
 LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
 WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
@@ -370,9 +371,9 @@ def _now() -> str:
 
 def word_statistics(records: Sequence[dict]) -> dict[str, float]:
     """Median, p90, maximum and sum of the words of the records (of their prompts where they hold no response)."""
-    words = sorted(r.get("response_words", r.get("prompt_words", -1)) for r in records)
+    words = [r.get("response_words", r.get("prompt_words", -1)) for r in records]
     words = [w for w in words if w >= 0]
-    if not words:
+    p90 = quantile(words, 0.9)
+    if p90 is None:
         return {}
-    p90 = words[min(len(words) - 1, int(0.9 * len(words)))]
-    return {"median": statistics.median(words), "p90": p90, "max": words[-1], "sum": sum(words)}
+    return {"median": statistics.median(words), "p90": round(p90, 1), "max": max(words), "sum": sum(words)}

@@ -59,9 +59,9 @@ COMMANDS = {
         "evaluate an adapter": """evaluate.py --model random --adapter runs/same/iter_1/generator
             --benchmark benchmark.jsonl --at-least 100 --min-new-tokens 20 --max-new-tokens 60 --seed 9
             --output runs/same/eval/tuned""",
-        "evaluate ready-made answers": """evaluate.py --outputs runs/same/final/constrained.jsonl
+        "evaluate ready-made answers": """evaluate.py score runs/same/final/constrained.jsonl
             --output runs/same/eval/constrained""",
-        "compare": """evaluate.py --compare runs/same/eval/base runs/same/eval/tuned --judge writer
+        "compare": """evaluate.py compare runs/same/eval/base runs/same/eval/tuned --judge writer
             --judge-attempts 1 --seed 10 --output runs/same/eval/preferred""",
     },
     "real": {
