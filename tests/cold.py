@@ -1,4 +1,4 @@
-"""Fresh processes for tests: `cold.run("evaluate.py", "--report", folder)` in place of subprocess.run([sys.executable, ...]).
+"""Fresh processes for tests: `cold.run("evaluate.py", ...)` in place of `subprocess.run([sys.executable, ...])`.
 
 A new interpreter spends 4 to 8 seconds of a core on importing torch and transformers. Here they are imported once per
 test process, by a server that then forks a child per call: it has the modules, and none of the state, of any test. So
