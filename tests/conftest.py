@@ -43,6 +43,13 @@ def same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def same_nf4_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU multiplies bf16 (AVX512-BF16), bitsandbytes rounds a layer's input to it; elsewhere it does not."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)  # older releases never do
+
+
 @pytest.fixture(scope="session")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny writer (tests/tiny.py): a model whose random texts can pass the filters."""
