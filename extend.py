@@ -1,19 +1,19 @@
 """Rewrite each draft into a longer text, in two stages: the Extender's part of Self-Lengthen, and its heart.
 
-One call of a model is bounded by the length it is used to writing. So a round of extension is two calls
+A model writes no more in one call than the length it is used to. So a round of extension is two calls
 (arXiv 2410.23933; `Extension` below):
 
 1. Stage 1: the Extender enriches the first half of the text alone. The first two thirds of the paragraphs it returns
    are kept as a prefix: the last third is cut, so that no ending survives.
-2. Stage 2: it enriches the WHOLE text, its answer prefilled with that prefix. The prefix shows in context at which
-   rate to expand, and leaves the habitual length for the second half. Result = prefix + continuation.
+2. Stage 2: it enriches the WHOLE text, its answer prefilled with that prefix. The prefix shows by how much to expand,
+   and the habitual length is left for the second half. Result = prefix + continuation.
 3. The result is the next round's text if it passes the filters and is longer; else the round is tried again.
 4. After up to --rounds rounds the job is accepted if the text has more than --min-gain times the words of the draft.
 5. Length bias: of all accepted texts the shortest fifth always goes, 40.5 % go on average.
 
 Reads responses.jsonl, writes extended.jsonl (and .rejected.jsonl, .meta.json). extended.work.jsonl holds every prefix,
 accepted round and failed try while the stage runs: a kill costs only the texts being decoded, and the same command
-goes on with the same seeds.
+continues with the same seeds.
 
 Departures from the paper and its release:
  1. A text of one paragraph is divided by sentences, so neither the first half nor the prefix is ever empty.
@@ -22,14 +22,14 @@ Departures from the paper and its release:
     the text does not end for the whole, and it would leave stage 2 the smallest room.
  4. Chatter around either stage's text is stripped, else the text is rejected; so are loops, and openings that speak of
     the "outline" the template calls the draft.
- 5. A try is one pass of two stages, and --max-attempts counts the tries of all rounds of a job together. A round that
-    used them up does not sink the job: what earlier rounds reached counts. The last round must reach --min-gain.
+ 5. A try is one pass of two stages, and --max-attempts counts the tries of all rounds of a job together. When a round
+    has used them up, what earlier rounds reached still counts. The last round must reach --min-gain.
  6. The repetition penalty counts the output and its prefix only: over the draft, it drives the Extender away from the
     draft's own words (--penalty-scope all is the release's way).
  7. --stages takes any number. Stage i of N enriches the first i of N parts of the text, prefilled with two thirds of
     what each stage before it wrote. 2 is the paper's; 1 is the control, a single call without a prefix.
- 8. Jobs run side by side, each at its own stage: a finished text's place is taken at once. The longest drafts start
-    first, and the slowest are waited for: they are the longest.
+ 8. Jobs run side by side, each at its own stage: another text takes the place of a finished one at once. The longest
+    drafts start first, and the slowest are waited for, because they are the longest.
 
     python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \\
         --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6
@@ -38,32 +38,20 @@ Departures from the paper and its release:
 import argparse
 import re
 import statistics
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.jobs import Job
 from lengthen.models.chat import fill, template_hashes
-from lengthen.records import (
-    UserError,
-    draw_seed,
-    filter_language,
-    new_record,
-    prompt_id,
-    read_jsonl,
-    record_id,
-    run_id_of,
-)
-from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
-from lengthen.text.filters import clean_answer, has_chatter, is_loop, strip_chatter
+from lengthen.records import UserError, filter_language, new_record, read_answers, record_id, run_id_of
+from lengthen.sampling.request import Request, Sample
+from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
+from lengthen.tasks import Draw, Entry, Tally, Task, run_tasks
+from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_loop, strip_chatter
 from lengthen.text.words import count_words, detect_language, split_paragraphs
 
-if TYPE_CHECKING:
-    from lengthen.sampling.request import Sample
-
-KEPT = (2, 3)  # of the paragraphs that a stage returns: what the next one goes on from
+KEPT = (2, 3)  # share of the paragraphs that a stage returns: what the next one continues
 _TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
 
 
@@ -89,24 +77,27 @@ class ExtendFlags:
 # ---------------------------------------------------------------------------------------------------------
 # Cutting texts
 
-# Behind a sentence's end with its closing quote or bracket. Chinese puts no blank there; "3.14" does not count.
+# The position after a sentence and its closing quote or bracket. Chinese puts no blank there; "3.14" does not count.
+# Four cases: 。 alone, 。 with a closing mark, then "." and "." with a closing mark, which need white space after them.
 _SENTENCE_END = re.compile(
     r"(?<=[。！？])(?![。！？”’」』）》])|(?<=[。！？][”’」』）》])|(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+"
 )
 
 
 def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
-    """Return the first share of a text's paragraphs, verbatim, and the break behind it; ("", "") for one sentence."""
+    """Return the first share of a text's paragraphs, verbatim, and the break after it; ("", "") for one sentence."""
     text = text.replace("\r\n", "\n")
     parts, _ = split_paragraphs(text)
     one_paragraph = len(parts) < 2
     if one_paragraph:
         parts = [part for part in _SENTENCE_END.split(text) if part.strip()]
-    end = 0
-    # of two parts or more at least the first
-    for part in parts[: max(len(parts) * share[0] // share[1], min(1, len(parts) - 1))]:
+    # Rounded down, but of two parts or more at least the first: neither half of a text nor a prefix is ever empty.
+    wanted = max(len(parts) * share[0] // share[1], min(1, len(parts) - 1))
+    end = 0  # characters; found again in the text, because the break between two parts is part of what is kept
+    for part in parts[:wanted]:
         end = text.index(part, end) + len(part)
-    gap = text[end:][: len(text[end:]) - len(text[end:].lstrip())]
+    gap = text[end:][: len(text[end:]) - len(text[end:].lstrip())]  # the white space after it
+    # Lines stay lines; where sentences were divided, a new paragraph begins.
     return text[:end].strip(), "" if not end else "\n" if not one_paragraph and gap.count("\n") == 1 else "\n\n"
 
 
@@ -118,35 +109,36 @@ def shown(text: str, stage: int, stages: int) -> str:
 def speaks_of_task(text: str, given: str) -> bool:
     """Whether a text opens with words about the "outline" of the template, which neither instruction nor draft uses.
 
-    "Awesome! Please share the outline with me": SmolLM2's way to a longer text. Only the opening counts, for a long
+    "Awesome! Please share the outline with me" is how SmolLM2 makes a text longer. Only the opening counts: a long
     story may well have the outline of a hill in it.
     """
+    # 300 characters: two or three sentences.
     return bool(_TASK.search(text[:300]) and not _TASK.search(given))
 
 
 def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (prefix with its break, reason): what the next stage is prefilled with, or why this output is of no use.
 
-    The first stage must give one. A later one that ends at once adds nothing, and the next goes on from the same.
+    The first stage must give a prefix. A later one that ends at once adds nothing, and the next continues the same.
     """
-    if finish != "eos":
-        return "", finish if finish in ("error", "repetition") else "unfinished"
+    if reason := finish_reason(finish):
+        return "", reason
+    # Only a beginning can have an opening ("Here is the text:"); after a prefix, the break is there already.
     text = text.lstrip() if prefix else strip_chatter(text, language)[0]
     kept = prefix + "".join(first_share(text, KEPT))
     if not kept:
         return "", "empty"
     if is_loop(prefix + text, language):
         return "", "repetition"
-    if has_chatter(kept):  # it would only be found when the last stage has been paid for
+    if has_chatter(kept):  # else it would only be found after the last stage has been paid for
         return "", "chatter"
     return (kept, "") if detect_language(kept) == language else ("", "language")
 
 
 def examine_round(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (prefix + continuation without chatter, reason); reason "" = it passes the filters."""
-    if finish in ("error", "repetition"):
-        return "", finish
-    if not text.strip():
+    # Of the continuation, which the prefix would hide; "error" and "repetition" say more about it.
+    if not text.strip() and finish_reason(finish) in ("", "unfinished"):
         return "", "empty"
     return clean_answer(prefix + text.lstrip(), finish, language)
 
@@ -156,21 +148,24 @@ def examine_round(prefix: str, text: str, finish: str, language: str) -> tuple[s
 
 
 @dataclass
-class Extension:
-    """A draft on its way to a longer text. `examine` decides about a sample, `apply` alone changes the state.
+class Extension(Task[Writer, Sample]):
+    """A draft on its way to a longer text. `examine` judges a sample, and `apply` alone changes the state.
 
     What `examine` returns is what the journal holds, so applying a journal's entries in order gives the state back.
+    lengthen/tasks.py does the rest: it asks for `draws`, keeps the journal, and stores `outcome` once a job is `over`.
     """
 
     record: dict  # the extended record it will be: ids, prompt, initial, initial_words
     rules: ExtendFlags
     text: str = ""  # the draft, then the last accepted round
     round_words: list[int] = field(default_factory=list)  # after each accepted round
-    attempt: int = 0  # the try that runs, counted over all rounds
+    attempt: int = 0  # the current try, counted over all rounds
     accepted_attempt: int = -1  # the try that gave `text`
     stage: int = 1  # of this try
-    prefix: str = ""  # what the stages before it left
+    prefix: str = ""  # what is left of the stages before it
     reason: str = ""  # why the last failed try failed
+    tries: int = 0  # passes of all stages; one that failed early counts
+    prefix_tokens: int = 0  # drawn in all stages but the last
 
     def __post_init__(self) -> None:
         self.text = self.text or self.record["initial"]
@@ -181,6 +176,7 @@ class Extension:
 
     @property
     def over(self) -> bool:
+        # Tries are shared by all rounds: a hard first round leaves fewer for the others.
         return len(self.round_words) >= self.rules.rounds or self.attempt >= self.rules.max_attempts
 
     @property
@@ -192,10 +188,23 @@ class Extension:
         return shown(self.text, self.stage, self.rules.stages)
 
     def draw(self) -> tuple[int, int, int]:
-        """(attempt, round, stage): what a call's sampling seed is hashed from."""
+        """(attempt, round, stage) of the next call: its sampling seed is hashed from them."""
         return self.attempt, len(self.round_words), self.stage
 
-    def examine(self, sample: "Sample") -> dict:
+    def draws(self) -> list[Draw]:
+        return [] if self.over else [self.draw()]
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        draft = self.draft()
+        content = fill("extend", self.record["language"], instruction=self.record["prompt"], draft=draft)
+        # Tokens: at least as long as what it enriches, less what it is prefilled with. The sampler starts the longest
+        # first, also when they come back for their next call.
+        expected = max(1, len(writer.chat.encode_text(draft)) - len(writer.chat.encode_text(self.prefix)))
+        # Over the draft, the repetition penalty would drive the Extender away from the draft's own words.
+        whole = self.rules.penalty_scope == "all"
+        return writer.request(self.id, draw, content, self.prefix, penalize_prompt=whole, expected_tokens=expected)
+
+    def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
         """The journal entry of a sample: with reason "", `text` is a round (the last stage) or a prefix."""
         language = self.record["language"]
         if self.last_stage:
@@ -205,19 +214,26 @@ class Extension:
             text, reason = examine_prefix(self.prefix, sample.text, sample.finish, language)
         if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"]):
             reason = "chatter"
-        attempt, round_, stage = self.draw()
-        entry = {"id": self.record["id"], "attempt": attempt, "round": round_, "stage": stage}
-        return {**entry, "reason": reason, "text": "" if reason else text, "tokens": sample.num_tokens}
+        attempt, round_, stage = draw
+        entry = {"id": self.id, "attempt": attempt, "round": round_, "stage": stage, "reason": reason}
+        entry |= {"text": "" if reason else text, "tokens": sample.num_tokens}
+        if self.last_stage and not reason:  # of the whole text: with its prefix, without chatter, with the EOS
+            entry["response_tokens"] = len(writer.chat.encode_answer(text))
+        return entry
 
     def _too_short(self, words: int) -> str:
         if words <= self.words:
             return "not-longer"
+        # Earlier rounds may gain little: the next one adds to it.
         last_round = len(self.round_words) + 1 == self.rules.rounds
         return "gain" if last_round and words <= self.rules.min_gain * self.record["initial_words"] else ""
 
-    def apply(self, entry: dict) -> None:
+    def apply(self, entry: Entry) -> None:
         """Go on to the next call."""
         assert (entry["attempt"], entry["round"], entry["stage"]) == self.draw(), (entry, self.draw())
+        # Counted before the state moves on: the entry is about the stage that has just ended.
+        self.tries += self.last_stage or bool(entry["reason"])
+        self.prefix_tokens += 0 if self.last_stage else entry["tokens"]
         if entry["reason"]:
             self.reason = entry["reason"]
             # A draft that does not fit the context never will; a prefix that does not may come out shorter.
@@ -226,11 +242,12 @@ class Extension:
             self.stage, self.prefix = 1, ""
         elif not self.last_stage:
             self.stage, self.prefix = self.stage + 1, entry["text"]
-        else:
+        else:  # a round is accepted: the next one starts from its text
             self.text, self.accepted_attempt = entry["text"], self.attempt
             self.stage, self.prefix = 1, ""
             self.round_words.append(count_words(self.text))
-            self.record["response_tokens"] = entry.get("response_tokens", -1)
+            # From the journal, so that a resumed run needs no tokenizer to know it.
+            self.record["response_tokens"] = entry["response_tokens"]
             self.attempt += 1
 
     def outcome(self) -> tuple[dict, str]:
@@ -238,12 +255,13 @@ class Extension:
         changes = {
             "response": self.text,
             "response_words": self.words,
-            "finish": "eos" if self.round_words else "",
+            "finish": "eos" if self.round_words else "",  # only texts that ended by EOS become rounds
             "attempt": self.accepted_attempt,
             "rounds": len(self.round_words),
             "round_words": self.round_words,
             "gain": round(self.words / max(1, self.record["initial_words"]), 4),
         }
+        # Also when the tries were used up: a job with one good round of three is worth keeping.
         accepted = self.words > self.rules.min_gain * self.record["initial_words"]
         return {**self.record, **changes}, "" if accepted else self.reason
 
@@ -253,104 +271,44 @@ class Extension:
 
 def read_drafts(paths: list[str], language: str) -> list[dict]:
     """Drafts of one or several files, longest first: they take the most calls and the longest ones."""
-    drafts, origin = [], {}
+    drafts: list[dict] = []
+    origin: dict[str, str] = {}  # id -> its file
     for path in paths:
-        for row in read_jsonl(path, needs=("prompt", "response")):
-            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
-            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+        for row in read_answers(path):
             if row["id"] in origin:
                 raise UserError(f"id {row['id']!r} is in {origin[row['id']]} and again in {path}")
             origin[row["id"]] = path
             drafts.append({**row, "words": count_words(row["response"])})
+    # Ties by id: the same order on every machine, whatever the order of the files.
     return sorted(filter_language(drafts, language), key=lambda row: (-row["words"], row["id"]))
 
 
-def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> dict[str, Extension]:
-    """--samples jobs a draft, by id, in the order in which they are to start."""
-    extensions = {}
+def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> list[Extension]:
+    """--samples jobs a draft, in the order in which they are to start."""
+    extensions = []
     for draft in drafts:
         for sample in range(rules.samples):
             id_ = record_id("extended", draft["id"], sample)
             base = {"id": id_, "parent_id": draft["id"], "language": draft["language"], "run_id": run_id}
             initial = {"initial": draft["response"], "initial_words": draft["words"]}
             record = new_record("extended", **base, sample=sample, prompt=draft["prompt"], **initial)
-            extensions[id_] = Extension(record, rules)
+            extensions.append(Extension(record, rules))
     return extensions
 
 
-def extend_all(stage: Stage, rules: ExtendFlags, job: Job, extensions: dict[str, Extension]) -> list[dict]:
-    """Run every job to its end and store it; returns all journal entries, those of earlier processes included."""
-    # 1) where an earlier process left off
-    entries = list(job.journal)
-    for entry in entries:
-        extensions[entry["id"]].apply(entry)
-    running = [e for e in extensions.values() if not e.over]
-
-    def store(extension: Extension) -> None:
-        record, reason = extension.outcome()
-        if record["id"] not in job.done_ids:
-            job.reject(record, reason) if reason else job.accept(record)
-
-    for extension in extensions.values():
-        if extension.over:  # killed between the last entry and the record
-            store(extension)
-    if not running:
-        return entries
-
-    # 2) new requests join while results are read: no waves, no idle rows
-    from lengthen.sampling.request import Request
-
-    loaded, sampler = open_model(stage, job)
-    chat, sampling = loaded.chat, sampling_of(stage.sampling)
-
-    def add(extension: Extension) -> None:
-        record = extension.record
-        content = fill("extend", record["language"], instruction=record["prompt"], draft=extension.draft())
-        messages = [{"role": "user", "content": content}]
-        prompt_ids = chat.encode(messages, prefill=extension.prefix)
-        penalty_from = len(chat.encode(messages)) if rules.penalty_scope == "output" else 0
-        seed = draw_seed(stage.out.seed, record["id"], *extension.draw())
-        # At least as long as what it enriches, less what it is prefilled with: the longest start first, also when they
-        # come back for their next call.
-        expected = max(1, len(chat.encode_text(extension.draft())) - len(chat.encode_text(extension.prefix)))
-        sampler.add(Request(record["id"], prompt_ids, seed, sampling, penalty_from, expected))
-
-    for extension in running:
-        add(extension)
-    with cli.progress("extensions", len(extensions)) as bar:
-        for sample in sampler.run():
-            extension = extensions[sample.request.key]
-            entry = extension.examine(sample)
-            if sample.finish == "error":
-                cli.say(f"  {entry['id']}, stage {entry['stage']}: {sample.error}")
-            if extension.last_stage and not entry["reason"]:
-                entry["response_tokens"] = len(chat.encode_answer(entry["text"]))
-            job.note(entry)
-            entries.append(entry)
-            extension.apply(entry)
-            if extension.over:
-                store(extension)
-            else:
-                add(extension)
-            calls = f"{len(job.records)} accepted, {len(entries)} calls"
-            bar.update(len(job.done_ids), f"{calls}, {sampler.progress()}")
-    return entries
-
-
-def statistics_of(entries: list[dict], stages: int, job: Job) -> dict:
-    """The Extender in numbers, before the length bias takes its share."""
-    tries = sum(e["stage"] == stages or bool(e["reason"]) for e in entries)  # one that failed early is a whole try
-    passed = sum(e["stage"] == stages and not e["reason"] for e in entries)
-    gains = [r["gain"] for r in job.records]
+def statistics_of(extensions: list[Extension], tally: Tally, job: Job) -> dict:
+    """The Extender in numbers, before the length bias drops the short texts."""
+    gains = [r["gain"] for r in job.records]  # words at the end per word of the draft
     return {
         "jobs": len(job.done_ids),
         "acceptance": round(len(gains) / max(1, len(job.done_ids)), 4),
         "gain_median": statistics.median(gains) if gains else -1.0,
-        "calls": len(entries),
-        "tries": tries,
-        "tries_passed": passed,
-        "tokens": sum(e["tokens"] for e in entries),
-        "prefix_tokens": sum(e["tokens"] for e in entries if e["stage"] < stages),
+        "calls": tally.attempts,
+        # A try is one pass of all stages: tries_passed / tries is how often a try gives a longer text.
+        "tries": sum(e.tries for e in extensions),
+        "tries_passed": sum(len(e.round_words) for e in extensions),
+        "tokens": tally.tokens,
+        "prefix_tokens": sum(e.prefix_tokens for e in extensions),
     }
 
 
@@ -373,12 +331,10 @@ def main(argv: list[str] | None = None) -> None:
     with open_job("extend", stage, args.input, settings) as job:
         stats = {}
         if not job.complete:
-            # 1) all jobs to their end
-            entries = extend_all(stage, rules, job, extensions)
-            for reason, times in Counter(e["reason"] for e in entries if e["reason"]).items():
-                job.count(reason, times)
-            stats = statistics_of(entries, rules.stages, job)
-            # 2) the shortest go, once all are there
+            # 1) bring all jobs to their end
+            tally = run_tasks(job, extensions, lambda: open_writer(stage, job), "extensions")
+            stats = statistics_of(extensions, tally, job)
+            # 2) only now, because the rank of a text depends on all others
             if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed))
         summary = job.finish(stage.out.min_yield, **stats)

@@ -1,17 +1,21 @@
-"""The Generator's part of Self-Lengthen: invent instructions, draft answers, weave length demands into instructions.
+"""The Generator's part of Self-Lengthen: invent instructions, draft answers, write length demands into instructions.
 
 Three commands, each one step of the method (arXiv 2410.23933):
 
 instructions  1. The BASE model sees two seed instructions and writes a third, as a continuation of its own turn.
               2. It judges whether that instruction suits a long article; 3 < words < 500, right language, not a
                  near-duplicate of a seed, of --dedup-against, or of an instruction before it.
-responses     3. The Generator answers each instruction --samples times; one that fails the filters is drawn again.
+responses     3. The Generator answers each instruction --samples times; what fails the filters is drawn again.
               4. Length bias: the shortest fifth of the answers always goes, 40.5 % go on average.
-constrain     5. A length demand that is true of the answer is woven into its instruction by the BASE model, checked,
-                 and drawn again; at last it is appended in one plain sentence. Several files in = this also collects.
+constrain     5. The BASE model writes a length demand that is true of the answer into its instruction; the result is
+                 checked, and drawn again if need be. When all attempts are used up, the demand is appended as a
+                 sentence of its own. Several input files: this also collects them.
 
 Reads and writes JSONL: seeds -> instructions.jsonl -> responses.jsonl; responses.jsonl + extended.jsonl ->
 constrained.jsonl. Beside X.jsonl: X.rejected.jsonl with a `reason`, X.meta.json, and X.work.jsonl while it runs.
+
+Every record is a task (lengthen/tasks.py): NewInstruction, Draft and Demand below say what is asked and which reply is
+good enough; run_tasks asks, retries, stores, and continues after a kill.
 
 Departures from the paper and its release:
  1. One tree for both languages: templates, filters and word measures follow each record's language.
@@ -30,41 +34,37 @@ Departures from the paper and its release:
 import argparse
 import random
 import re
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lengthen import cli
 from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
-from lengthen.jobs import Job
 from lengthen.models.chat import fill, template_hashes
 from lengthen.records import (
     UserError,
     draw_seed,
     filter_language,
     new_record,
-    prompt_id,
-    read_jsonl,
+    read_answers,
     read_prompts,
     record_id,
     run_id_of,
 )
-from lengthen.stage import Stage, length_bias_drops, open_job, open_model, sampling_of
+from lengthen.sampling.request import Request, Sample
+from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
+from lengthen.tasks import Draw, Entry, Pair, Redraw, Task, run_tasks
 from lengthen.text.demands import make_demand, states_demand
-from lengthen.text.filters import clean_answer, strip_chatter
+from lengthen.text.filters import clean_answer, finish_reason, strip_chatter
 from lengthen.text.selection import NearDuplicates
 from lengthen.text.words import count_words, detect_language
 
-if TYPE_CHECKING:
-    from lengthen.sampling.request import Sample
-
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in the release
-INSTRUCTION_TOKENS = 1024  # enough for 500 words; an instruction that does not end would else fill the context
-JUDGE_BATCH = 8  # instructions judged at a time, between two steps of the sampler
-RETRIES = 2  # draws at a time for an instruction whose first one failed: one by one, the last few take the longest
-NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}
+INSTRUCTION_TOKENS = 1024  # enough for 500 words; without a limit, one that does not end would fill the context
+RETRIES = 2  # draws at a time once the first has failed: one at a time, the last few instructions take the longest
+DOES_NOT_FIT = -1e9  # nats: margin of an instruction that leaves no room for the judge's question; always a no
+NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}  # the template shows 1 and 2, the model writes 3
 YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
+# The last resort of constrain. Plain, so that text.demands reads exactly this demand back.
 APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
 
 # ---------------------------------------------------------------------------------------------------------
@@ -109,27 +109,29 @@ class ConstrainFlags:
 # ---------------------------------------------------------------------------------------------------------
 # 1, 2: instructions
 
-# What models put before and behind an instruction when they continue the list: its number, a label, an answer.
+# What models put before and after an instruction when they continue the list: its number, a label, an answer.
 _LABEL = re.compile(r"^\W*(?:instruction|prompt|task|指令|题目)\s*\d*\s*[:：.]\W*|^\d+[.:、)]\s*", re.IGNORECASE)
 _ANSWER = re.compile(r"\n\W*(?:(?:response|answer|output|solution|example)\W*:|(?:回答|答案|输出|示例)\W*[:：])", re.I)
 _QUOTES = {'"': '"', "“": "”", "'": "'", "「": "」", "『": "』", "**": "**", "*": "*"}
 
 
 def clean_instruction(text: str) -> str:
-    """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer behind it."""
+    """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer after it."""
+    # The newline in front: an answer may begin in the first line, and then nothing is left.
     text = _LABEL.sub("", _ANSWER.split("\n" + text)[0].strip()).strip()
     for left, right in _QUOTES.items():
-        inside = text[len(left) : -len(right)]
+        inside = text[len(left) : -len(right)]  # no quote in it: '"Ships" and "harbours"' is not one quotation
         if text.startswith(left) and text.endswith(right) and inside and left not in inside:
             return inside.strip()
     return text
 
 
 def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str]:
-    """Return (instruction, reason): "" = worth a judgement."""
+    """Return (instruction, reason); reason "" = to be judged."""
     instruction = clean_instruction(text)
-    if finish not in ("eos", "stop"):
-        return instruction, finish if finish in ("error", "repetition") else "unfinished"
+    # "stop": it went on to the next number, or to something after a blank line (`item_ends`).
+    if reason := finish_reason(finish, ends=("eos", "stop")):
+        return instruction, reason
     if not MIN_INSTRUCTION_WORDS < count_words(instruction) < MAX_INSTRUCTION_WORDS:
         return instruction, "words"
     return instruction, "" if detect_language(instruction) == language else "language"
@@ -138,7 +140,7 @@ def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str
 def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     """Stop strings: the next number; and a blank line, where the shots have none inside.
 
-    Small models go on behind it with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's did.
+    After it, small models continue with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's.
     """
     has_blank_line = any("\n\n" in shot["prompt"].strip() for shot in shots)
     return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
@@ -146,203 +148,174 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
 
 def split_count(count: int, seeds: list[dict]) -> list[str]:
     """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh")."""
+    # English gets the rounding, Chinese the rest: together they are always `count`.
     num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
     return ["en"] * num_en + ["zh"] * (count - num_en)
 
 
 def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
     """The two examples of a record: the same on every machine and in every attempt."""
+    # Sorted by id, and drawn by the record's: neither the order of the files nor --seed changes what is shown.
     same = sorted((s for s in seeds if s["language"] == language), key=lambda s: s["id"])
     if len(same) < 2:
         raise UserError(f"two seeds of language {language!r} are needed, found {len(same)}", "--seeds FILE [FILE ...]")
     return random.Random(record_id_).sample(same, 2)
 
 
-def instructions(stage: Stage, own: InstructionsFlags) -> None:
-    # 1) seeds, and one record per wanted instruction
-    seeds = filter_language(read_prompts(own.seeds, source="seed"), stage.out.language)
+class NewInstruction(Task[Writer, Sample]):
+    """An instruction that the model invents. Its draws finish in any order, but near-duplicates are decided in turn."""
+
+    in_turn = True
+
+    def __init__(self, record: dict, shots: list[dict], rules: InstructionsFlags, distinct: NearDuplicates):
+        self.record, self.shots, self.rules = record, shots, rules
+        self.distinct = distinct  # shared by all tasks: the seeds, and the instructions accepted so far
+        self.drawn: dict[int, tuple[str, str]] = {}  # attempt -> (instruction, reason; "" = to be judged)
+        self.margins: dict[int, float] = {}  # attempt -> log p(yes) - log p(no), nats
+        self.attempt = 0  # the one whose turn is next
+        self.reason: str | None = None  # why the last attempt failed, "" = accepted; None = not over
+
+    @property
+    def over(self) -> bool:
+        return self.reason is not None
+
+    def verdict(self, attempt: int) -> str | None:
+        """Why an attempt failed, "" = it did not (unless it is a near-duplicate), None = not known yet."""
+        # The filters first: the judge is not asked about what they refuse.
+        _, reason = self.drawn.get(attempt, ("", None))
+        if reason != "" or self.rules.judge_margin == float("-inf"):
+            return reason
+        if attempt not in self.margins:
+            return None
+        return "" if self.margins[attempt] > self.rules.judge_margin else "judge"
+
+    def draws(self) -> list[Draw]:
+        attempt = self.attempt
+        # An attempt that has failed is followed up at once: its turn may be far away.
+        while self.verdict(attempt) and attempt + 1 < self.rules.max_attempts:
+            attempt += 1
+        if self.over or self.verdict(attempt) == "":
+            return []  # it only waits for its turn
+        # The first draw is made alone, it may pass. After a failure two at a time shorten the end of the stage.
+        ahead = min(attempt + (RETRIES if attempt else 1), self.rules.max_attempts)
+        return [(number,) for number in range(attempt, ahead) if number not in self.drawn]
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        language = self.record["language"]
+        examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(self.shots, start=1)}
+        # The examples stand in the model's own turn, so the third instruction is a continuation of what it "wrote".
+        prefill, stop = fill("instruct_prefill", language, **examples), item_ends(self.shots, language)
+        ask = fill("instruct", language)
+        return writer.request(self.id, draw, ask, prefill, limit=INSTRUCTION_TOKENS, stop=stop)
+
+    def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
+        prompt, reason = examine_instruction(sample.text, sample.finish, self.record["language"])
+        return {"id": self.id, "attempt": draw[0], "prompt": prompt, "reason": reason, "tokens": sample.num_tokens}
+
+    def unscored(self) -> list[Draw]:
+        return [(attempt,) for attempt in self.drawn if self.verdict(attempt) is None]
+
+    def questions(self, draw: Draw, writer: Writer) -> list[Pair]:
+        """Does it suit a long article? (prompt ids, yes) and (prompt ids, no); [] where they do not fit the context."""
+        language = self.record["language"]
+        question = fill("judge", language, instruction=self.drawn[draw[0]][0], words=str(self.rules.long_words))
+        prompt_ids = writer.encode(question)
+        answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
+        # The answer's ids must fit too, since they are read together with the question.
+        fits = len(prompt_ids) + max(map(len, answers)) <= writer.loaded.context
+        return [(prompt_ids, answer) for answer in answers] if fits else []
+
+    def examine_scores(self, draw: Draw, sums: list[float]) -> Entry:
+        return {"id": self.id, "attempt": draw[0], "margin": sums[0] - sums[1] if sums else DOES_NOT_FIT}
+
+    def apply(self, entry: Entry) -> None:
+        if "margin" in entry:
+            self.margins[entry["attempt"]] = entry["margin"]
+        else:
+            self.drawn[entry["attempt"]] = entry["prompt"], entry["reason"]
+
+    @property
+    def ready(self) -> bool:
+        return self.verdict(self.attempt) is not None
+
+    def take_turn(self) -> str:
+        prompt, reason = self.drawn[self.attempt][0], self.verdict(self.attempt) or ""
+        if not reason and not self.distinct.add(prompt, self.record["language"]):
+            # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
+            reason = "duplicate"
+        if reason and self.attempt + 1 < self.rules.max_attempts:
+            self.attempt += 1
+        else:  # the last attempt's text is kept also when it failed: X.rejected.jsonl shows what was written
+            self.reason = reason
+            self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
+        return reason
+
+    def outcome(self) -> tuple[dict, str]:
+        return self.record, self.reason or ""
+
+
+def instructions(stage: Stage, rules: InstructionsFlags) -> None:
+    # 1) seeds, and one task per wanted instruction
+    seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
     if not seeds:
         raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
-    run_id = run_id_of(stage.out.output)
-    records, shots = [], []
-    for sample, language in enumerate(split_count(own.count, seeds)):
+    # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
+    run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
+    for sample, language in enumerate(split_count(rules.count, seeds)):
         id_ = record_id("instruction", "", sample, scope=run_id)
-        shots.append(draw_shots(id_, language, seeds))
+        shots = draw_shots(id_, language, seeds)
         base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
-        records.append(new_record("instruction", **base, example_ids=[s["id"] for s in shots[-1]]))
-    settings = {
-        **{k: getattr(own, k) for k in ("count", "max_attempts", "judge_margin", "long_words")},
-        "templates": template_hashes("instruct", "instruct_prefill", "judge"),
-    }
-    with open_job("instructions", stage, [*own.seeds, *own.dedup_against], settings) as job:
+        record = new_record("instruction", **base, example_ids=[shot["id"] for shot in shots])
+        tasks.append(NewInstruction(record, shots, rules, distinct))
+    # The files count by their contents, as inputs of the job; the other flags by value.
+    settings = {k: getattr(rules, k) for k in ("count", "max_attempts", "judge_margin", "long_words")}
+    settings["templates"] = template_hashes("instruct", "instruct_prefill", "judge")
+    with open_job("instructions", stage, [*rules.seeds, *rules.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
-            distinct = NearDuplicates()
-            for known in [*seeds, *(read_prompts(own.dedup_against) if own.dedup_against else [])]:
+            # 2) draw, judge and compare, until there are --count or all attempts are used up
+            for known in [*seeds, *(read_prompts(rules.dedup_against) if rules.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])
-            stats = write_instructions(stage, own, job, records, shots, distinct)
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "instructions").statistics()
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
-
-
-def write_instructions(
-    stage: Stage,
-    own: InstructionsFlags,
-    job: Job,
-    records: list[dict],
-    shots: list[list[dict]],
-    distinct: NearDuplicates,
-) -> dict:
-    """Fill and store the records; returns the stage's statistics.
-
-    Draws run and finish in any order. Whether one is a near-duplicate depends on those before it, so that is decided
-    in the order (attempt, sample), each draw waiting for its turn: nearly the order in which the sampler finishes.
-    """
-    from lengthen.sampling.request import Request
-
-    # The journal holds every draw: {"id", "attempt", "prompt", "reason"}, and {"id", "attempt", "margin"} once judged.
-    entries = [e for e in job.journal if "prompt" in e]
-    drawn = {(e["id"], e["attempt"]): (e["prompt"], e["reason"]) for e in entries}
-    margins = {(e["id"], e["attempt"]): e["margin"] for e in job.journal if "margin" in e}
-    loaded, sampler = open_model(stage, job)
-    chat = loaded.chat
-    wanted = {r["id"]: (r, pair) for r, pair in zip(records, shots, strict=True)}
-    turns = deque((r["id"], 0) for r in records)
-    asked, failures = set(drawn), Counter()
-    no_judge = own.judge_margin == float("-inf")
-    unjudged = [draw for draw, (_, reason) in drawn.items() if not reason and draw not in margins and not no_judge]
-
-    def verdict(draw: tuple[str, int]) -> str | None:
-        """A reason, "" = passed (but for near-duplicates), None = not known yet."""
-        if draw not in drawn or drawn[draw][1]:
-            return drawn[draw][1] if draw in drawn else None
-        if no_judge:
-            return ""
-        return None if draw not in margins else "" if margins[draw] > own.judge_margin else "judge"
-
-    def advance(id_: str) -> None:
-        """Ask for the next draws as soon as one is known to have failed: its turn may be far away."""
-        attempt = 0
-        while verdict((id_, attempt)) and attempt + 1 < own.max_attempts:
-            attempt += 1
-        if verdict((id_, attempt)) == "":
-            return
-        for ahead in range(attempt, min(attempt + (RETRIES if attempt else 1), own.max_attempts)):
-            if (id_, ahead) not in asked:
-                ask(id_, ahead)
-
-    def ask(id_: str, attempt: int) -> None:
-        asked.add((id_, attempt))
-        record, pair = wanted[id_]
-        language = record["language"]
-        examples = {f"example_{i}": shot["prompt"] for i, shot in enumerate(pair, start=1)}
-        messages = [{"role": "user", "content": fill("instruct", language)}]
-        prompt_ids = chat.encode(messages, prefill=fill("instruct_prefill", language, **examples))
-        sampling = sampling_of(stage.sampling, INSTRUCTION_TOKENS, stop=item_ends(pair, language))
-        sampler.add(Request((id_, attempt), prompt_ids, draw_seed(stage.out.seed, id_, attempt), sampling))
-
-    def judge() -> None:
-        """Log-probability of yes minus that of no, for all that wait; a question that does not fit gets a no."""
-        pairs, questions = [], []
-        waiting = [draw for draw in unjudged if draw[0] not in job.done_ids]
-        unjudged.clear()
-        for id_, attempt in waiting:
-            language = wanted[id_][0]["language"]
-            question = fill("judge", language, instruction=drawn[id_, attempt][0], words=str(own.long_words))
-            prompt_ids = chat.encode([{"role": "user", "content": question}])
-            answers = [chat.encode_text(word) for word in YES_NO[language]]
-            if len(prompt_ids) + max(map(len, answers)) > loaded.context:
-                note_margin(id_, attempt, -1e9)
-                continue
-            questions.append((id_, attempt))
-            pairs += [(prompt_ids, answer) for answer in answers]
-        logprobs = [float(values.sum()) for values in sampler.logprobs(pairs)] if pairs else []
-        for draw, yes, no in zip(questions, logprobs[::2], logprobs[1::2], strict=True):
-            note_margin(*draw, yes - no)
-        for id_, _ in waiting:
-            advance(id_)
-
-    def note_margin(id_: str, attempt: int, margin: float) -> None:
-        job.note({"id": id_, "attempt": attempt, "margin": margin})
-        margins[id_, attempt] = margin
-
-    def take_turns() -> None:
-        """Decide every draw whose turn has come; the failed ones get another turn behind all others."""
-        while turns and (reason := verdict(turns[0])) is not None:
-            id_, attempt = turns.popleft()
-            prompt, language = drawn[id_, attempt][0], wanted[id_][0]["language"]
-            if not reason and not distinct.add(prompt, language):
-                # Not called "near-duplicate": that is the reason of a whole-file decision, which a resume undoes.
-                reason = "duplicate"
-                drawn[id_, attempt] = prompt, reason
-            record = {**wanted[id_][0], "attempt": attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
-            if reason:
-                failures[reason] += 1
-            if reason and attempt + 1 < own.max_attempts:
-                turns.append((id_, attempt + 1))
-                advance(id_)
-            elif id_ not in job.done_ids:  # else: stored before a kill, and decided the same way now
-                job.reject(record, reason) if reason else job.accept(record)
-
-    for record in records:
-        advance(record["id"])
-    with cli.progress("instructions", len(records)) as bar:
-        take_turns()
-        while turns:
-            for sample in sampler.run():
-                id_, attempt = sample.request.key
-                prompt, reason = examine_instruction(sample.text, sample.finish, wanted[id_][0]["language"])
-                entry = {"id": id_, "attempt": attempt, "prompt": prompt, "reason": reason, "tokens": sample.num_tokens}
-                entries.append(entry)
-                job.note(entry)
-                drawn[id_, attempt] = prompt, reason
-                if not reason and not no_judge:
-                    unjudged.append((id_, attempt))
-                advance(id_)
-                if len(unjudged) >= JUDGE_BATCH:
-                    judge()
-                take_turns()
-                draws = f"{len(job.records)} accepted, {len(entries)} draws"
-                bar.update(len(job.done_ids), f"{draws}, {sampler.progress()}")
-                if not turns:
-                    break  # what still runs was drawn ahead, and is not needed
-            judge()
-            take_turns()
-    for reason, times in failures.items():
-        job.count(reason, times)
-    return {"attempts": len(entries), "tokens": sum(e["tokens"] for e in entries)}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 3, 4: responses
 
 
-def examine_response(record: dict, sample: "Sample") -> tuple[dict, str]:
-    """Return (the fields that a draw fills, reason); reason "" = accepted."""
-    text, reason = clean_answer(sample.text, sample.finish, record["language"])
-    if sample.finish in ("error", "repetition"):
-        reason = sample.finish  # more telling than "unfinished"
-    fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
-    return {**fields, "finish": sample.finish}, reason
+class Draft(Redraw[Writer, Sample]):
+    """An answer to an instruction, by the Generator."""
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        # The bare instruction, without a word about length: as it is trained, and as it is evaluated.
+        return writer.request(self.id, draw, self.record["prompt"])
+
+    def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
+        text, reason = clean_answer(sample.text, sample.finish, self.record["language"])
+        # Words of the cleaned text, tokens of what was drawn (EOS included).
+        fields = {"response": text, "response_words": count_words(text), "response_tokens": sample.num_tokens}
+        return {**fields, "finish": sample.finish}, reason
 
 
-def responses(stage: Stage, inputs: list[str], own: ResponsesFlags) -> None:
-    # 1) one record per instruction and sample
-    prompts = filter_language(read_prompts(inputs), stage.out.language)
-    run_id, records = run_id_of(stage.out.output), []
-    for parent in prompts:
-        for sample in range(own.samples):
+def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
+    # 1) --samples answers to each instruction. Their ids depend on the instruction's and on the number of the sample
+    #    only, so the same command finds its records again.
+    run_id, tasks = run_id_of(stage.out.output), []
+    for parent in filter_language(read_prompts(inputs), stage.out.language):
+        for sample in range(rules.samples):
             id_ = record_id("response", parent["id"], sample)
             base = {"id": id_, "parent_id": parent["id"], "language": parent["language"], "run_id": run_id}
-            records.append(new_record("response", **base, sample=sample, prompt=parent["prompt"]))
-    with open_job("responses", stage, inputs, vars(own)) as job:
+            record = new_record("response", **base, sample=sample, prompt=parent["prompt"])
+            tasks.append(Draft(record, rules.max_attempts))
+    with open_job("responses", stage, inputs, vars(rules)) as job:
         stats = {}
         if not job.complete:
             # 2) draw until the filters pass
-            ask = lambda record: (record["prompt"], 0)  # noqa: E731
-            stats = draw_each(stage, own.max_attempts, job, records, "answers", ask, examine_response)
-            # 3) the shortest go, once all are there
-            if not own.no_length_bias:
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "answers").statistics()
+            # 3) only now, because the rank of an answer depends on all others
+            if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed))
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
@@ -352,181 +325,114 @@ def responses(stage: Stage, inputs: list[str], own: ResponsesFlags) -> None:
 # 5: constrain
 
 
-def examine_query(record: dict, sample: "Sample") -> tuple[dict, str]:
-    """Return ({"query": …}, reason): the rewritten instruction states the demand, in its language, at a sane length."""
-    language, prompt = record["language"], record["prompt"]
-    query = clean_instruction(strip_chatter(sample.text, language)[0])
-    words, prompt_words = count_words(query), count_words(prompt)
-    if sample.finish != "eos":
-        reason = sample.finish if sample.finish in ("error", "repetition") else "unfinished"
-    elif not prompt_words / 2 <= words <= 2 * prompt_words + 30:  # an answer, or a fragment
-        reason = "words"
-    elif detect_language(query) != language:
-        reason = "language"
-    else:
-        reason = "" if states_demand(query, *demand_of(record), language) else "demand"
-    return {"query": query}, reason
+class Demand(Redraw[Writer, Sample]):
+    """A length demand that is to be written into an instruction. Its `query` is that instruction with the demand."""
+
+    def request(self, draw: Draw, writer: Writer) -> Request:
+        fields = {"instruction": self.record["prompt"], "constraint": self.record["constraint"]}
+        # Tokens: enough for a rewritten instruction, and an answer in its place is cut early.
+        limit = 3 * count_words(self.record["prompt"]) + 64
+        return writer.request(self.id, draw, fill("constrain", self.record["language"], **fields), limit=limit)
+
+    def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
+        """The rewritten instruction states the demand, in its language, at a sane length."""
+        language, prompt_words = self.record["language"], count_words(self.record["prompt"])
+        query = clean_instruction(strip_chatter(sample.text, language)[0])
+        reason = finish_reason(sample.finish)
+        # An answer in place of the instruction is far longer, a fragment far shorter; 30 words: room for the demand.
+        if not reason and not prompt_words / 2 <= count_words(query) <= 2 * prompt_words + 30:
+            reason = "words"
+        elif not reason and detect_language(query) != language:
+            reason = "language"
+        elif not reason and not states_demand(query, *demand_of(self.record), language):
+            reason = "demand"
+        return {"query": query}, reason
+
+    def last_resort(self, record: dict, reason: str) -> tuple[dict, str]:
+        return append_demand(record, reason)
 
 
 def append_demand(record: dict, reason: str) -> tuple[dict, str]:
-    """The last resort: the demand in a sentence of its own; not behind a prompt with another demand, which stays."""
+    """The demand in a sentence of its own; not after a prompt with another demand, which stays rejected."""
     template = APPENDED[record["language"]]
     query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
+    # states_demand wants this demand and no other: two would contradict each other.
     if not states_demand(query, *demand_of(record), record["language"]):
         return record, reason
-    return {**record, "query": query, "attempt": -1}, ""
+    return {**record, "query": query, "attempt": -1}, ""  # -1: by no draw
 
 
 def demand_of(record: dict) -> tuple[str, int, int]:
     return record["type"], record["min_words"], record["max_words"]
 
 
-def read_answers(paths: list[str], language: str) -> list[dict]:
-    """Answers of several files (responses, extended); a pair of prompt and answer that came before is left out."""
-    answers, seen = [], set()
-    for path in paths:
-        for row in read_jsonl(path, needs=("prompt", "response")):
-            row["language"] = row.get("language") or detect_language(row["response"]) or "en"
-            row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
-            if (row["prompt"], row["response"]) not in seen:
-                seen.add((row["prompt"], row["response"]))
-                answers.append(row)
-    return filter_language(answers, language)
-
-
-def constrain(stage: Stage, inputs: list[str], own: ConstrainFlags) -> None:
-    # 1) a demand per answer, true of it
-    run_id, records, without, same_id = run_id_of(stage.out.output), [], [], Counter()
-    for parent in read_answers(inputs, stage.out.language):
+def make_demands(answers: list[dict], run_id: str, seed: int, rules: ConstrainFlags) -> list[Demand]:
+    """A demand per pair of prompt and answer, true of the answer; a pair that came before is left out."""
+    tasks, seen = [], set()
+    same_id: Counter[str] = Counter()
+    for parent in answers:
+        if (parent["prompt"], parent["response"]) in seen:
+            continue
+        seen.add((parent["prompt"], parent["response"]))
         language, words = parent["language"], count_words(parent["response"])
-        # Two files may hold the same id with other answers (one prompt file used twice): number them.
-        id_ = record_id("constrained", parent["id"], same_id[parent["id"]])
-        base = {"id": id_, "parent_id": parent["id"], "language": language, "run_id": run_id}
-        kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
-        record = new_record("constrained", **base, **kept, sample=same_id[parent["id"]])
-        record["response_tokens"] = parent.get("response_tokens", -1)
-        record["origin"] = "extended" if "initial" in parent else "response"
+        # Two files may hold the same id with different answers (one prompt file used twice): number them.
+        sample = same_id[parent["id"]]
         same_id[parent["id"]] += 1
-        bounds = {"low": own.demand_min, "high": own.demand_max, "steps": own.demand_steps}
-        demand = make_demand(words, language, random.Random(draw_seed(stage.out.seed, id_, 0)), **bounds)
-        if demand is None:
-            without.append(record)
-        else:
-            names = ("constraint", "type", "min_words", "max_words")
-            records.append({**record, **dict(zip(names, demand, strict=True))})
-    settings = {
-        **vars(own),
-        "templates": template_hashes("constrain"),
-    }
+        id_ = record_id("constrained", parent["id"], sample)
+        base = {"id": id_, "parent_id": parent["id"], "language": language, "run_id": run_id, "sample": sample}
+        kept = {"prompt": parent["prompt"], "response": parent["response"], "response_words": words}
+        tokens, origin = parent.get("response_tokens", -1), "extended" if "initial" in parent else "response"
+        record = new_record("constrained", **base, **kept, response_tokens=tokens, origin=origin)
+        # A seed of its own: the demand does not depend on which other answers are there.
+        rng, low, high = random.Random(draw_seed(seed, id_, 0)), rules.demand_min, rules.demand_max
+        demand = make_demand(words, language, rng, low=low, high=high, steps=rules.demand_steps)
+        if demand:
+            record |= dict(zip(("constraint", "type", "min_words", "max_words"), demand, strict=True))
+            tasks.append(Demand(record, rules.max_attempts))
+        else:  # rejected without a draw: between --demand-min and --demand-max, but no round number is true of it
+            tasks.append(Demand(record, 0, "no-demand" if low <= words < high else "outside-demand"))
+    return tasks
+
+
+def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
+    # 1) each answer with its demand. Several files are one list: this is how the training set of the run is collected.
+    answers = [row for path in inputs for row in read_answers(path)]
+    answers = filter_language(answers, stage.out.language)
+    tasks = make_demands(answers, run_id_of(stage.out.output), stage.out.seed, rules)
+    settings = {**vars(rules), "templates": template_hashes("constrain")}
     with open_job("constrain", stage, inputs, settings) as job:
         stats = {}
         if not job.complete:
-            for record in without:
-                if record["id"] not in job.done_ids:
-                    inside = own.demand_min <= record["response_words"] < own.demand_max
-                    job.reject(record, "no-demand" if inside else "outside-demand")
-
-            # 2) woven in by the model, else appended
-            def ask(record: dict) -> tuple[str, int]:
-                fields = {"instruction": record["prompt"], "constraint": record["constraint"]}
-                limit = 3 * count_words(record["prompt"]) + 64  # tokens: a rewritten instruction, not an answer
-                return fill("constrain", record["language"], **fields), limit
-
-            stats = draw_each(stage, own.max_attempts, job, records, "demands", ask, examine_query, append_demand)
-            stats["appended"] = sum(r["attempt"] == -1 for r in job.records)
+            # 2) written in by the model, else appended
+            stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "demands").statistics()
+            # How many the model did not manage, of those accepted.
+            stats["appended"] = sum(record["attempt"] == -1 for record in job.records)
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What responses and constrain share: draw, examine, draw again
 
 
-def draw_each(
-    stage: Stage,
-    max_attempts: int,
-    job: Job,
-    records: list[dict],
-    what: str,
-    ask: Callable[[dict], tuple[str, int]],
-    examine: Callable[[dict, "Sample"], tuple[dict, str]],
-    give_up: Callable[[dict, str], tuple[dict, str]] = lambda record, reason: (record, reason),
-) -> dict:
-    """Sample every record that is not done until `examine` passes it; returns the stage's statistics.
-
-    ask(record) -> (the user's turn, most tokens or 0); examine(record, sample) -> (fields, reason);
-    give_up(record, reason) -> (record, reason), asked after the last attempt: reason "" accepts it after all.
-    """
-    # Draws of an earlier process are in the journal: failed ones are neither made nor counted again, except the last
-    # one of a record (a kill may have come between its note and the record), whose text is needed.
-    notes = {(n["id"], n["attempt"]): n for n in job.journal}
-    failed = Counter(n["id"] for n in notes.values() if n["reason"])
-    attempts = {r["id"]: min(failed[r["id"]], max_attempts - 1) for r in records}
-    todo = {r["id"]: r for r in records if r["id"] not in job.done_ids}
-    if todo:
-        from lengthen.sampling.request import Request
-
-        loaded, sampler = open_model(stage, job)
-
-        def add(id_: str) -> None:
-            content, limit = ask(todo[id_])
-            prompt_ids = loaded.chat.encode([{"role": "user", "content": content}])
-            seed = draw_seed(stage.out.seed, id_, attempts[id_])
-            sampler.add(Request(id_, prompt_ids, seed, sampling_of(stage.sampling, limit)))
-
-        for id_ in todo:
-            add(id_)
-        with cli.progress(what, len(todo)) as bar:
-            before = len(job.done_ids)  # of an earlier process, or rejected before any draw
-            for sample in sampler.run():
-                id_ = sample.request.key
-                attempt = attempts[id_]
-                fields, reason = examine(todo[id_], sample)
-                record = {**todo[id_], **fields, "attempt": attempt}
-                note = {"id": id_, "attempt": attempt, "reason": reason, "tokens": sample.num_tokens}
-                notes[id_, attempt] = note
-                job.note(note)
-                if reason:
-                    if sample.finish == "error":  # it would fail again: a prompt that does not fit, say
-                        cli.say(f"  {id_}: {sample.error}")
-                    elif attempt + 1 < max_attempts:
-                        attempts[id_] += 1
-                        add(id_)
-                        continue
-                    record, reason = give_up(record, reason)
-                job.reject(record, reason) if reason else job.accept(record)
-                bar.update(len(job.done_ids) - before, f"{len(job.records)} accepted, {sampler.progress()}")
-    for reason, times in Counter(n["reason"] for n in notes.values() if n["reason"]).items():
-        job.count(reason, times)
-    return {"attempts": len(notes), "tokens": sum(n["tokens"] for n in notes.values())}
-
-
-# ---------------------------------------------------------------------------------------------------------
+COMMANDS = {
+    "instructions": (InstructionsFlags, "self-instruct from seeds, judged and without near-duplicates"),
+    "responses": (ResponsesFlags, "draft answers to instructions, filtered, the shortest dropped"),
+    "constrain": (ConstrainFlags, "collect answers and write a true length demand into each instruction"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "generate.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = cli.add_command(commands, "instructions", "self-instruct from seeds, judged and without near-duplicates")
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", InstructionsFlags)
-    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))  # self-instruct is the base model's
-    cli.add_flags(sub, "sampling", SamplingFlags)
-
-    sub = cli.add_command(commands, "responses", "draft answers to instructions, filtered, the shortest dropped")
-    cli.add_flags(sub, "input", InputFlags)
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", ResponsesFlags)
-    cli.add_flags(sub, "model", ModelFlags)
-    cli.add_flags(sub, "sampling", SamplingFlags)
-
-    help = "collect answers and weave a true length demand into each instruction"
-    sub = cli.add_command(commands, "constrain", help)
-    cli.add_flags(sub, "input", InputFlags)
-    cli.add_flags(sub, "output", OutputFlags)
-    cli.add_flags(sub, "selection", ConstrainFlags)
-    cli.add_flags(sub, "model", ModelFlags, leave_out=("adapter",))
-    cli.add_flags(sub, "sampling", SamplingFlags)
+    for name, (own, help) in COMMANDS.items():
+        sub = cli.add_command(commands, name, help)
+        if name != "instructions":  # it has --seeds
+            cli.add_flags(sub, "input", InputFlags)
+        cli.add_flags(sub, "output", OutputFlags)
+        cli.add_flags(sub, "selection", own)
+        # Only drafts are the trained Generator's; the other two steps are the base model's.
+        cli.add_flags(sub, "model", ModelFlags, leave_out=() if name == "responses" else ("adapter",))
+        cli.add_flags(sub, "sampling", SamplingFlags)
     return parser
 
 

@@ -21,9 +21,7 @@ the base model's. Killed and started again with the same flags it goes on. Flags
 import argparse
 import json
 import shutil
-import statistics
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,9 +30,10 @@ from rich.table import Table
 
 import run as loop
 from lengthen import cli
-from lengthen.evaluation.intervals import bootstrap, paired
+from lengthen.evaluation.growth import growth
+from lengthen.evaluation.intervals import bootstrap
+from lengthen.evaluation.scores import MEASURES, cell, complete, measured, overall, values_of
 from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line
-from lengthen.text.filters import is_loop
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
 SMOLLM2 = {
@@ -51,8 +50,6 @@ SMOLLM2 = {
 TRIES = ["rank=8,learning_rate=2e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
 GOAL = 1.5
-
-Groups = list[list[dict]]  # the answers of one model, by instruction
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -130,51 +127,31 @@ def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> t
 # The result
 
 
-def answers_of(folder: Path) -> Groups:
-    """The answers of one evaluation by instruction, in the order of their ids."""
-    groups: dict[str, list[dict]] = {}
-    for row in sorted(
-        read_jsonl(folder / "outputs.jsonl", needs=("query",)), key=lambda r: (r["parent_id"], r["sample"])
-    ):
-        looped = row["finish"] == "repetition" or is_loop(row["response"], row["language"])
-        groups.setdefault(row["parent_id"], []).append({**row, "loop": looped})
-    return list(groups.values())
+def answers_of(folder: Path) -> list[dict]:
+    """What each answer of an evaluation gives to each measure (scores.measured), in the order of their ids."""
+    rows = read_jsonl(folder / "outputs.jsonl", needs=("query",))
+    return measured([complete(row) for row in sorted(rows, key=lambda r: (r["parent_id"], r["sample"]))])
 
 
-def median_words(answers: Sequence[dict], every: bool = False) -> float | None:
-    words = [r["response_words"] for r in answers if every or r["finish"] == "eos"]
-    return statistics.median(words) if words else None
-
-
-def ratio(base: Sequence[dict], other: Sequence[dict], every: bool = False) -> float | None:
-    low, high = median_words(base, every), median_words(other, every)
-    return high / low if low and high is not None else None
-
-
-def measured(base: Groups, other: Groups) -> dict:
+def row_of(base: list[dict], other: list[dict]) -> dict:
     """One row of the table: each figure as {"value", "interval"}, the interval [low, high] or None."""
 
-    def alone(groups: Sequence[Sequence], statistic: Callable) -> dict:
-        return {"value": statistic([x for g in groups for x in g]), "interval": bootstrap(groups, statistic)}
-
-    def shares(key: str, value: object) -> dict:
-        return alone([[answer[key] == value for answer in group] for group in other], statistics.fmean)
+    def alone(key: str) -> dict:
+        interval = bootstrap(values_of(key, other), MEASURES[key][1])
+        return {"value": overall(key, other), "interval": interval}
 
     return {
-        "answers": sum(map(len, other)),
-        "words_median": alone(other, median_words),
-        "words_median_all": alone(other, lambda answers: median_words(answers, every=True)),
-        "eos_share": shares("finish", "eos"),
-        "loop_rate": shares("loop", True),
+        "answers": len(other),
+        **{key: alone(key) for key in ("words_median", "words_median_all", "eos_share", "loop_rate")},
         "growth": grown(base, other),
-        "growth_all": grown(base, other, every=True),
+        "growth_all": grown(base, other, "words_median_all"),
     }
 
 
-def grown(base: Groups, other: Groups, every: bool = False) -> dict:
-    """The ratio of median words; every: of all answers, not only of those that ended by EOS."""
-    flat = [[a for group in groups for a in group] for groups in (base, other)]
-    return {"value": ratio(*flat, every), "interval": paired(base, other, lambda a, b: ratio(a, b, every))}
+def grown(base: list[dict], other: list[dict], key: str = "words_median") -> dict:
+    """The ratio of median words; of the answers that ended by EOS, or by "words_median_all" of all."""
+    found = growth(values_of(key, base), values_of(key, other))
+    return {"value": found.value, "interval": found.interval}
 
 
 def verdict(base: dict, last: dict) -> str:
@@ -192,35 +169,24 @@ def verdict(base: dict, last: dict) -> str:
 
 def show(rows: dict[str, dict]) -> None:
     table = Table(title="Held-out instructions; [95 % intervals]; growth = ratio of median words to the base model's")
-    for name in (
-        "model",
-        "answers",
-        "words (EOS)",
-        "words (all)",
-        "EOS share",
-        "loops",
-        "growth (EOS)",
-        "growth (all)",
-    ):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    forms = {"words_median": "{:.0f}", "words_median_all": "{:.0f}", "eos_share": "{:.0%}", "loop_rate": "{:.0%}"}
-    forms |= {"growth": "{:.2f}", "growth_all": "{:.2f}"}
-
-    def cell(one: dict, form: str) -> str:
-        if one["value"] is None:
-            return "-"
-        return form.format(one["value"]) + (
-            " [" + ", ".join(form.format(x) for x in one["interval"]) + "]" if one["interval"] else ""
-        )
-
+    columns = {
+        "words_median": ("words (EOS)", "{:.0f}"),
+        "words_median_all": ("words (all)", "{:.0f}"),
+        "eos_share": ("EOS share", "{:.0%}"),
+        "loop_rate": ("loops", "{:.0%}"),
+        "growth": ("growth (EOS)", "{:.2f}"),
+        "growth_all": ("growth (all)", "{:.2f}"),
+    }
+    table.add_column("model")
+    for title in ("answers", *(title for title, _ in columns.values())):
+        table.add_column(title, justify="right")
     for name, row in rows.items():
-        table.add_row(
-            name, str(row["answers"]), *(cell(row[key], form).replace("[", r"\[") for key, form in forms.items())
-        )
+        cells = [cell(row[key]["value"], form, row[key]["interval"]) for key, (_, form) in columns.items()]
+        table.add_row(name, str(row["answers"]), *map(cli.shown, cells))
     cli.console.print(table)
 
 
-def draw(models: dict[str, Groups], rows: dict[str, dict], path: Path, title: str) -> None:
+def draw(models: dict[str, list[dict]], rows: dict[str, dict], path: Path, title: str) -> None:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
     import matplotlib
 
@@ -228,10 +194,9 @@ def draw(models: dict[str, Groups], rows: dict[str, dict], path: Path, title: st
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(models) + 1.4), dpi=110)
-    for y, (name, groups) in enumerate(models.items()):
-        flat = [a for group in groups for a in group]
+    for y, (name, answers) in enumerate(models.items()):
         for ended in (True, False):
-            some = [a["response_words"] for a in flat if (a["finish"] == "eos") == ended]
+            some = [a["words_median_all"] for a in answers if (a["words_median"] is not None) == ended]
             spread = [y + 0.28 * ((i * 0.618034) % 1 - 0.5) for i in range(len(some))]
             color = "#9ecae1" if ended else "none"
             axis.scatter(some, spread, s=12, c=color, edgecolors="#6baed6", linewidths=0.6, zorder=1)
@@ -303,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4) what came of it
     names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
     models = {name: answers_of(Path(args.run) / "eval" / name) for name in names}
-    rows = {name: measured(models["base"], groups) for name, groups in models.items()}
+    rows = {name: row_of(models["base"], answers) for name, answers in models.items()}
     said = verdict(rows["base"], rows[last])
     own = {name: f"control_drafts_{name.removeprefix('iter_')}" for name in models}
     added = {name: grown(models[drafts], models[name]) for name, drafts in own.items() if drafts in models}

@@ -1,7 +1,7 @@
 """Triton kernels, each beside its plain-torch reference.
 
 A Hugging Face package has this name too, and transformers and bitsandbytes may import it. Where one is installed, its
-folder is searched behind ours for submodules (`kernels.layer.mode`), and its own names (`kernels.get_kernel`) are
+folder is searched after ours for submodules (`kernels.layer.mode`), and its own names (`kernels.get_kernel`) are
 handed out when somebody asks for one. Until then nothing of it runs, and nothing heavy is imported here.
 """
 
@@ -21,12 +21,13 @@ def _find_namesake() -> ModuleSpec | None:
     return None
 
 
-def _load_namesake() -> ModuleType:
+def _load_namesake(origin: str) -> ModuleType:
     """Run the other package's `__init__` under a private name; `kernels.X` inside it finds its own submodules."""
     name = f"{__name__}._namesake"
     if name not in sys.modules:
         # Not as a package, though its file is an `__init__`: its `from .layer import` must mean kernels.layer.
-        spec = spec_from_file_location(name, _namesake.origin, submodule_search_locations=None)
+        spec = spec_from_file_location(name, origin, submodule_search_locations=None)
+        assert spec and spec.loader, f"{origin} was a regular package when it was found"
         module = module_from_spec(spec)
         sys.modules[name] = module  # first, as the import system does: its submodules may ask us for its names
         try:
@@ -39,11 +40,11 @@ def _load_namesake() -> ModuleType:
 
 def __getattr__(name: str) -> object:
     dunder = name.startswith("__") and name != "__version__"  # tools probe for these: no reason to import anything
-    if _namesake is None or dunder:
+    if _namesake is None or not _namesake.origin or dunder:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_load_namesake(), name)
+    return getattr(_load_namesake(_namesake.origin), name)
 
 
 _namesake = _find_namesake()
 if _namesake:
-    __path__.extend(_namesake.submodule_search_locations)
+    __path__.extend(_namesake.submodule_search_locations or [])

@@ -245,8 +245,8 @@ class _Ticker:
         self.first: int | None = None
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the total are finished; `note` is shown behind (tokens/s, say)."""
-        if self.bar:
+        """`done` of the total are finished; `note` stands beside them (tokens/s, say)."""
+        if self.bar and self.task is not None:
             self.bar.update(self.task, completed=done, note=note)
             return
         if self.first is None:
@@ -255,7 +255,7 @@ class _Ticker:
         if now - self.shown < PLAIN_SECONDS and done < self.total:
             return
         if done >= self.total and now - self.started < PLAIN_SECONDS:
-            return  # over before it needed a progress line
+            return  # finished before it needed a progress line
         self.shown = now
         rate = (done - self.first) / (now - self.started)
         left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 and done < self.total else ""
@@ -293,7 +293,7 @@ def run(main: Callable[[], None]) -> None:
         _report(error.message, error.hint)
         sys.exit(3 if isinstance(error, LowYield) else 2)
     except KeyboardInterrupt:
-        _report("interrupted", "finished samples are on disk: run the same command again to go on")
+        _report("interrupted", "finished samples are on disk: run the same command again to continue")
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone: nothing to say, nobody to say it to

@@ -3,7 +3,7 @@
 A stage reads JSONL, appends one line per finished sample, and leaves a sidecar `X.meta.json` beside `X.jsonl`.
 
     X.jsonl            accepted records, one per line
-    X.rejected.jsonl   records given up, with a `reason`
+    X.rejected.jsonl   records rejected for good, with a `reason`
     X.meta.json        the sidecar: stage, status ("running" or "done"), settings, input hashes, counts, times
     X.work.jsonl       a journal of work inside a job; exists only while the stage runs
 
@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
+from lengthen.text.words import quantile
 
+LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
 WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
 
 
@@ -79,7 +81,7 @@ def _file_hash(path: Path) -> str:
 
 
 def check_inputs(inputs: Sequence[str | Path], allow_partial: bool) -> None:
-    """A stage's input must be whole: its sidecar, where it has one, says "done"."""
+    """A stage's input must be complete: its sidecar, where it has one, says "done"."""
     for path in inputs:
         meta = read_sidecar(path)
         if meta and meta.get("status") != "done" and not allow_partial:
@@ -103,7 +105,7 @@ def check_settings(meta: dict, settings: dict, output: Path) -> None:
 
 
 class Lock:
-    """One writer a file. The kernel frees it when the process dies, however it dies."""
+    """One writer per file. The operating system releases it when the process dies, however it dies."""
 
     def __init__(self, output: Path):
         self.path = output.with_name(f".{output.name}.lock")
@@ -132,13 +134,20 @@ class Lock:
 
 
 class OneWriter:
-    """What `Job` and checkpoint.TrainingFolder share: whole inputs, one writer, and a lock that a failed start frees.
+    """What `Job` and checkpoint.TrainingFolder share: complete inputs, one writer, a lock that a failed start releases.
 
-    Who inherits has `inputs`, `settings` and `allow_partial`, and reads in `_open` what is there already.
+    A subclass sets the three attributes below, and reads in `_open` what is there already.
     """
 
+    inputs: list[Any]  # paths
+    settings: dict[str, Any]
+    allow_partial: bool
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
     def take(self, output: Path, folder: Path) -> None:
-        """Make the output ours; `folder` is made where it is missing."""
+        """Lock the output, read what is there; `folder` is created where it is missing."""
         check_inputs(self.inputs, self.allow_partial)
         self.settings["inputs"] = input_hashes(self.inputs)
         try:
@@ -157,7 +166,7 @@ class Job(OneWriter):
     """One stage writing one JSONL file: see the module's docstring. Use as a context manager.
 
     settings: everything that changes the result (it must match to resume); info: what does not (device, rows).
-    With `journal`, work inside a record is noted too and found again in `.journal` after a kill.
+    With `journal`, work inside a record is noted too, and read back into `.journal` after a kill (lengthen.tasks).
     """
 
     def __init__(
@@ -195,7 +204,8 @@ class Job(OneWriter):
             if self.overwrite:
                 path.unlink(missing_ok=True)
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                leftover.unlink(missing_ok=True)  # of a process killed before its rename; we hold the lock
+                # Left by a process that was killed before its rename; nobody else can be writing, we hold the lock.
+                leftover.unlink(missing_ok=True)
         meta = read_sidecar(self.output)
         if meta:
             check_settings(meta, self.settings, self.output)
@@ -205,9 +215,15 @@ class Job(OneWriter):
                 "--overwrite replaces it, another --output keeps it",
             )
         self.complete = meta.get("status") == "done"
-        self.meta = meta or {"stage": self.stage, "created": _now(), "seconds": 0.0}
+        if meta and not self.complete and self.use_journal and meta.get("layout") != LAYOUT:
+            raise UserError(
+                f"{self.output} was begun by another version of this program and is not finished",
+                "--overwrite starts it afresh, another --output keeps both; the version that began it can finish it",
+            )
+        self.meta = meta or {"stage": self.stage, "layout": LAYOUT, "created": _now(), "seconds": 0.0}
         self.seconds_before = self.meta.get("seconds", 0.0)
-        self.counts.update(self.meta.get("attempt_reasons", {}))
+        if self.complete or not self.use_journal:  # else they are counted again from the journal
+            self.counts.update(self.meta.get("attempt_reasons", {}))
         self.writers = {p: Appender(p) for p in (self.output, self.rejected_path)}
         if self.use_journal and not self.complete:
             self.writers[self.work_path] = Appender(self.work_path)
@@ -236,7 +252,7 @@ class Job(OneWriter):
                 try:
                     self._save("running")
                 except UserError:
-                    pass  # a full disk is already being reported: its message must not hide behind this one
+                    pass  # a full disk is already being reported, and that message must not be replaced by this one
         finally:
             self.lock.release()
 
@@ -250,7 +266,7 @@ class Job(OneWriter):
         self._save_now_and_then()
 
     def reject(self, record: dict, reason: str) -> None:
-        """A sample given up for good: what it would have been, and why."""
+        """A record rejected for good: what it would have been, and why."""
         self.writers[self.rejected_path].append({**record, "reason": reason})
         self.rejected.append({**record, "reason": reason})
         self.done_ids.add(record["id"])
@@ -261,14 +277,14 @@ class Job(OneWriter):
         self._save_now_and_then()
 
     def note(self, entry: dict) -> None:
-        """One step inside a job, so that a kill costs only the texts being decoded."""
+        """One step inside a record, so that a kill costs only the texts being decoded."""
         self.writers[self.work_path].append(entry)
 
     def update_info(self, **info: Any) -> None:
         self.info.update(info)
 
     def reopen(self) -> None:
-        """More is asked of a finished output (a second judge's opinion, say): it is unfinished again."""
+        """More is wanted of a finished output (a second judge's opinion, say): it is unfinished again."""
         assert not self.use_journal, "the journal of a finished output is gone"
         if self.complete:
             self.complete = False
@@ -281,12 +297,12 @@ class Job(OneWriter):
         moved = sorted((r for r in self.records if r["id"] in reasons), key=lambda r: order[r["id"]])
         self.records = [r for r in self.records if r["id"] not in reasons]
         self.rejected += [{**r, "reason": reasons[r["id"]]} for r in moved]
-        # The rejected file first: killed in between, a record is in both files, never in none.
+        # The rejected file first: after a kill in between, a record is in both files, never in neither.
         self._rewrite(self.rejected_path, self.rejected)
         self._rewrite(self.output, self.records)
 
     def amend(self, fields: Mapping[str, Mapping]) -> None:
-        """Fill in fields of accepted records, by id; noted before, they outlive a kill in between."""
+        """Fill in fields of accepted records, by id. Note them first: a kill before the rename then loses nothing."""
         self.records = [{**r, **fields.get(r["id"], {})} for r in self.records]
         self._rewrite(self.output, self.records)
 
@@ -296,7 +312,7 @@ class Job(OneWriter):
         self.writers[path] = Appender(path)
 
     def finish(self, min_yield: int = 1, **stats: Any) -> dict:
-        """Mark the output whole and return the summary; LowYield when fewer than `min_yield` records came out.
+        """Mark the output complete and return the summary; LowYield when fewer than `min_yield` records came out.
 
         `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
         """
@@ -355,9 +371,9 @@ def _now() -> str:
 
 def word_statistics(records: Sequence[dict]) -> dict[str, float]:
     """Median, p90, maximum and sum of the words of the records (of their prompts where they hold no response)."""
-    words = sorted(r.get("response_words", r.get("prompt_words", -1)) for r in records)
+    words = [r.get("response_words", r.get("prompt_words", -1)) for r in records]
     words = [w for w in words if w >= 0]
-    if not words:
+    p90 = quantile(words, 0.9)
+    if p90 is None:
         return {}
-    p90 = words[min(len(words) - 1, int(0.9 * len(words)))]
-    return {"median": statistics.median(words), "p90": p90, "max": words[-1], "sum": sum(words)}
+    return {"median": statistics.median(words), "p90": round(p90, 1), "max": max(words), "sum": sum(words)}

@@ -1,6 +1,6 @@
 """Records and their files: what is in a line, which id it has, how it is read, how it is written whole or not at all.
 
-jobs.py holds what a stage does with them. Standard library and jsonlines only.
+jobs.py holds what a stage does with them. Standard library, jsonlines and lengthen.text only.
 """
 
 import hashlib
@@ -14,11 +14,13 @@ from typing import Any, TypedDict
 
 import jsonlines
 
+from lengthen.text.words import count_words, detect_language
+
 LANGUAGES = ("en", "zh")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what and where, and a hint (a command where possible)."""
+    """A mistake the user can fix: one line that says what and where, and a hint (a command where possible)."""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
@@ -119,9 +121,9 @@ class Output(TypedDict):
     length_score: float  # 0..1, -1 = no demand
     perplexity: float  # of the answer's tokens under the model that wrote it, at temperature 1; -1 = not known
     base_tokens: int  # of the response, encoded again for the probes below; -1 = not probed
-    base_losses: list[float]  # nats per token behind its query, of the base model, in the buckets of scores.POSITIONS
+    base_losses: list[float]  # nats per token after its query, of the base model, in the buckets of scores.POSITIONS
     own_loss: float  # the same over the response's beginning (measures.OPENING_TOKENS); -1 = not probed
-    shuffled_loss: float  # the same behind the next query of its language; -1 = not probed, or there is no other
+    shuffled_loss: float  # the same after the next query of its language; -1 = not probed, or there is no other
 
 
 class Judgement(TypedDict):
@@ -131,7 +133,7 @@ class Judgement(TypedDict):
     run_id: str
     sample: int
     attempt: int  # which reply of the judge was usable, from 0
-    answer_hash: str  # 16 hex digits over query and answer: another answer under the same id is judged afresh
+    answer_hash: str  # 16 hex digits over query and answer: another answer under the same id is judged again
     judge: str  # as given to --judge
     model: str  # what answered: the model name at an endpoint, the fingerprint of a local model
     relevance: int  # 1 to 10, as the six below; -1 in a rejected record
@@ -215,7 +217,7 @@ def run_id_of(output: str | Path) -> str:
 def fingerprint(path: str | Path | None) -> str:
     """A cheap identity of a model, adapter or file: names, sizes, and contents (of large files the first and last MiB).
 
-    A name that is no path (a hub id, "smollm2") stands for itself. 15 GB of weights are told apart by their headers.
+    A name that is not a path (a hub id, "smollm2") stands for itself. 15 GB of weights are told apart by their headers.
     """
     if not path:
         return ""
@@ -296,7 +298,7 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, a JSONL file is needed") from None
     except jsonlines.InvalidLineError as error:
-        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "mend or delete that line") from None
+        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "fix or delete that line") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error}", f"iconv -f GB18030 -t UTF-8 {path}  (or what it is in)"
@@ -305,12 +307,12 @@ def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
 
 def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict]:
     """Seed files or a user's own: any JSONL with `prompt` (and optionally `language`, `id`) as instruction records."""
-    from lengthen.text.words import count_words, detect_language
-
-    records, occurrences, origin = [], Counter(), {}
+    records: list[dict] = []
+    occurrences: Counter[tuple[str, str]] = Counter()
+    origin: dict[str, str] = {}  # id -> where it was read
     for path in paths:
         for line, row in enumerate(read_jsonl(path), start=1):
-            language = row.get("language") or detect_language(row["prompt"]) or "en"
+            language = language_of(row, row["prompt"])
             known = {k: v for k, v in row.items() if k in Instruction.__annotations__}
             number = occurrences[language, row["prompt"]]
             occurrences[language, row["prompt"]] += 1
@@ -325,6 +327,20 @@ def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict
     return records
 
 
+def read_answers(path: str | Path) -> list[dict]:
+    """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
+    rows = read_jsonl(path, needs=("prompt", "response"))
+    for row in rows:
+        row["language"] = language_of(row, row["response"])
+        row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+    return rows
+
+
+def language_of(row: Mapping, text: str, default: str = "en") -> str:
+    """The row's own language, else that of the text, else `default`: a user's file need not name any."""
+    return row.get("language") or detect_language(text) or default
+
+
 def filter_language(records: list[dict], language: str) -> list[dict]:
     """Those of one language; "both" keeps all."""
     return [r for r in records if language in ("both", r["language"])]
@@ -334,7 +350,7 @@ def filter_language(records: list[dict], language: str) -> list[dict]:
 # Writing
 
 
-def _write(descriptor: int, data: bytes) -> int:
+def _write(descriptor: int, data: bytes | memoryview) -> int:
     """os.write, on its own so that the tests can make it fail."""
     return os.write(descriptor, data)
 
@@ -347,7 +363,7 @@ def _replace(source: Path, target: Path) -> None:
 def no_room(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror or error}",
-        "finished samples are on disk: mend that and run the same command again, it goes on where it was",
+        "finished samples are on disk: fix this and run the same command again, it continues where it was",
     )
 
 

@@ -1,28 +1,30 @@
 """What the stages that sample have in common: their settings, their model with its sampler, the length bias.
 
-torch comes with the first call of `open_model` or `sampling_of`, not with the import: --help, a mistake in the input
-and a finished stage do not wait for it.
+torch is loaded by `open_model`, not by the import: --help, a mistake in the input and a finished stage do not wait for
+it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
 from lengthen.jobs import Job
-from lengthen.records import LANGUAGES, fingerprint
-from lengthen.sampling.request import Sampling
+from lengthen.records import LANGUAGES, draw_seed, fingerprint
+from lengthen.sampling.request import Request, Sample, Sampling
 from lengthen.text.selection import length_bias
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lengthen.models.loading import LoadedModel
     from lengthen.sampling.engine import Sampler
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What every stage that samples is told: where it writes, which model it asks, how tokens are drawn."""
+    """The flags of every stage that samples: where it writes, which model it asks, how tokens are drawn."""
 
     out: OutputFlags
     model: ModelFlags
@@ -31,6 +33,7 @@ class Stage:
 
 def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str, Any]) -> Job:
     """The stage's output, with a journal; `settings`: what shapes it besides the flags that all stages have."""
+    # Not in it: what changes no text (max_rows, device). They may differ when a run is continued.
     shared = {
         "seed": stage.out.seed,
         "language": stage.out.language,
@@ -53,7 +56,7 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
 
 
 def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
-    """Load what the flags name; say once what is in force, and why."""
+    """Load the model that the flags name, and print once what is in force and why."""
     from lengthen.models.loading import load_model
     from lengthen.sampling.attend_cpu import FP8
     from lengthen.sampling.engine import Sampler
@@ -81,17 +84,70 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
     return loaded, sampler
 
 
+def open_writer(stage: Stage, job: Job) -> "Writer":
+    """`open_model`, as the engine of lengthen.tasks."""
+    return Writer(stage, *open_model(stage, job))
+
+
+class Writer:
+    """A loaded model as the tasks of a stage ask it: their prompts are rendered, their draws get seeds."""
+
+    def __init__(self, stage: Stage, loaded: "LoadedModel", sampler: "Sampler"):
+        self.stage, self.loaded, self.sampler, self.chat = stage, loaded, sampler, loaded.chat
+
+    def encode(self, content: str, prefill: str = "") -> list[int]:
+        """The ids of one user turn and of the answer that is begun for the model."""
+        return self.chat.encode([{"role": "user", "content": content}], prefill)
+
+    def request(
+        self,
+        id_: str,
+        draw: tuple[int, ...],
+        content: str,
+        prefill: str = "",
+        *,
+        limit: int = 0,
+        stop: tuple[str, ...] = (),
+        min_new_tokens: int = 0,
+        penalize_prompt: bool = True,
+        expected_tokens: int = 0,
+    ) -> Request:
+        """One draw of a task. `limit`: as in `sampling_of`; `expected_tokens`: a guess, 0 = like those finished.
+
+        penalize_prompt: False = the repetition penalty counts the prefill and the output, but not the user's turn.
+        """
+        sampling = replace(sampling_of(self.stage.sampling, limit, stop), min_new_tokens=min_new_tokens)
+        # Of id and draw alone: a text does not depend on what else is in the batch, nor on a resume.
+        seed = draw_seed(self.stage.out.seed, id_, *draw)
+        penalty_from = 0 if penalize_prompt else len(self.encode(content))
+        return Request((id_, draw), self.encode(content, prefill), seed, sampling, penalty_from, expected_tokens)
+
+    def add(self, request: Request) -> None:
+        self.sampler.add(request)
+
+    def run(self) -> Iterator[Sample]:
+        return self.sampler.run()
+
+    def progress(self) -> object:
+        return self.sampler.progress()
+
+    def logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> "list[Tensor]":
+        """One value per continuation token, nats."""
+        return self.sampler.logprobs(pairs)
+
+
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:
     """The flags as Sampling; `limit`: new tokens where the user set none, 0 = the sampler's own."""
     recipe = flags.recipe()
-    tokens = recipe.pop("max_new_tokens") or limit
+    tokens = recipe.pop("max_new_tokens") or limit  # 0 = Sampling's default, capped by the context
     return Sampling(**recipe, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
 
 
 def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:
-    """{id: "length-bias"} of the answers to drop; a Chinese word is a character, so each language is ranked alone."""
-    drops = {}
+    """{id: "length-bias"} of the answers to drop. Each language is ranked alone: a Chinese word is a character."""
+    drops: dict[str, str] = {}
     for language in LANGUAGES:
+        # All records of the language at once: which are dropped depends on the ranks of all of them.
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
         drops |= {same[i]["id"]: "length-bias" for i in gone}

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,12 @@ import numpy
 import pytest
 
 import evaluate
+from lengthen.evaluation import probes
 from lengthen.evaluation.measures import spearman
-from lengthen.evaluation.report.page import read_models
+from lengthen.evaluation.report.models import read_models
 from lengthen.evaluation.report.rundir import Files
 from lengthen.evaluation.report.verdict import verdict
-from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_writer
+from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_writer, score
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.text.demands import length_score, parse_demand
 
@@ -41,7 +43,7 @@ def answer(words: int, constraint: str = "around 1000 words", language: str = "e
     row = new_record(
         "output", **fields, language=language, constraint=constraint, type=type_, min_words=low, max_words=high
     )
-    return evaluate.answered(row, text, row["finish"], row["response_tokens"])
+    return {**row, **evaluate.measured(row, text, row["finish"], row["response_tokens"])}
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -108,7 +110,7 @@ def test_scores_of_a_handmade_run():
         answer(0, "less than 400 words", range="b", finish="repetition", response=loop),  # 330 of 200..400: 1
     ]
     assert [r["length_score"] for r in outputs] == [1, 0.5, 0, 0, 1]
-    scores = evaluate.score(outputs)
+    scores = score(outputs)
     assert scores["rows"] == 3 and scores["answers"] == 5
     assert scores["length_score"] == pytest.approx(50) and scores["length_score_eos"] == pytest.approx(50)
     assert scores["words_median"] == 600 and scores["words_p90"] == pytest.approx(920)  # of 300, 600, 1000
@@ -134,19 +136,19 @@ def test_scores_of_probed_answers():
     fields = ("base_tokens", "base_losses", "own_loss", "shuffled_loss")
     known = [(100, [2.0, 1.0], 1.64, 2.0), (40, [3.0], 3.0, 2.5), (-1, [], -1.0, -1.0)]
     outputs = [answer(50, query=f"Query {i}", **dict(zip(fields, k, strict=True))) for i, k in enumerate(known)]
-    scores = evaluate.score(outputs, [1.0, 2.0, 6.0])
+    scores = score(outputs, [1.0, 2.0, 6.0])
     assert scores["own_prompt_gain"] == pytest.approx((0.36 - 0.5) / 2) and scores["own_prompt_share"] == 0.5
     pooled = math.exp((64 * 2 + 40 * 3) / 104)
     assert scores["base_perplexity_by_position"] == [[0, 64, pytest.approx(pooled)], [64, 128, pytest.approx(math.e)]]
     assert scores["short_loss"] == 3 and scores["intervals"]["short_loss"][0] < 3 < scores["intervals"]["short_loss"][1]
-    nothing = evaluate.score([answer(50)])
+    nothing = score([answer(50)])
     assert nothing["own_prompt_gain"] is nothing["base_perplexity_by_position"] is nothing["short_loss"] is None
 
 
 def test_intervals_are_over_queries_not_answers():
     """The same answer nine times to a query tells no more than once."""
     once = [answer(600 + 90 * i, query=f"Query {i}") for i in range(8)]
-    few, many = evaluate.score(once)["intervals"], evaluate.score([r for r in once for _ in range(9)])["intervals"]
+    few, many = score(once)["intervals"], score([r for r in once for _ in range(9)])["intervals"]
     for key in ("words_median_all", "length_score", "eos_share"):
         assert few[key] == pytest.approx(many[key], rel=0.02)
 
@@ -168,19 +170,16 @@ def test_cells(value, form, interval, text):
 def test_a_writer_of_one_length_scores_well_but_follows_nothing():
     """What the controls are for: the constant writer's own score is its control, its correlation undefined."""
     demands = [f"around {n} words" for n in (850, 900, 1000, 1100, 1200)]
-    constant = evaluate.score([answer(1000, d) for d in demands])
+    constant = score([answer(1000, d) for d in demands])
     assert (
         constant["length_score"] == constant["constant_writer"]["best"] == 100 and constant["rank_correlation"] is None
     )
-    follower = evaluate.score([answer(int(d.split()[1]) // 2, d) for d in demands])
+    follower = score([answer(int(d.split()[1]) // 2, d) for d in demands])
     assert follower["rank_correlation"] == pytest.approx(1) and follower["length_score"] < 30
 
 
 def test_a_loop_counts_though_it_ended():
-    assert (
-        evaluate.score([answer(0, response="over and over the same small line of words again. " * 40)])["loop_rate"]
-        == 1
-    )
+    assert score([answer(0, response="over and over the same small line of words again. " * 40)])["loop_rate"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_ready_made_answers_are_scored_without_torch(tmp_path):
         "import sys, evaluate; evaluate.main(sys.argv[1:]); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
-    command = [sys.executable, "-c", code, "--outputs", str(ready_made(tmp_path)), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, "score", str(ready_made(tmp_path)), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
     scores = json.loads(done.stdout.splitlines()[-1])
@@ -218,19 +217,19 @@ def test_ready_made_answers_are_scored_without_torch(tmp_path):
 
 
 def test_its_own_outputs_give_the_same_scores(tmp_path, capsys):
-    evaluate.main(["--outputs", str(ready_made(tmp_path)), "--output", str(tmp_path / "a")])
-    evaluate.main(["--outputs", str(tmp_path / "a" / "outputs.jsonl"), "--output", str(tmp_path / "b")])
+    evaluate.main(["score", str(ready_made(tmp_path)), "--output", str(tmp_path / "a")])
+    evaluate.main(["score", str(tmp_path / "a" / "outputs.jsonl"), "--output", str(tmp_path / "b")])
     a, b = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     for known_difference in ("output", "seconds"):
         a.pop(known_difference), b.pop(known_difference)
     assert a == b
     with pytest.raises(UserError, match="is what this command would write"):
-        evaluate.main(["--outputs", str(tmp_path / "a" / "outputs.jsonl"), "--output", str(tmp_path / "a")])
+        evaluate.main(["score", str(tmp_path / "a" / "outputs.jsonl"), "--output", str(tmp_path / "a")])
 
 
 def test_answers_without_demand_or_finish_are_measured_as_far_as_it_goes(tmp_path, capsys):
     path = write_lines(tmp_path / "x.jsonl", [{"query": "Tell me of the sea.", "response": prose(n)} for n in (10, 30)])
-    evaluate.main(["--outputs", str(path), "--output", str(tmp_path / "out")])
+    evaluate.main(["score", str(path), "--output", str(tmp_path / "out")])
     scores = json.loads(capsys.readouterr().out)
     undefined = (
         "length_score rank_correlation eos_share words_median words_p90 constant_writer tokens distinct_3".split()
@@ -243,7 +242,7 @@ def test_answers_without_demand_or_finish_are_measured_as_far_as_it_goes(tmp_pat
     assert not (tmp_path / "out" / "length_following.png").exists()
     assert scores["perplexity"] is None
     path = write_lines(tmp_path / "y.jsonl", [{**GOOD, "perplexity": p} for p in (2.5, 3, 20)])
-    evaluate.main(["--outputs", str(path), "--output", str(tmp_path / "known")])
+    evaluate.main(["score", str(path), "--output", str(tmp_path / "known")])
     assert json.loads(capsys.readouterr().out)["perplexity"] == 3
 
 
@@ -270,7 +269,7 @@ GOOD = {"query": "Write 100 words about tea.", "response": "Tea."}
 def test_bad_files_of_answers(tmp_path, rows, message):
     path = write_lines(tmp_path / "bad.jsonl", rows)
     with pytest.raises(UserError, match="bad.jsonl") as caught:
-        evaluate.main(["--outputs", str(path), "--output", str(tmp_path / "out")])
+        evaluate.main(["score", str(path), "--output", str(tmp_path / "out")])
     assert message in caught.value.message
     assert not (tmp_path / "out").exists()
 
@@ -306,7 +305,7 @@ def test_a_hub_data_set_offline_is_one_line_and_a_hint():
     """conftest.py sets HF_HUB_OFFLINE: nothing is asked of the network."""
     with pytest.raises(UserError) as caught:
         evaluate.find_benchmark("nobody/no-such-data-set")
-    assert caught.value.message.startswith("nobody/no-such-data-set is no file") and "\n" not in caught.value.message
+    assert caught.value.message.startswith("nobody/no-such-data-set is not a file") and "\n" not in caught.value.message
     assert "--benchmark mini" in caught.value.hint
 
 
@@ -471,9 +470,9 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
 
     from lengthen.models.chat import Chat
 
-    monkeypatch.setattr(evaluate, "OPENING_TOKENS", 20)  # shorter than most answers
-    for module in ("evaluate", "lengthen.evaluation.scores"):
-        monkeypatch.setattr(f"{module}.POSITIONS", (0, 16, 1000))
+    monkeypatch.setattr(probes, "OPENING_TOKENS", 20)  # shorter than most answers
+    for module in ("probes", "scores"):
+        monkeypatch.setattr(f"lengthen.evaluation.{module}.POSITIONS", (0, 16, 1000))
     evaluate.main(flags(writer, bench, tmp_path / "out", "--adapter", str(adapter), "--samples", "2"))
     chat = Chat(AutoTokenizer.from_pretrained(writer))
     base = AutoModelForCausalLM.from_pretrained(writer).eval()
@@ -481,19 +480,19 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
     following = {english[0]: english[1], english[1]: english[2], english[2]: english[0]}
     for record in records_of(tmp_path / "out").values():
         text = chat.encode_text(record["response"])
-        own = losses_of(base, evaluate.prompt_of(chat, record["query"]), text)
-        strange = losses_of(base, evaluate.prompt_of(chat, following[record["query"]]), text)
+        own = losses_of(base, probes.prompt_of(chat, record["query"]), text)
+        strange = losses_of(base, probes.prompt_of(chat, following[record["query"]]), text)
         assert record["base_tokens"] == len(text)
         assert record["own_loss"] == pytest.approx(numpy.mean(own[:20]), abs=1e-3)
         assert record["shuffled_loss"] == pytest.approx(numpy.mean(strange[:20]), abs=1e-3)
         parts = [numpy.mean(part) for part in (own[:16], own[16:]) if part]
         assert record["base_losses"] == pytest.approx(parts, abs=1e-3)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    tasks = [json.loads(line) for line in evaluate.SHORT_TASKS.read_text().splitlines()]
+    tasks = [json.loads(line) for line in probes.SHORT_TASKS.read_text().splitlines()]
     adapted, want, without = peft.PeftModel.from_pretrained(base, adapter).eval(), [], []
     for task in tasks:
         if task["language"] == "en":
-            pair = evaluate.prompt_of(chat, task["prompt"]), chat.encode_answer(task["answer"])
+            pair = probes.prompt_of(chat, task["prompt"]), chat.encode_answer(task["answer"])
             want.append(numpy.mean(losses_of(adapted, *pair)))
             with adapted.disable_adapter():
                 without.append(numpy.mean(losses_of(adapted, *pair)))
@@ -505,10 +504,10 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
 
 def test_the_next_query_is_of_the_same_language_and_never_the_same():
     queries = [("en", "a"), ("zh", "甲"), ("en", "b"), ("en", "c"), ("zh", "乙"), ("en", "d")]
-    following = evaluate.next_queries(queries)
+    following = probes.next_queries(queries)
     assert sorted(following) == sorted(following.values()) == sorted(queries)
     assert all(a != b and a[0] == b[0] for a, b in following.items())
-    assert evaluate.next_queries([("en", "a"), ("zh", "甲")]) == {("en", "a"): ("en", "a"), ("zh", "甲"): ("zh", "甲")}
+    assert probes.next_queries([("en", "a"), ("zh", "甲")]) == {("en", "a"): ("en", "a"), ("zh", "甲"): ("zh", "甲")}
 
 
 def test_a_lone_query_has_no_other_to_be_compared_with(writer, tmp_path, capsys):
@@ -532,7 +531,7 @@ def test_without_probes_nothing_is_asked_and_the_rest_is_the_same(run, writer, b
 
 
 def test_own_outputs_of_a_model_give_its_probes_without_it(run, tmp_path, capsys):
-    evaluate.main(["--outputs", str(run / "outputs.jsonl"), "--output", str(tmp_path / "again")])
+    evaluate.main(["score", str(run / "outputs.jsonl"), "--output", str(tmp_path / "again")])
     again, before = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
     for key in (*MEASURES, "base_perplexity_by_position", "loop_by_tenth"):
         assert again[key] == before[key], key
@@ -561,13 +560,13 @@ def test_killed_at_any_write_of_the_probes_they_are_the_same(writer, adapter, be
     total = attempt("whole", 10**9)
     whole, scores = records_of(tmp_path / "whole"), json.loads((tmp_path / "whole" / "scores.json").read_text())
     assert len(whole) == 3 and all(r["base_tokens"] > 0 and r["shuffled_loss"] > 0 for r in whole.values())
-    # The last steps are a write and a rename each of the figure, the scores, the sidecar and the records, behind three
+    # The last steps are a write and a rename each of the figure, the scores, the sidecar and the records, after three
     # notes. Killed in the first note, the last, at the records' write and rename, and at the sidecar's rename:
     for left, noted in ((10, 0), (8, 2), (7, 3), (6, 3), (4, 3)):
         folder = tmp_path / f"dead_{left}"
         attempt(folder.name, total - left)
         journal = (folder / "outputs.work.jsonl").read_bytes()
-        assert journal.count(b"\n") == noted
+        assert journal.count(b"\n") == 3 + noted  # the answers are there, too
         calls.clear()
         attempt(folder.name, 10**9)
         assert [n for n in calls if n] == [len(scores["short_losses"]), 2 * (3 - noted)][: 2 if noted < 3 else 1]
@@ -631,7 +630,10 @@ def test_a_prompt_beyond_the_context_is_left_out_and_the_rest_go_on(writer, tmp_
     [
         (["--output", "x"], "required: --model"),
         (["--model", "smollm2"], "required: --output"),
-        (["--outputs", "x.jsonl", "--benchmark", "mini", "--output", "x"], "not allowed with"),
+        (["score", "x.jsonl", "--benchmark", "mini", "--output", "x"], "unrecognized arguments: --benchmark"),
+        (["score", "--output", "x"], "required: FILE"),
+        (["compare"], "required: RUN"),
+        (["judge", "x"], "no judge is named"),
         (["--model", "m", "--output", "x", "--samples", "0"], "must be at least 1, got 0"),
         (["--model", "m", "--output", "x", "--bench", "mini"], "unrecognized arguments"),
     ],
@@ -639,6 +641,39 @@ def test_a_prompt_beyond_the_context_is_left_out_and_the_rest_go_on(writer, tmp_
 def test_bad_flags(argv, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(argv)
+
+
+@pytest.mark.parametrize(
+    "argv, now",
+    [
+        ("--report runs/demo", "report runs/demo"),
+        ("--report=runs/demo", "report runs/demo"),
+        ("--compare a b", "compare a b"),
+        ("--judge m --compare a b --output c", "compare a b --judge m --output c"),
+        ("--output x --outputs 'my answers.jsonl' --limit 3", "score 'my answers.jsonl' --output x --limit 3"),
+    ],
+)
+def test_the_spelling_of_before_is_answered_with_that_of_today(argv, now):
+    with pytest.raises(UserError, match="is a command now") as caught:
+        evaluate.main(shlex.split(argv))
+    assert caught.value.hint == f"python evaluate.py {now}"
+
+
+def test_answer_is_the_command_that_need_not_be_named():
+    assert evaluate.with_command(["--model", "m"]) == ["answer", "--model", "m"] and evaluate.with_command([])
+    for argv in (["answer", "--model", "m"], ["--help"], ["compare", "a"]):
+        assert evaluate.with_command(argv) == argv
+
+
+def test_a_figure_never_fails_a_run(tmp_path, monkeypatch, capsys):
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(evaluate, "length_following", broken)
+    evaluate.main(["score", str(ready_made(tmp_path)), "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["rows"] == 4 and "no length_following.png: RuntimeError: no font" in shown.err
+    assert (tmp_path / "out" / "scores.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -653,7 +688,7 @@ def folder_of(path: Path, lengths: list[int], queries: list[dict] | None = None,
         for i, (q, n) in enumerate(zip(queries, lengths, strict=True))
     ]
     source = write_lines(path.with_suffix(".jsonl"), rows)
-    evaluate.main(["--outputs", str(source), "--output", str(path)])
+    evaluate.main(["score", str(source), "--output", str(path)])
     return str(path)
 
 
@@ -665,7 +700,7 @@ def test_compare_puts_runs_side_by_side(tmp_path, capsys):
     a = folder_of(tmp_path / "base", lengths)
     b = folder_of(tmp_path / "final", [n * 3 // 2 + n % 7 for n in lengths])  # each about half as long again
     capsys.readouterr()
-    evaluate.main(["--compare", a, b])
+    evaluate.main(["compare", a, b])
     output = capsys.readouterr()
     summary = json.loads(output.out)
     assert [summary["runs"][f]["words_median"] for f in (a, b)] == [100, pytest.approx(152, abs=2)]
@@ -680,14 +715,14 @@ def test_compare_puts_runs_side_by_side(tmp_path, capsys):
 
 
 def test_an_interval_does_not_depend_on_who_finished_first(tmp_path, capsys):
-    """The demo's report said 0.92 to 1.34 where --compare said 0.94 to 1.34, of the same answers."""
+    """The demo's report said 0.92 to 1.34 where compare said 0.94 to 1.34, of the same answers."""
     lengths = [40, 60, 70, 80, 95, 105, 120, 140, 160, 210]
     (tmp_path / "eval").mkdir()
     a, b = folder_of(tmp_path / "eval" / "base", lengths), folder_of(tmp_path / "eval" / "final", lengths[::-1])
 
     def compared() -> dict:
         capsys.readouterr()
-        evaluate.main(["--compare", a, b])
+        evaluate.main(["compare", a, b])
         return json.loads(capsys.readouterr().out)["changes"]
 
     before = compared()
@@ -708,14 +743,14 @@ def test_runs_on_other_queries_are_compared_unpaired_and_said_to_be(tmp_path, ca
     others = [{"query": f"Describe a {name} in around 100 words.", **ABOUT_100} for name in NAMES[:8]]
     b = folder_of(tmp_path / "b", lengths[:8], others)
     capsys.readouterr()
-    evaluate.main(["--compare", a, b])
+    evaluate.main(["compare", a, b])
     output = capsys.readouterr()
     assert "not like for like" in output.err and "not paired" in output.err
     summary = json.loads(output.out)
     _, (low, high) = summary["changes"][b]["words_median"]
     assert summary["paired"] == [] and low < 0.7 and high > 1.1  # the same lengths, but of other queries
     with pytest.raises(UserError, match="scores.json does not exist"):
-        evaluate.main(["--compare", str(tmp_path)])
+        evaluate.main(["compare", str(tmp_path)])
 
 
 def test_compare_reads_runs_from_before_there_were_intervals(tmp_path, capsys):
@@ -730,10 +765,10 @@ def test_compare_reads_runs_from_before_there_were_intervals(tmp_path, capsys):
     probes = ("base_tokens", "base_losses", "own_loss", "shuffled_loss")
     write_lines(Path(a) / "outputs.jsonl", [{k: v for k, v in r.items() if k not in probes} for r in records])
     capsys.readouterr()
-    evaluate.main(["--compare", a, b])
+    evaluate.main(["compare", a, b])
     assert json.loads(capsys.readouterr().out)["changes"][b]["words_median"] == [2, None]  # twice, query by query
     (Path(a) / "outputs.jsonl").unlink()
-    evaluate.main(["--compare", a, b])
+    evaluate.main(["compare", a, b])
     summary = json.loads(capsys.readouterr().out)
     assert summary["changes"][b]["words_p90"][1] is None and summary["runs"][a]["compression"] is None
 
@@ -742,13 +777,13 @@ def test_the_figure_shows_every_answer_and_clips_none_away(monkeypatch):
     """Every answer is a point inside the axes of its type's panel, an empty one and an endless one too."""
     from matplotlib import pyplot
 
-    from lengthen.evaluation.figures import length_following
+    from lengthen.evaluation.report.figures import length_following
 
     outputs = [answer(w, d) for d in ("around 500 words", "200-300 words") for w in (0, 200, 450, 90000)]
     outputs += [answer(90, "小于三千字", language="zh", finish="length")]
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)  # the figure stays to be looked at
-    image = length_following(outputs, evaluate.score(outputs), "test")
+    image = length_following(outputs, score(outputs), "test")
     assert image.startswith(b"\x89PNG")
     panels = {panel.get_title(loc="left").strip(): panel for panel in drawn[0].axes}
     assert list(panels) == ["about", "range", "above", "below"]

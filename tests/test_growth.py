@@ -17,33 +17,36 @@ growth = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(growth)
 
 
-def answer(words: int, finish: str = "eos", loop: bool = False) -> dict:
-    return {"response_words": words, "finish": finish, "loop": loop}
+def answer(query: int, words: int, finish: str = "eos") -> dict:
+    """What an answer gives to each measure that the study shows."""
+    ended = finish == "eos"
+    known = {"words_median": words if ended else None, "words_median_all": words, "eos_share": ended}
+    return {"query": query, **known, "loop_rate": False}
 
 
-def groups(factor: float, seed: int = 0, cut: int = 0) -> growth.Groups:
+def answers(factor: float, seed: int = 0, cut: int = 0) -> list[dict]:
     """30 instructions x 3 answers whose lengths have the instruction in common; the first `cut` are not ended."""
     rng = random.Random(seed)
     made = []
     for i in range(30):
         usual = 200 + 10 * i
-        made.append(
-            [answer(int(factor * usual * rng.uniform(0.9, 1.1)), "length" if i < cut else "eos") for _ in "abc"]
-        )
+        finish = "length" if i < cut else "eos"
+        made += [answer(i, int(factor * usual * rng.uniform(0.9, 1.1)), finish) for _ in "abc"]
     return made
 
 
 def test_growth_is_the_ratio_of_medians_of_ended_answers():
-    base, other = [[answer(100), answer(9, "length")], [answer(300)]], [[answer(400)], [answer(500), answer(600)]]
-    row = growth.measured(base, other)
+    base = [answer(0, 100), answer(0, 9, "length"), answer(1, 300)]
+    other = [answer(0, 400), answer(1, 500), answer(1, 600)]
+    row = growth.row_of(base, other)
     assert row["answers"] == 3 and row["words_median"]["value"] == 500 and row["eos_share"]["value"] == 1
     assert row["growth"]["value"] == 500 / 200 and row["growth_all"]["value"] == 500 / 100
-    assert growth.measured(base, base)["eos_share"]["value"] == pytest.approx(2 / 3)
+    assert growth.row_of(base, base)["eos_share"]["value"] == pytest.approx(2 / 3)
 
 
 def test_pairing_narrows_the_interval_and_it_holds_the_truth():
-    base, other = groups(1), groups(2, seed=1)
-    row = growth.measured(base, other)
+    base, other = answers(1), answers(2, seed=1)
+    row = growth.row_of(base, other)
     low, high = row["growth"]["interval"]
     assert low < 2 < high and high - low < 0.35  # unpaired, these lengths would give more than twice that
     assert row["loop_rate"]["value"] == 0 and row["loop_rate"]["interval"][1] < 0.15
@@ -58,8 +61,8 @@ def test_pairing_narrows_the_interval_and_it_holds_the_truth():
     ],
 )
 def test_the_goal_needs_growth_and_no_worse_endings(factor, cut, said):
-    base = groups(1)
-    rows = [growth.measured(base, other) for other in (base, groups(factor, seed=1, cut=cut))]
+    base = answers(1)
+    rows = [growth.row_of(base, other) for other in (base, answers(factor, seed=1, cut=cut))]
     assert said in growth.verdict(*rows)
 
 

@@ -9,6 +9,12 @@ import pytest
 from lengthen.evaluation import intervals
 from lengthen.evaluation.measures import mean, median
 
+
+def numbered(groups: list) -> dict[int, list]:
+    """{query: its values}, the queries being numbers."""
+    return dict(enumerate(groups))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Coverage on simulated runs: skewed lengths (log-normal), several answers a query, alike within a query
 
@@ -95,10 +101,11 @@ def test_bootstrap_is_what_the_simulation_tests():
     places = intervals.draws(QUERIES, 500, 7)
     want = intervals.quantiles(numpy.median(before), medians(before[places]), QUERIES, 0.9)
     options = {"resamples": 500, "seed": 7, "level": 0.9}
-    assert intervals.bootstrap(before.tolist(), median, **options) == want
+    assert intervals.bootstrap(numbered(before.tolist()), median, **options) == want
     ratios = medians(after[places]) / medians(before[places])
     want = intervals.quantiles(numpy.median(after) / numpy.median(before), ratios, QUERIES, 0.9)
-    assert intervals.paired(before.tolist(), after.tolist(), lambda a, b: median(b) / median(a), **options) == want
+    sides = numbered(before.tolist()), numbered(after.tolist())
+    assert intervals.paired(*sides, lambda a, b: median(b) / median(a), **options) == want
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -118,9 +125,9 @@ def test_quantiles_of_t_and_exact_shares_are_scipys():
             assert intervals.students_t(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=3e-3)
     for n in (1, 8, 30):
         exact = stats.binomtest(n, n).proportion_ci(0.95, "exact")
-        assert intervals.bootstrap([[True, True]] * n, mean) == pytest.approx((exact.low, exact.high))
+        assert intervals.bootstrap(numbered([[True, True]] * n), mean) == pytest.approx((exact.low, exact.high))
         none = stats.binomtest(0, n).proportion_ci(0.95, "exact")
-        assert intervals.bootstrap([[False]] * n, mean) == pytest.approx((none.low, none.high))
+        assert intervals.bootstrap(numbered([[False]] * n), mean) == pytest.approx((none.low, none.high))
 
 
 def test_intervals_of_many_queries_are_scipys():
@@ -130,7 +137,7 @@ def test_intervals_of_many_queries_are_scipys():
     theirs = stats.bootstrap(
         (values,), numpy.mean, n_resamples=5000, rng=numpy.random.default_rng(2)
     ).confidence_interval
-    low, high = intervals.bootstrap([[v] for v in values.tolist()], mean, resamples=5000)
+    low, high = intervals.bootstrap(numbered([[v] for v in values.tolist()]), mean, resamples=5000)
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * (theirs.high - theirs.low))
 
 
@@ -145,14 +152,25 @@ def values_of(seed: int, queries: int = 12) -> list[list[float]]:
 
 def test_the_same_seed_gives_the_same_interval():
     groups = values_of(0)
-    one, again, other = (intervals.bootstrap(groups, median, resamples=300, seed=s) for s in (0, 0, 1))
+    one, again, other = (intervals.bootstrap(numbered(groups), median, resamples=300, seed=s) for s in (0, 0, 1))
     assert one == again != other
     low, high = one
     assert low < median([v for group in groups for v in group]) < high
 
 
+def test_the_order_of_the_queries_does_not_matter_and_a_missing_one_is_an_empty_one():
+    a, b = numbered(values_of(0)), numbered(values_of(1))
+    turned_a, turned_b = dict(reversed(a.items())), dict(random.Random(0).sample(list(b.items()), len(b)))
+    assert intervals.bootstrap(a, median) == intervals.bootstrap(turned_a, median)
+    for draw in (intervals.paired, intervals.unpaired):
+        assert draw(a, b, ratio_of_means) == draw(turned_a, turned_b, ratio_of_means)
+    without = {query: values for query, values in b.items() if query != 3}
+    assert intervals.paired(a, without, ratio_of_means) == intervals.paired(a, {**b, 3: []}, ratio_of_means)
+    assert intervals.by_query([("q", 2.0), ("p", None), ("q", None), ("q", 3.0)]) == {"q": [2.0, 3.0], "p": []}
+
+
 def test_a_higher_level_is_wider():
-    narrow, wide = (intervals.bootstrap(values_of(0), mean, level=level) for level in (0.8, 0.99))
+    narrow, wide = (intervals.bootstrap(numbered(values_of(0)), mean, level=level) for level in (0.8, 0.99))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
@@ -163,7 +181,7 @@ def ratio_of_means(a: list[float], b: list[float]) -> float | None:
 def test_pairing_cancels_what_the_queries_have_in_common():
     easy = [100 * 2**i for i in range(10)]  # queries differ a thousandfold, both runs alike
     rng = random.Random(0)
-    a, b = ([[x * k * rng.uniform(0.95, 1.05)] for x in easy] for k in (1, 1.5))
+    a, b = (numbered([[x * k * rng.uniform(0.95, 1.05)] for x in easy]) for k in (1, 1.5))
     low, high = intervals.paired(a, b, ratio_of_means)
     assert 1.35 < low < high < 1.65
     low, high = intervals.unpaired(a, b, ratio_of_means)
@@ -172,18 +190,22 @@ def test_pairing_cancels_what_the_queries_have_in_common():
 
 def test_unpaired_sides_may_have_different_sizes():
     a, b = values_of(0, 10), values_of(1, 25)
-    low, high = intervals.unpaired(a, b, lambda a, b: mean(b) - mean(a))
+    low, high = intervals.unpaired(numbered(a), numbered(b), lambda a, b: mean(b) - mean(a))
     assert low < mean(sum(b, [])) - mean(sum(a, [])) < high
 
 
 def test_queries_without_values_do_not_count():
     groups = values_of(0)
-    assert intervals.bootstrap([[], *groups, [], []], mean) == intervals.bootstrap(groups, mean)
+    padded = numbered([[], *groups, [], []])
+    assert intervals.bootstrap(padded, mean) == intervals.bootstrap(numbered(groups), mean)
     # In a pair one side may be empty, and makes the number undefined in the draws that have no other query.
     a, b = [[1.0], [2.0], [3.0], []], [[2.0], [4.0], [], []]
-    whole = intervals.paired(a[:3] * 5, b[:3] * 5, ratio_of_means)
-    assert whole == intervals.paired(a[:3] * 5 + [[]], b[:3] * 5 + [[]], ratio_of_means) and 1 < whole[0] < 4 / 3
-    assert intervals.paired(a[1:], b[1:], ratio_of_means) is None  # b is empty in a quarter of the draws of two
+    whole = intervals.paired(numbered(a[:3] * 5), numbered(b[:3] * 5), ratio_of_means)
+    padded = numbered(a[:3] * 5 + [[]]), numbered(b[:3] * 5 + [[]])
+    assert whole == intervals.paired(*padded, ratio_of_means) and 1 < whole[0] < 4 / 3
+    assert (
+        intervals.paired(numbered(a[1:]), numbered(b[1:]), ratio_of_means) is None
+    )  # b is empty in a quarter of the draws of two
 
 
 @pytest.mark.parametrize(
@@ -198,13 +220,13 @@ def test_queries_without_values_do_not_count():
     ],
 )
 def test_no_interval_where_there_is_nothing_to_learn_it_from(groups, statistic):
-    assert intervals.bootstrap(groups, statistic) is None
+    assert intervals.bootstrap(numbered(groups), statistic) is None
 
 
 def test_unanimous_answers_are_no_certainty():
     """8 of 8: the share in the population may still be 63 %. More answers a query do not add queries."""
-    assert intervals.bootstrap([[True] * 3] * 8, mean) == pytest.approx((0.025 ** (1 / 8), 1))
-    assert intervals.bootstrap([[False]] * 8, mean) == pytest.approx((0, 1 - 0.025 ** (1 / 8)))
-    low, high = intervals.bootstrap([[True]] * 7 + [[False]], mean)
+    assert intervals.bootstrap(numbered([[True] * 3] * 8), mean) == pytest.approx((0.025 ** (1 / 8), 1))
+    assert intervals.bootstrap(numbered([[False]] * 8), mean) == pytest.approx((0, 1 - 0.025 ** (1 / 8)))
+    low, high = intervals.bootstrap(numbered([[True]] * 7 + [[False]]), mean)
     assert low < 7 / 8 <= high
-    assert intervals.bootstrap([[1.0]] * 8, mean) is None  # a length score of 1, not a share
+    assert intervals.bootstrap(numbered([[1.0]] * 8), mean) is None  # a length score of 1, not a share

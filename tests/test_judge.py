@@ -26,10 +26,14 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
-from lengthen.evaluation import endpoint, judge
-from lengthen.evaluation.judge import CRITERIA, Question, cut_middle, kappa, read_verdict
+from lengthen import cli
+from lengthen.evaluation import endpoint, judge, questions
+from lengthen.evaluation.preferences import kappa, preferences
+from lengthen.evaluation.quality import judge_answers
+from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, read_verdict
 from lengthen.models import chat
 from lengthen.records import LowYield, UserError, new_record
+from lengthen.stage import Stage
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-sentinel-0123456789"
@@ -91,7 +95,7 @@ class Fake:
 
 @pytest.fixture
 def serve():
-    """serve(answer) -> Fake, closed behind the test."""
+    """serve(answer) -> Fake, closed after the test."""
     fakes = []
 
     def start(answer: Callable[[dict], str | tuple]) -> Fake:
@@ -129,7 +133,7 @@ def answers(folder: Path, texts: list[str], name: str = "answers", queries: int 
 
 
 def evaluated(path: Path, output: Path, *flags: str) -> None:
-    evaluate.main(["--outputs", str(path), "--output", str(output), *flags])
+    evaluate.main(["score", str(path), "--output", str(output), *flags])
 
 
 def lines(path: Path) -> list[dict]:
@@ -206,7 +210,7 @@ def test_a_verdict_copied_out_of_the_prompt_is_none():
 @pytest.mark.parametrize("kind", ["quality", "compare"])
 def test_templates_name_everything_that_is_read(kind, language):
     text = chat.fill(kind, language, **dict.fromkeys(chat.FIELDS[kind], "x"))
-    for word in CRITERIA if kind == "quality" else judge.WINNERS:
+    for word in CRITERIA if kind == "quality" else WINNERS:
         assert f'"{word}"' in text
     assert ("Ignore how long" if language == "en" else "不要考虑篇幅") in text
     assert "material only" in text if language == "en" else "只是材料" in text
@@ -237,7 +241,7 @@ def test_texts_stand_word_for_word_between_marks_that_they_cannot_hold(kind, lan
 
 
 def test_a_text_that_holds_the_mark_gets_another(monkeypatch):
-    monkeypatch.setattr(judge, "hash_of", lambda number, *texts: number * 8)
+    monkeypatch.setattr(questions, "hash_of", lambda number, *texts: number * 8)
     assert Question("", "quality", "en", "q", ("a",)).mark == "#00000000"
     assert Question("", "quality", "en", "q #00000000", ("a #11111111 b",)).mark == "#22222222"
 
@@ -293,10 +297,31 @@ def test_scores_of_ready_made_answers(tmp_path, serve, capsys):
     assert last_json(capsys)["quality"] == quality
 
 
+def test_a_finished_run_is_judged_by_a_command_of_its_own(tmp_path, serve, capsys):
+    """The same scores as judging right after answering, and nothing else of scores.json changes."""
+    fake = serve(lambda r: GOOD)
+    path = answers(tmp_path, ["a", "b"])
+    evaluated(path, tmp_path / "at once", "--judge", fake.url)
+    at_once = last_json(capsys)["quality"]
+    evaluated(path, tmp_path / "later")
+    before = json.loads((tmp_path / "later" / "scores.json").read_text())
+    evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url])
+    assert last_json(capsys) == {"stage": "judge", "output": str(tmp_path / "later"), "quality": at_once}
+    assert before["quality"] == {} and len(fake.asked) == 4
+    assert json.loads((tmp_path / "later" / "scores.json").read_text()) == {**before, "quality": at_once}
+    evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url])  # nothing is left to ask
+    assert len(fake.asked) == 4
+    with pytest.raises(UserError, match="scores.json does not exist"):
+        evaluate.main(["judge", str(tmp_path), "--judge", fake.url])
+    (tmp_path / "later" / "outputs.meta.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="is not finished"):
+        evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url])
+
+
 def test_torch_is_not_loaded_for_an_endpoint(tmp_path, serve):
     fake = serve(lambda r: GOOD)
     code = "import sys, evaluate; evaluate.main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    argv = ["--outputs", str(answers(tmp_path, ["a"])), "--output", str(tmp_path / "out"), "--judge", fake.url]
+    argv = ["score", str(answers(tmp_path, ["a"])), "--output", str(tmp_path / "out"), "--judge", fake.url]
     subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, check=True, capture_output=True)
     assert len(judged(tmp_path / "out")) == 1
 
@@ -370,7 +395,7 @@ def test_no_usable_verdict_at_all_is_exit_code_3(tmp_path, serve, capsys):
     fake = serve(lambda r: "What a text.")
     path, out = answers(tmp_path, ["a", "b"]), tmp_path / "out"
     for _ in range(2):  # the second time nothing is asked, and the same is said
-        with pytest.raises(LowYield, match="no usable verdict: 2 of 2 replies are not in form"):
+        with pytest.raises(LowYield, match="no usable verdict: none of its 2 replies"):
             evaluated(path, out, "--judge", fake.url, "--judge-attempts", "2")
         quality = last_json(capsys)["quality"][fake.url]
         assert quality["judged"] == 0 and quality["failed"] == 2 and quality["mean"] is None
@@ -392,12 +417,12 @@ TROUBLES = {  # what the server does -> what is said of it
     "error 503": (lambda r: (503, {"Retry-After": "0"}, b""), "HTTP 503"),
     "too many for today": (lambda r: (429, {"Retry-After": "99999"}, b"slow down"), "HTTP 429"),
     "a status of its own": (lambda r: (418, {}, b"tea"), "HTTP 418: tea"),
-    "a web page": (lambda r: (200, {}, b"<html>Welcome to our Wi-Fi</html>"), "no chat completion"),
-    "no choice": (lambda r: (200, {}, b'{"choices": []}'), "no chat completion"),
-    "another shape": (lambda r: (200, {}, b'{"choices": [{"message": "hello"}]}'), "no chat completion"),
-    "endless brackets": (lambda r: (200, {}, b"[" * 100_000), "no chat completion"),
-    "torn in a character": (lambda r: (200, {}, b'{"choices": "\xe6\x96'), "no chat completion"),
-    "less than announced": (lambda r: (200, {"Content-Length": "1000"}, b'{"choices"'), "no chat completion"),
+    "a web page": (lambda r: (200, {}, b"<html>Welcome to our Wi-Fi</html>"), "not a chat completion"),
+    "no choice": (lambda r: (200, {}, b'{"choices": []}'), "not a chat completion"),
+    "another shape": (lambda r: (200, {}, b'{"choices": [{"message": "hello"}]}'), "not a chat completion"),
+    "endless brackets": (lambda r: (200, {}, b"[" * 100_000), "not a chat completion"),
+    "torn in a character": (lambda r: (200, {}, b'{"choices": "\xe6\x96'), "not a chat completion"),
+    "less than announced": (lambda r: (200, {"Content-Length": "1000"}, b'{"choices"'), "not a chat completion"),
     "megabytes": (lambda r: (200, {}, b" " * (endpoint.LARGEST_BODY + 1)), "more than 2 MB"),
 }
 ONCE = ("too many for today", "a status of its own")  # not worth a second try
@@ -482,21 +507,23 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
 
     fake = serve(lambda r: GOOD)
     flags = ["--judge", fake.url, "--judge-connections", "1"]
-    args = evaluate.parse_args(["--outputs", "x", "--output", "x", *flags])
+    args = evaluate.make_parser().parse_args(["score", "x", "--output", "x", *flags])
+    kinds = (cli.OutputFlags, cli.ModelFlags, cli.SamplingFlags)
+    asked_by = cli.take(args, judge.JudgeFlags), Stage(*(cli.take(args, kind) for kind in kinds))
     evaluated(answers(tmp_path, ["a", "b", "c"]), tmp_path / "answers")
     outputs = lines(tmp_path / "answers" / "outputs.jsonl")
 
     def verdicts(folder: Path) -> list[dict]:
         return [{**r, "run_id": ""} for r in judged(folder)]
 
-    assert judge.judge_answers(tmp_path / "whole", outputs, args) == []
+    assert judge_answers(tmp_path / "whole", outputs, *asked_by) == []
     for step in range(1, 30):
         out = tmp_path / str(step)
         fake.asked.clear()
         with monkeypatch.context() as patch:
             steps = die_at(patch, step)
             try:
-                judge.judge_answers(out, outputs, args)
+                judge_answers(out, outputs, *asked_by)
                 died = False
             except Killed:
                 died = True
@@ -506,7 +533,7 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
                 assert not thread.is_alive()
         path = out / "judgements.jsonl"
         asked, on_disk = len(fake.asked), path.read_text().count("\n") if path.exists() else 0
-        assert judge.judge_answers(out, outputs, args) == []
+        assert judge_answers(out, outputs, *asked_by) == []
         assert verdicts(out) == verdicts(tmp_path / "whole") and len(verdicts(out)) == 3
         assert len(fake.asked) == asked + 3 - on_disk
         if not died:
@@ -518,7 +545,7 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
 def test_ctrl_c_does_not_wait_for_the_server(tmp_path, serve):
     fake = serve(lambda r: GOOD if "plain" in prompt_of(r) else (time.sleep(20), GOOD)[1])
     path, out = answers(tmp_path, ["plain", "b", "c"]), tmp_path / "out"
-    command = [sys.executable, "evaluate.py", "--outputs", str(path), "--output", str(out), "--judge", fake.url]
+    command = [sys.executable, "evaluate.py", "score", str(path), "--output", str(out), "--judge", fake.url]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -707,7 +734,7 @@ def two_runs(folder: Path, texts_a: list[str], texts_b: list[str], queries: int 
 
 
 def compared(folder: Path, runs: list[str], *judges: str, flags: tuple[str, ...] = ()) -> dict:
-    evaluate.main(["--compare", *runs, "--judge", *judges, "--output", str(folder / "both"), *flags])
+    evaluate.main(["compare", *runs, "--judge", *judges, "--output", str(folder / "both"), *flags])
     return json.loads((folder / "both" / "comparison.json").read_text())
 
 
@@ -776,7 +803,7 @@ def test_the_interval_holds_one_half_for_nineteen_such_judges_in_twenty():
     for name, (one, _), order in itertools.product(map(str, range(60)), pairs, ("ab", "ba")):
         winner = order[draws.random() >= 0.8]
         records.append({"judge": name, "parent_id": one["id"], "order": order, "winner": winner, "cut": 0})
-    found = judge.preferences(records, pairs)["judges"].values()
+    found = preferences(records, pairs)["judges"].values()
     assert len(found) == 60 and sum(low <= 0.5 <= high for low, high in (one["interval"] for one in found)) >= 52
 
 
@@ -847,12 +874,12 @@ def test_a_pair_counts_when_both_orders_are_judged(tmp_path, serve):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--compare", "a", "b", "--judge", "m"], "takes two runs and an --output"),
-        (["--compare", "a", "--judge", "m", "--output", "x"], "takes two runs and an --output"),
-        (["--compare", "a", "b", "c", "--judge", "m", "--output", "x"], "takes two runs and an --output"),
-        (["--outputs", "a", "--output", "x", "--judge", "m", "m"], "the same judge twice"),
-        (["--outputs", "a", "--output", "x", "--judge", "http:/x"], "cannot read the address"),
-        (["--outputs", "a", "--output", "x", "--judge", "m", "--judge-attempts", "0"], "must be at least 1, got 0"),
+        (["compare", "a", "b", "--judge", "m"], "takes two runs and an --output"),
+        (["compare", "a", "--judge", "m", "--output", "x"], "takes two runs and an --output"),
+        (["compare", "a", "b", "c", "--judge", "m", "--output", "x"], "takes two runs and an --output"),
+        (["score", "a", "--output", "x", "--judge", "m", "m"], "the same judge twice"),
+        (["score", "a", "--output", "x", "--judge", "http:/x"], "cannot read the address"),
+        (["score", "a", "--output", "x", "--judge", "m", "--judge-attempts", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_bad_flags(argv, message):
@@ -864,7 +891,7 @@ def test_runs_that_cannot_be_compared(tmp_path, serve):
     fake = serve(lambda r: prefers("tie"))
     runs = two_runs(tmp_path, ["x"], ["y"])
     with pytest.raises(UserError, match="is the folder of a run"):
-        evaluate.main(["--compare", *runs, "--judge", fake.url, "--output", runs[0]])
+        evaluate.main(["compare", *runs, "--judge", fake.url, "--output", runs[0]])
     path = write_lines(tmp_path / "c.jsonl", [{"query": "Quite another question.", "response": "z"}])
     evaluated(path, tmp_path / "c")
     with pytest.raises(UserError, match="no answers to the same query"):
@@ -882,13 +909,13 @@ def test_runs_that_cannot_be_compared(tmp_path, serve):
 
 @contextmanager
 def scripted_judge(monkeypatch: pytest.MonkeyPatch, write: Callable, context: int = 100_000):
-    """judge.open_model gives a sampler whose texts `write(request)` makes; yields it."""
+    """lengthen.stage.open_model gives a sampler whose texts `write(request)` makes; yields it."""
     from scripted import ScriptedSampler, chat
 
     sampler = ScriptedSampler(write)
     sampler.context, sampler.close = context, lambda: None
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "open_model", lambda args, job: (SimpleNamespace(chat=chat()), sampler))
+        patch.setattr("lengthen.stage.open_model", lambda stage, job: (SimpleNamespace(chat=chat()), sampler))
         yield sampler
 
 
@@ -949,7 +976,7 @@ def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, mon
     out = tmp_path / "out"
     command = ["--model", str(writer), "--language", "en", "--limit", "2", "--max-new-tokens", "30"]
     command += ["--device", "cpu", "--output", str(out), "--judge", str(writer), "--judge-attempts", "2"]
-    with pytest.raises(LowYield, match="no usable verdict: 2 of 2 replies"):
+    with pytest.raises(LowYield, match="no usable verdict: none of its 2 replies"):
         evaluate.main(command)
     assert alive == [[], [False]]
     shown = capsys.readouterr()

@@ -136,6 +136,20 @@ def test_own_prompts_get_language_id_and_words(tmp_path):
         )
 
 
+def test_own_answers_get_language_and_id(tmp_path):
+    path = write(
+        tmp_path / "own.jsonl",
+        '{"prompt": "Write a tale.", "response": "从前有一条河。"}',
+        '{"prompt": "Write a tale.", "response": "1 2 3"}',
+        '{"prompt": "Write a tale.", "response": "One day.", "id": "mine", "language": "zh"}',
+    )
+    by_text, default, given = records.read_answers(path)
+    assert (by_text["language"], default["language"], given["language"]) == ("zh", "en", "zh")
+    assert given["id"] == "mine" and by_text["id"] != default["id"] != records.read_answers(path)[0]["id"]
+    assert records.read_answers(path) == [by_text, default, given]
+    assert records.language_of({}, "1 2 3", default="") == ""  # a benchmark must say it
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 

@@ -21,7 +21,10 @@ import pytest
 from browser import CHROMIUM, Browser, Page
 
 import evaluate
+from lengthen.evaluation.report import charts
 from lengthen.evaluation.report import page as report
+from lengthen.evaluation.report import texts as texts_of
+from lengthen.evaluation.report.models import CHARTED
 from lengthen.evaluation.report.verdict import verdict
 from lengthen.jobs import Job
 from lengthen.records import UserError, new_record, record_id
@@ -149,11 +152,11 @@ def make_evaluation(folder: Path, queries: int, words: float, follows: float) ->
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "length_following", lambda *_: b"")  # the PNG takes a second, and is no matter here
-        evaluate.main(["--outputs", str(source), "--output", str(folder)])
+        evaluate.main(["score", str(source), "--output", str(folder)])
     source.unlink()
     path = folder / "scores.json"
     scores = json.loads(path.read_text())
-    spread = {k: [scores[k] * 0.93, scores[k] * 1.08] for k in report.CHARTED if scores[k] is not None}
+    spread = {k: [scores[k] * 0.93, scores[k] * 1.08] for k in CHARTED if scores[k] is not None}
     scores["intervals"] = {**spread, **(scores.get("intervals") or {})}
     scores |= {"loop_by_tenth": [0.01 * i * follows for i in range(10)], "longbench_score": 61.0, "compression": 2.2}
     scores |= {"base_perplexity_by_position": [[0, 128, 9.1], [128, 256, 7.7 + follows], [256, 512, 6.9]]}
@@ -193,13 +196,13 @@ def embedded(path: Path) -> tuple[dict, list[str]]:
     ],
 )
 def test_characters_that_act_are_spelled_out(text, shown):
-    assert report.visible(text) == shown
+    assert texts_of.visible(text) == shown
 
 
 def test_no_character_that_acts_is_left():
     """Against Unicode's own tables: no control, no half character, no line separator, nothing that turns direction."""
     turning = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
-    left = set(report.visible("".join(map(chr, range(sys.maxunicode + 1))))) - set("\n\t")
+    left = set(texts_of.visible("".join(map(chr, range(sys.maxunicode + 1))))) - set("\n\t")
     assert not {c for c in left if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"}}
     assert not {c for c in left if unicodedata.bidirectional(c) in turning} | left & set("\u061c\u200e\u200f")
 
@@ -307,7 +310,7 @@ def test_the_page_holds_what_the_files_say(run):
 
     assert [m["name"] for m in data["models"]] == ["base", "iteration 1", "iteration 2", "final", "control drafts"]
     scores = json.loads((run / "eval/final/scores.json").read_text())
-    assert data["models"][3]["scores"] == {key: scores[key] for key in report.CHARTED}
+    assert data["models"][3]["scores"] == {key: scores[key] for key in CHARTED}
     answers = [json.loads(line) for line in (run / "eval/final/outputs.jsonl").open()]
     row = data["lengths"]["rows"][3]
     assert sum(row["solid"]) == sum(a["finish"] == "eos" for a in answers) == row["num_solid"]
@@ -336,16 +339,16 @@ def test_the_page_holds_what_the_files_say(run):
 
 def test_bins_count_every_value_once():
     values = [random.Random(3).lognormvariate(6, 1) for _ in range(500)] + [0, 1]
-    found = report.bins([{"solid": values, "hollow": [7.0]}, {"solid": [], "hollow": values}])
+    found = charts.bins([{"solid": values, "hollow": [7.0]}, {"solid": [], "hollow": values}])
     assert [[sum(r["solid"]), sum(r["hollow"])] for r in found["rows"]] == [[502, 1], [0, 502]]
     assert found["pinned"] == sum(v < found["low"] for v in values * 2 + [7.0]) > 0
-    assert report.bins([{"solid": [5.0], "hollow": []}])["rows"][0]["num_solid"] == 1
-    assert report.bins([{"solid": [], "hollow": []}]) is None
+    assert charts.bins([{"solid": [5.0], "hollow": []}])["rows"][0]["num_solid"] == 1
+    assert charts.bins([{"solid": [], "hollow": []}]) is None
 
 
 def test_long_loss_curves_are_thinned_to_means():
     entries = [{"step": i, "epoch": i // 1000, "loss": float(i)} for i in range(4000)]
-    curve = report.loss_curve([*entries, {"step": 4000, "loss": float("nan")}])
+    curve = charts.loss_curve([*entries, {"step": 4000, "loss": float("nan")}])
     assert len(curve["points"]) == 200 and curve["points"][0] == [9.5, 9.5] and curve["steps"] == 4000
     assert curve["epochs"] == [[k * 1000, k * 1000 + 999, k * 1000 + 499.5] for k in range(4)]
 
@@ -416,15 +419,15 @@ def test_what_is_no_run_is_refused(tmp_path):
     for folder, words in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no run")):
         with pytest.raises(UserError, match=words) as error:
             report.write_report(folder)
-        assert "--report" in error.value.hint
+        assert "evaluate.py report" in error.value.hint
     assert not list(tmp_path.iterdir())
 
 
 def test_texts_beyond_the_limit_become_a_seeded_subset(run, monkeypatch, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "study"))
     whole, every_text = embedded(report.write_report(copy))
-    monkeypatch.setattr(report, "MAX_BYTES", 60_000)
-    monkeypatch.setattr(report, "BLOCK_CHARS", 10_000)
+    monkeypatch.setattr(texts_of, "MAX_BYTES", 60_000)
+    monkeypatch.setattr(texts_of, "BLOCK_CHARS", 10_000)
     data, texts = embedded(report.write_report(copy))
     packed = re.search(r'id="texts">(.*?)</script>', (copy / "report.html").read_text(), re.DOTALL)[1]
     assert 40_000 < len(packed) < 70_000 and 0 < len(texts) < len(every_text)
@@ -438,7 +441,7 @@ def test_texts_beyond_the_limit_become_a_seeded_subset(run, monkeypatch, tmp_pat
 
 def test_the_command(run):
     def call(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "evaluate.py", "--report", str(folder)]
+        command = [sys.executable, "evaluate.py", "report", str(folder)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = call(run)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cold
 import peft
 import pytest
 import torch
@@ -264,7 +265,7 @@ loaded = {{{{name.partition(".")[0] for name in sys.modules}}}}
 print(sorted(loaded & {{{{"torch", "transformers", "safetensors", "kernels", "bitsandbytes"}}}}), file=sys.stderr)
 """
     for argv in (["--help"], command):
-        done = subprocess.run([sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True)
+        done = cold.interpreter("-c", code.format(argv=argv))
         assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == summary and "nothing to train" in done.stderr
 

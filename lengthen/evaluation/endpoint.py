@@ -1,17 +1,17 @@
 """Any OpenAI-compatible server as a judge: chat completions over HTTP, a few at a time, with the standard library only.
 
     endpoint = Endpoint("http://127.0.0.1:8000/v1", model="", key=key_from_environment())
-    endpoint.add(Question(...), seed=1, temperature=0.0)
-    for reply in endpoint.run():  # as they come; more may be added meanwhile, as with the sampler
+    endpoint.add(JudgeRequest(...))
+    for reply in endpoint.run():  # as they come; more requests may be added meanwhile, as with the sampler
         ...
 
-1. A time-out, a refused connection, HTTP 429 or 5xx and a body that is no chat completion are tried again, with growing
-   waits or as Retry-After says. What still has no reply comes back as `missing`, to be asked for another day. Where
-   DOWN_AFTER requests in a row end so, the server is taken to be down: the rest is not asked for.
-2. A wrong key, address or model concerns every request: UserError.
-3. A prompt too long for the server (it alone knows its context) is sent again, the middle half of its texts cut out.
-4. A field that the server names in a refusal (some models take no temperature) is left out from then on.
-5. The key is in one header of the requests to this address and nowhere else: redirects are not followed, and where the
+1. A time-out, a refused connection, HTTP 429 or 5xx and a body that is not a chat completion are tried again, with
+   growing waits or as Retry-After says. A request that still has no reply comes back as `missing`, to be sent again
+   another day. After DOWN_AFTER such requests in a row the server is taken to be down, and the others are not sent.
+2. A wrong key, address or model affects every request: UserError.
+3. A prompt too long for the server (only the server knows its context) is sent again with the middle of its texts cut.
+4. A field that the server names in a refusal (some models accept no temperature) is left out from then on.
+5. The key is in one header of the requests to this address and nowhere else: redirects are not followed, and if the
    server writes it back it is blanked out.
 """
 
@@ -29,16 +29,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
+from lengthen.evaluation.questions import JudgeReply, JudgeRequest
 from lengthen.records import UserError
 
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of one request, give or take a half
-LONGEST_WAIT = 120.0  # seconds; a Retry-After beyond it is not waited for
-DOWN_AFTER = 5  # requests in a row that got nothing
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of one request, plus or minus half
+LONGEST_WAIT = 120.0  # seconds; a longer Retry-After is not waited for
+DOWN_AFTER = 5  # requests in a row without a reply
 LARGEST_BODY = 2**21  # bytes; a chat completion has a few thousand
-SHORTEST = 200  # characters; texts are not cut below it
+SHORTEST = 200  # characters; texts are not cut below this length
 OPTIONAL = ("temperature", "seed", "max_tokens")  # fields of a request that a server may refuse
 TOO_LONG = re.compile(r"context|too (long|large|many)|exceed|maximum.{0,20}(length|tokens)", re.IGNORECASE)
 KEY_NAMES = ("LENGTHEN_JUDGE_KEY", "OPENAI_API_KEY")
@@ -46,31 +46,8 @@ KEY_NAMES = ("LENGTHEN_JUDGE_KEY", "OPENAI_API_KEY")
 CONTROL = re.compile(r"(?<=<)(?=\||/?s>|(?:start|end)_of_turn>)|(?<=\[)(?=/?INST\])")
 
 
-class Asked(Protocol):
-    """What is put to a judge."""
-
-    id: str
-
-    def longest(self) -> int:
-        """Characters of its longest text."""
-
-    def prompt(self, limit: int) -> tuple[str, int]:
-        """The prompt with each text cut to `limit` characters, and how many were left out."""
-
-
-@dataclass
-class Reply:
-    """What came back: a text, or why there is none."""
-
-    id: str
-    text: str = ""
-    cut: int = 0  # characters left out of the prompt's texts
-    missing: str = ""  # no reply was to be had, for this reason: to be asked for again
-    unfit: bool = False  # even cut it does not fit the judge's context
-
-
 class Unanswered(Exception):
-    """One request failed; `after`: seconds to wait before the next try, None = as usual, -1 = there is none."""
+    """One request failed; `after`: seconds to wait before the next try, None = as usual, -1 = do not try again."""
 
     def __init__(self, why: str, after: float | None = None):
         super().__init__(why)
@@ -93,7 +70,7 @@ def key_from_environment() -> str:
     for name in KEY_NAMES:
         if key := os.environ.get(name, "").strip():
             if not re.fullmatch(r"[!-~]+", key):
-                raise UserError(f"{name} holds a space or a character that no key has", f"export {name}=…")
+                raise UserError(f"{name} holds a space or a character that keys do not have", f"export {name}=…")
             return key
     return ""
 
@@ -129,8 +106,8 @@ class Endpoint:
         loopback = re.match(r"127\.|localhost$|::1$", urllib.parse.urlsplit(url).hostname or "")
         proxies = [urllib.request.ProxyHandler({})] if loopback else []  # no proxy reaches our own loopback
         self._opener = urllib.request.build_opener(NoRedirect, *proxies)
-        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[JudgeRequest | None] = queue.SimpleQueue()  # None: a thread ends
+        self._replies: queue.SimpleQueue[JudgeReply | Exception] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._pending = 0
         self.left_out: set[str] = set()  # of OPTIONAL, what this server refuses
@@ -139,12 +116,15 @@ class Endpoint:
 
     # -- questions in, replies out
 
-    def add(self, question: Asked, seed: int, temperature: float) -> None:
+    def add(self, request: JudgeRequest) -> None:
         self._pending += 1
-        self._waiting.put((question, seed, temperature))
+        self._waiting.put(request)
 
-    def run(self) -> Iterator[Reply]:
-        """Yields replies as they come, until nothing is waited for. UserError where no request can succeed."""
+    def progress(self) -> str:
+        return f"{self.connections} connections"
+
+    def run(self) -> Iterator[JudgeReply]:
+        """Yields replies as they come, until none is outstanding. UserError if no request can succeed."""
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.connections)]
         for thread in threads:
             thread.start()
@@ -169,27 +149,27 @@ class Endpoint:
 
     def _work(self) -> None:
         """A thread (a daemon: Ctrl-C does not wait for its time-out): one question at a time."""
-        while one := self._waiting.get():
+        while request := self._waiting.get():
             try:
-                self._replies.put(self._ask(*one))
+                self._replies.put(self._ask(request))
             except Exception as error:  # raised again where the replies are read
                 self._stopped.set()
                 self._replies.put(error)
 
-    def _ask(self, question: Asked, seed: int, temperature: float) -> Reply:
+    def _ask(self, request: JudgeRequest) -> JudgeReply:
         if self._stopped.is_set():
-            return Reply(question.id, missing="not asked: too many requests in a row had failed")
-        limit = question.longest()
+            return JudgeReply(request, missing="not asked: too many requests in a row had failed")
+        limit = request.question.longest()
         while True:
-            prompt, cut = question.prompt(limit)
+            prompt, cut = request.question.prompt(limit)
             try:
-                return Reply(question.id, self._complete(prompt, seed, temperature), cut)
+                return JudgeReply(request, self._complete(prompt, request.seed, request.temperature), cut)
             except TooLong:
                 limit //= 2
                 if limit < SHORTEST:
-                    return Reply(question.id, cut=cut, unfit=True)
+                    return JudgeReply(request, cut=cut, error="the prompt does not fit the judge's context, even cut")
             except Unanswered as error:
-                return Reply(question.id, cut=cut, missing=str(error))
+                return JudgeReply(request, cut=cut, missing=str(error))
 
     # -- HTTP
 
@@ -200,7 +180,7 @@ class Endpoint:
             if not isinstance(name, str) or not name:
                 raise ValueError
         except (LookupError, TypeError, ValueError, TooLong):
-            raise UserError(f"{self.url}/models names no model", f"--judge {self.url}=NAME") from None
+            raise UserError(f"{self.url}/models lists no model", f"--judge {self.url}=NAME") from None
         return self._clean(name)
 
     def _complete(self, prompt: str, seed: int, temperature: float) -> str:
@@ -248,11 +228,14 @@ class Endpoint:
             if request is not None:
                 body["choices"][0]["message"].get("content")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Unanswered("a reply that is no chat completion" if request else "a reply that is no JSON") from None
+            raise Unanswered(
+                "a reply that is not a chat completion" if request else "a reply that is not JSON"
+            ) from None
         return body
 
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """The body, within the time-out as a whole: one byte a minute would satisfy the socket's."""
+    def _read(self, response: Any) -> bytes:
+        """The body of an http.client.HTTPResponse, the whole within the time-out: one byte a minute would satisfy the
+        socket's."""
         parts, size, end = [], 0, time.monotonic() + self.timeout
         while part := response.read1(65536):
             parts.append(part)
@@ -277,7 +260,7 @@ class Endpoint:
         if 300 <= code < 400 or code in (404, 405):
             where = self._clean(error.headers.get("Location") or "")
             hint = f"it points to {where}" if where else "check the address (it often ends in /v1) and the model's name"
-            return UserError(f"{self.url} has no such thing (HTTP {code}) for model {self.model!r}: {short}", hint)
+            return UserError(f"{self.url} has no such page (HTTP {code}) for model {self.model!r}: {short}", hint)
         if code in (400, 413, 422):
             named = {name for name in OPTIONAL if name in sent and name in words}
             if (
@@ -308,7 +291,7 @@ class Endpoint:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number, or a date); None where it is missing or unreadable."""
+    """Seconds that a Retry-After header asks for (a number, or a date); None if it is missing or unreadable."""
     if value is None:
         return None
     try:

@@ -6,7 +6,6 @@ themselves (a long text must repeat words), so distinct-3 and compression look a
 leave shorter answers out. Only the standard library.
 """
 
-import math
 import re
 import statistics
 import zlib
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lengthen.text.filters import LOOP_COUNT, NGRAM
-from lengthen.text.words import IDEOGRAPHS, tokens
+from lengthen.text.words import IDEOGRAPHS, quantile, tokens
 
 PREFIX_WORDS = 200
 # On so many tokens own and other query are compared: the more of a text is known, the less either of them tells.
@@ -26,16 +25,6 @@ OPENING_TOKENS = 256
 
 def mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """The q-quantile with linear interpolation (numpy's default); None of nothing."""
-    if not values:
-        return None
-    ordered, place = sorted(values), q * (len(values) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def median(values: Sequence[float]) -> float | None:

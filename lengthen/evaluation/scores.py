@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lengthen import cli
 from lengthen.evaluation import intervals
+from lengthen.evaluation.growth import Query, query_of
 from lengthen.evaluation.measures import (
     OPENING_TOKENS,
     PREFIX_WORDS,
@@ -123,19 +124,12 @@ OF_GROUPS = ("length_score", "rank_correlation", "eos_share", "words_median", "w
 
 def measured(outputs: Sequence[dict]) -> list[dict]:
     """What each answer gives to each measure, and as "query" what it answers."""
-    return [
-        {"query": (r["language"], r["constraint"], r["query"]), **{key: of(r) for key, (of, _) in MEASURES.items()}}
-        for r in outputs
-    ]
+    return [{"query": query_of(r), **{key: of(r) for key, (of, _) in MEASURES.items()}} for r in outputs]
 
 
-def by_query(key: str, answers: Sequence[dict], queries: Sequence[tuple] = ()) -> list[list]:
-    """What the answers give to a measure, a list for each query: in the order of `queries`, or in their own."""
-    groups = {query: [] for query in queries or (answer["query"] for answer in answers)}
-    for answer in answers:
-        if answer[key] is not None:
-            groups[answer["query"]].append(answer[key])
-    return list(groups.values())
+def values_of(key: str, answers: Sequence[dict]) -> dict[Query, list]:
+    """What the answers to each query give to a measure."""
+    return intervals.by_query((answer["query"], answer[key]) for answer in answers)
 
 
 def overall(key: str, answers: Sequence[dict]) -> float | None:
@@ -151,18 +145,19 @@ def score(outputs: Sequence[dict], short_losses: Sequence[float] = ()) -> dict:
     demanding = [r for r in outputs if has_demand(r)]
     counted = [r["response_tokens"] for r in outputs if r["response_tokens"] >= 0]
     tenths = [t for r in outputs if (t := loop_by_tenth(r["response"], r["language"]))]
-    groups = {f"by_{field}": {} for field in GROUPS}
+    groups: dict[str, dict[str, dict]] = {f"by_{field}": {} for field in GROUPS}
     for field in GROUPS:
         for value in sorted({r[field] for r in outputs if r[field]}):
             group = [a for a, r in zip(answers, outputs, strict=True) if r[field] == value]
             groups[f"by_{field}"][value] = {"answers": len(group), **{key: overall(key, group) for key in OF_GROUPS}}
-    trust = {key: intervals.bootstrap(by_query(key, answers), total) for key, (_, total) in MEASURES.items()}
+    trust = {key: intervals.bootstrap(values_of(key, answers), total) for key, (_, total) in MEASURES.items()}
+    trust["short_loss"] = intervals.bootstrap({task: [loss] for task, loss in enumerate(short_losses)}, mean)
     return {
         "rows": len({r["parent_id"] for r in outputs}),
         "answers": len(outputs),
         **{key: overall(key, answers) for key in MEASURES},
         "short_loss": mean(short_losses),
-        "intervals": {**trust, "short_loss": intervals.bootstrap([[loss] for loss in short_losses], mean)},
+        "intervals": trust,
         "finishes": dict(Counter(r["finish"] or "unknown" for r in outputs).most_common()),
         "loop_by_tenth": [mean(tenth) for tenth in zip(*tenths, strict=True)] or None,
         "base_perplexity_by_position": perplexity_by_position(outputs) or None,
@@ -189,7 +184,7 @@ def perplexity_by_position(outputs: Sequence[dict]) -> list[list[float]]:
     return result
 
 
-def rounded(value: object) -> object:
+def rounded(value: Any) -> Any:
     """The same JSON value with floats of at most 4 decimals: more would be noise."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}

@@ -6,6 +6,7 @@ A demand is `(type, min_words, max_words)`, the literal numbers: ("about", N, N)
 
 import random
 import re
+from typing import NamedTuple
 
 TYPES = ("about", "range", "above", "below")
 TYPE_WEIGHTS = (0.40, 0.25, 0.10, 0.25)
@@ -115,7 +116,7 @@ def _normalise(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding demands in a text: a number of words, the modifiers before it and the tail behind it say the type
+# Finding demands in a text: a number of words, the modifiers before it and the tail after it say the type
 
 _EN_NAMES = "|".join([*_EN_NUMBERS, *_EN_UNITS])
 _EN_NUMBER = (
@@ -225,6 +226,19 @@ _GRAMMARS = {
         tails=_ZH_TAILS,
     ),
 }
+
+
+class _Mention(NamedTuple):
+    """A number in a text, or the two of a range."""
+
+    start: int  # characters
+    end: int
+    low: int
+    high: int
+    counted: bool  # it is a number of words, not of chapters
+    type: str
+
+
 _LEAST_WORDS = 50  # "in two words" and "一个字" are no demands on the length of a text
 _SENTENCE_END = re.compile(r"[.。;!?\n]")
 
@@ -242,31 +256,30 @@ def stated_demands(text: str, language: str, least: int = _LEAST_WORDS) -> list[
     A bare number of words ("an 8,000-word summary") is "about". Numbers below `least` are not looked at.
     """
     grammar, text = _GRAMMARS[language], _normalise(text)
-    mentions = []  # [start of the number, its end, value, counts words, type]
+    mentions: list[_Mention] = []
     for match in grammar.number.finditer(text):
         start, end = match.span("number")
         before, unit = text[max(0, start - 60) : start], match["unit"] or ""
         value, counted = read_number(match["number"]), bool(unit or grammar.unit_before.search(before))
         kind = _type_of(grammar.kinds(before, unit, text[match.end() : match.end() + 40]))
         last = mentions[-1] if mentions else None
-        gap = text[last[1] : start] if last else ""
-        if last and last[4] != "range" and (counted or last[3]):
-            low = last[2]
+        if last and last.type != "range" and (counted or last.counted):
+            gap, low = text[last.end : start], last.low
             if low < 100 and (scale := re.search("k$|thousand$|千$|万$", match["number"])):  # "3-4k", "三到五千"
                 low *= 10_000 if scale[0] == "万" else 1000
             joined = grammar.join.fullmatch(gap) or (
-                grammar.and_join.fullmatch(gap) and grammar.between.search(text[max(0, last[0] - 60) : last[0]])
+                grammar.and_join.fullmatch(gap) and grammar.between.search(text[max(0, last.start - 60) : last.start])
             )
-            bounded = last[4] == "above" and kind == "below" and len(gap) <= 30 and not _SENTENCE_END.search(gap)
+            bounded = last.type == "above" and kind == "below" and len(gap) <= 30 and not _SENTENCE_END.search(gap)
             if low < value and (joined or bounded):
-                mentions[-1] = [last[0], end, (low, value), True, "range"]
+                mentions[-1] = _Mention(last.start, end, low, value, True, "range")
                 continue
-        mentions.append([start, end, value, counted, kind])
-    demands = []
-    for _, _, value, counted, kind in mentions:
-        low, high = value if kind == "range" else (value, value)
-        if counted and high >= least:
-            demands.append((kind, -1 if kind == "below" else low, -1 if kind == "above" else high))
+        mentions.append(_Mention(start, end, value, value, counted, kind))
+    demands = [
+        (m.type, -1 if m.type == "below" else m.low, -1 if m.type == "above" else m.high)
+        for m in mentions
+        if m.counted and m.high >= least
+    ]
     return list(dict.fromkeys(demands))
 
 

@@ -160,7 +160,8 @@ _ANNOUNCED = re.compile(rf"(?:[:：]\**(?=\s|$)|：)\s*|{_SENTENCE.pattern}")  #
 
 
 def _starts(phrases: re.Pattern, line: str, position: int = 0) -> re.Match | None:
-    return phrases.match(line.replace("’", "'"), _MARKS.match(line, position).end())
+    marks = _MARKS.match(line, position)
+    return phrases.match(line.replace("’", "'"), marks.end() if marks else position)
 
 
 def _without_opening(line: str) -> str:
@@ -234,16 +235,26 @@ def is_complete(text: str) -> bool:
     return _LIST_ITEM.match(last) is not None and not bare.endswith(_GOES_ON)
 
 
+def finish_reason(finish: str, ends: tuple[str, ...] = ("eos",)) -> str:
+    """Why a text that finished like this is of no use; "" = it ended as it should, by one of `ends`.
+
+    "error" and "repetition" say more than "unfinished", which stands for all others ("length", an unwanted "stop").
+    """
+    if finish in ends:
+        return ""
+    return finish if finish in ("error", "repetition") else "unfinished"
+
+
 def clean_answer(text: str, finish: str, language: str) -> tuple[str, str]:
     """Strip chatter off a model's answer and judge it as a draft, an extension or a target.
 
     Returns:
-        (the text without chatty first and last lines, reason). "" = accepted; else the first of "unfinished" (`finish`
-        is not "eos"), "empty", "ending", "repetition" (an n-gram three times, or repeated ones over 2 % of the text),
+        (the text without chatty first and last lines, reason). "" = accepted; else that of `finish_reason`, or the
+        first of "empty", "ending", "repetition" (an n-gram three times, or repeated ones over 2 % of the text),
         "language" and "chatter" that applies.
     """
-    if finish != "eos":
-        return text.strip(), "unfinished"
+    if reason := finish_reason(finish):
+        return text.strip(), reason
     if not tokens(text):
         return text.strip(), "empty"
     cleaned, stripped = strip_chatter(text, language)

@@ -5,9 +5,11 @@ and come by the thousand. `language` is "en" or "zh" throughout; method sections
 (arXiv 2410.23933).
 """
 
+import math
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 # Ideographs and two signs written among them (々 repeats one, 〇 is a zero); kana and hangul are letters, not these.
 IDEOGRAPHS = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -58,6 +60,16 @@ def longen_words(text: str) -> int:
     """
     rest, num_cjk = _LONGEN_CJK.subn(" ", text)
     return num_cjk + len(rest.split())
+
+
+def quantile(lengths: Sequence[float], q: float) -> float | None:
+    """The q-quantile with linear interpolation (numpy's default); None of nothing. The p90 of lengths is q = 0.9."""
+    if not lengths:
+        return None
+    ordered, place = sorted(lengths), q * (len(lengths) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def detect_language(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The HTML report of a run."""
+"""The HTML report of a run (page.py), and the figure of an evaluation (figures.py)."""

@@ -18,7 +18,7 @@ from typing import Any
 def number(value: Any) -> float | None:
     """The value if it is a finite number, else None."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
-    return value if good else None  # NaN compares false
+    return value if good else None  # NaN compares as false
 
 
 def amount(value: Any) -> float | None:
@@ -45,6 +45,12 @@ def counts(value: Any) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def interval_of(scores: dict, key: str) -> list[float] | None:
+    """[low, high] of a score, where scores.json has it."""
+    ends = [found for x in listing(table(scores.get("intervals")).get(key)) if (found := number(x)) is not None]
+    return sorted(ends) if len(ends) == 2 else None
+
+
 def parsed(line: str | bytes) -> dict | None:
     try:
         value = json.loads(line)
@@ -57,7 +63,8 @@ class Files:
     """The files of a run. `notes` tells what could not be read."""
 
     def __init__(self, run: Path):
-        self.run, self.notes = run, []
+        self.run = run
+        self.notes: list[str] = []
 
     def object(self, name: str) -> dict:
         """A JSON file, {} where there is none."""

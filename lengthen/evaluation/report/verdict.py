@@ -6,19 +6,11 @@ models answered the same, leaves out 1; everything that weakens it is named: few
 worse endings, a control that does as well, quality that nobody judged.
 """
 
-import statistics
-from collections.abc import Sequence
-
-from lengthen.evaluation.intervals import Interval, paired, unpaired
-from lengthen.evaluation.report.rundir import amount, listing, number, table
+from lengthen.evaluation.growth import growth
+from lengthen.evaluation.intervals import Interval, by_query
+from lengthen.evaluation.report.rundir import amount, number, table
 
 FEW_QUERIES = 30  # below that, luck and growth look alike
-
-
-def interval(scores: dict, key: str) -> list[float] | None:
-    """[low, high] of a score, where scores.json has it."""
-    ends = [number(x) for x in listing(table(scores.get("intervals")).get(key))]
-    return sorted(ends) if len(ends) == 2 and None not in ends else None
 
 
 def verdict(models: list[dict]) -> dict:
@@ -33,7 +25,8 @@ def verdict(models: list[dict]) -> dict:
         return {"shows": [f"{told} so far."], "not": ["Growth, or that there is none."]}
     last = trained[-1]
     old, new = (number(m["scores"].get("words_median")) for m in (base, last))
-    shows, limits = [], []
+    shows: list[str] = []
+    limits: list[str] = []
     if old and new is not None:
         ratio = f"{new / old:.2f} times the base model's {old:,.0f}"
         shows.append(f"{sentence_name(last)} writes {new:,.0f} words in the median, {ratio}.")
@@ -66,32 +59,18 @@ def sentence_name(model: dict) -> str:
     return names.get(model["kind"], model["name"][:1].upper() + model["name"][1:])
 
 
-def growth(before: dict, after: dict) -> tuple[Interval | None, str]:
+def grown(before: dict, after: dict) -> tuple[Interval | None, str]:
     """The 95 % interval of (median words of `after` / `before`), answers ended by EOS; how its queries were drawn."""
-    groups = [words_by_query(model) for model in (before, after)]
-    same = groups[0].keys() == groups[1].keys()
-    queries = [sorted(g) for g in groups]
-    draw, how = (paired, "paired by query") if same else (unpaired, "not paired: other queries")
-    return draw(*([g[q] for q in names] for g, names in zip(groups, queries, strict=True)), ratio_of_medians), how
 
+    def words(model: dict) -> dict:
+        return by_query((a["query"], a["words"] if a["ended"] else None) for a in model["answers"])
 
-def words_by_query(model: dict) -> dict[str, list[float]]:
-    """{query: words of its answers that ended by EOS}; a query without one keeps its place, empty."""
-    groups: dict[str, list[float]] = {}
-    for answer in model.get("answers", ()):
-        words = groups.setdefault(answer["query"], [])
-        if answer["ended"] and answer["words"] is not None:
-            words.append(answer["words"])
-    return groups
-
-
-def ratio_of_medians(before: Sequence[float], after: Sequence[float]) -> float | None:
-    low = statistics.median(before) if before else 0
-    return statistics.median(after) / low if low and after else None
+    found = growth(words(before), words(after))
+    return found.interval, "paired by query" if found.paired else "not paired: other queries"
 
 
 def told_apart(base: dict, last: dict) -> str:
-    ends, how = growth(base, last)
+    ends, how = grown(base, last)
     if not ends:
         return "There is no interval of that ratio (too few answers), so this is no evidence of growth."
     span = f"The 95\u00a0% interval of that ratio, {ends[0]:.2f} to {ends[1]:.2f} ({how}),"
@@ -116,14 +95,14 @@ def worse_endings(base: dict, last: dict) -> list[str]:
 
 def controls_say(models: list[dict], last: dict) -> tuple[bool, str]:
     """(the method stands out, a sentence): was it the method, or would the longest control have done as well?"""
-    found = [(number(m["scores"].get("words_median")), m) for m in models if m["kind"] == "control"]
-    found = [(words, m) for words, m in found if words is not None]
+    controls = [(number(m["scores"].get("words_median")), m) for m in models if m["kind"] == "control"]
+    found = [(words, m) for words, m in controls if words is not None]
     mine = number(last["scores"].get("words_median"))
     if not found or mine is None:
         return False, "Whether the extensions, and nothing cheaper, made the difference: no control was evaluated."
     words, control = max(found, key=lambda pair: pair[0])
     told = f"The longest control, {control['name'].removeprefix('control ')}, writes {words:,.0f} words in the median"
-    ends, how = growth(control, last)
+    ends, how = grown(control, last)
     if ends and ends[0] > 1:
         return True, f"{told}; the method's is {ends[0]:.2f} to {ends[1]:.2f} times that (95\u00a0%, {how})."
     return False, f"{told}: the method is not set apart from it."

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from lengthen.text.demands import TYPES, full_marks
 
@@ -54,7 +55,7 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     named = (("en", "English"), ("zh", "Chinese"))
     dots = [(name, COLOURS[language], COLOURS[language]) for language, name in named if language in present]
     dots += [] if all(map(_ended, asked)) else [("cut off before its end", "none", GREY)]
-    handles = [
+    handles: list[Any] = [
         pyplot.Line2D([], [], marker="o", linestyle="", markerfacecolor=face, markeredgecolor=edge, label=name)
         for name, face, edge in dots
     ]
@@ -78,7 +79,7 @@ def _demanded(row: dict) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _shade(panel, type_: str, rows: Sequence[dict], left: float, right: float) -> None:
+def _shade(panel: Any, type_: str, rows: Sequence[dict], left: float, right: float) -> None:
     panel.plot([left, right], [left, right], color="#9aa3ad", linewidth=0.8, linestyle=(0, (4, 3)), zorder=2)
     if type_ == "range":  # each range has a width of its own: a bar for each
         for a, b in {(r["min_words"], r["max_words"]) for r in rows}:
@@ -90,7 +91,7 @@ def _shade(panel, type_: str, rows: Sequence[dict], left: float, right: float) -
         )
 
 
-def _caption(panel, type_: str, part: dict | None) -> None:
+def _caption(panel: Any, type_: str, part: dict | None) -> None:
     panel.set_title(f"{type_}\n", fontsize=11, fontweight="bold", color=INK, loc="left")
     text = "no query of this type"
     if part:
@@ -99,7 +100,7 @@ def _caption(panel, type_: str, part: dict | None) -> None:
     panel.text(0, 1.02, text, transform=panel.transAxes, fontsize=8.5, color=GREY)
 
 
-def _axes(panel, demanded: tuple[float, float], written: tuple[float, float]) -> None:
+def _axes(panel: Any, demanded: tuple[float, float], written: tuple[float, float]) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     panel.set(xscale="log", yscale="log", xlim=demanded, ylim=written)

@@ -1,0 +1,129 @@
+"""The benchmark: queries that ask for a length, in LonGen's JSONL format; or answers to them that are ready-made."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from lengthen import cli
+from lengthen.records import UserError, filter_language, new_record, prompt_id, read_jsonl, record_id
+from lengthen.text.demands import parse_demand, stated_demands
+from lengthen.text.words import detect_language
+
+PROMPTS = Path(__file__).parents[2] / "prompts"
+BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
+
+
+def find_benchmark(name: str) -> Path:
+    """The file that --benchmark names: a known name, a path, or the one JSONL file of a data set on the hub."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".jsonl", ".json")):
+        return Path(name)  # read_jsonl says what is wrong with it, if anything
+    hint = "download its JSONL file where there is a network and give --benchmark FILE, or use --benchmark mini"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{name} is not a file, and huggingface_hub is not installed", "pip install -U huggingface_hub"
+        ) from None
+    try:
+        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.jsonl"))
+    except (OSError, ValueError) as error:  # all errors of the hub's client are one or the other
+        why = str(error).splitlines()[0]
+        raise UserError(f"{name} is not a file, and the hub did not give it: {why}", hint) from None
+    files = sorted(folder.rglob("*.jsonl"))
+    if len(files) != 1:
+        found = ", ".join(str(f.relative_to(folder)) for f in files) or "none"
+        raise UserError(f"{name} must hold one JSONL file, found: {found}", hint)
+    return files[0]
+
+
+def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
+    """The queries of a file as "output" records whose answer is still empty, or, `ready_made`, is in the file.
+
+    A benchmark states a demand in every row, "" for none; ready-made answers may leave it out. Raises UserError with
+    file and line.
+    """
+    rows: list[dict] = []
+    occurrences: Counter[tuple[str, str]] = Counter()  # of (language, query)
+    for line, row in enumerate(read_jsonl(path, ("query",)), start=1):
+        where = f"{path}, line {line}"
+        known = checked_fields(row, ready_made, where)
+        language = row.get("language") or detect_language(row["query"])
+        if not language:
+            raise UserError(f"{where}: no language given, and the query is neither English nor Chinese")
+        if known["constraint"]:
+            known |= read_demand(known["constraint"], language, known["type"], where)
+        number = occurrences[language, row["query"]]
+        occurrences[language, row["query"]] += 1
+        if ready_made:  # an equal query is another answer to it
+            sample = row["sample"] if isinstance(row.get("sample"), int) else number
+            parent = known["parent_id"] or prompt_id(language, row["query"])
+            known |= earlier_measurements(row)
+        else:  # an equal query is another query
+            sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], number)
+        known["id"] = known.get("id") or record_id("evaluate", parent, sample)
+        known |= {"parent_id": parent, "sample": sample, "attempt": 0, "language": language, "query": row["query"]}
+        rows.append(new_record("output", **known))
+    return rows
+
+
+def checked_fields(row: dict, ready_made: bool, where: str) -> dict:
+    """The text fields of a row that are kept, "" where it has none. UserError for a missing or wrong one."""
+    if not ready_made and not isinstance(row.get("constraint"), str):
+        raise UserError(f"{where}: no field 'constraint', a string is needed", '"" where no length is asked for')
+    if ready_made and "response" not in row:  # "" is an answer, and scores 0
+        raise UserError(f"{where}: no field 'response', a string is needed", "a benchmark goes to --benchmark")
+    fields = ("id", "range", "type", "constraint", *(("parent_id", "response", "finish") if ready_made else ()))
+    for field in fields:
+        if not isinstance(row.get(field, ""), str):
+            raise UserError(f"{where}: a {type(row[field]).__name__} in the field {field!r}, a string is needed")
+    return {field: row.get(field, "") for field in fields}
+
+
+def earlier_measurements(row: dict) -> dict:
+    """What only the model that wrote or probed an answer could measure: kept where an earlier evaluation wrote it."""
+    known: dict = {k: row[k] for k in ("response_tokens", "base_tokens") if isinstance(row.get(k), int)}
+    losses = ("perplexity", "own_loss", "shuffled_loss")
+    known |= {k: float(row[k]) for k in losses if isinstance(row.get(k), (int, float))}
+    by_position = row.get("base_losses")
+    if isinstance(by_position, list) and all(isinstance(x, (int, float)) for x in by_position):
+        known["base_losses"] = by_position
+    return known
+
+
+def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
+    """type, min_words and max_words of a constraint; `label` is the type that the file gives, "" for none."""
+    try:
+        kind, low, high = parse_demand(constraint, language)
+    except ValueError:
+        hint = 'write it as LonGen does: "around 3000 words", "2000-3000 words", "more than 4000 words", "小于五千字"'
+        raise UserError(f"{where}: cannot read the constraint {constraint!r}", hint) from None
+    if label not in ("", kind):
+        raise UserError(
+            f"{where}: type {label!r}, but the constraint {constraint!r} says {kind!r}", "correct or remove `type`"
+        )
+    return {"type": kind, "min_words": low, "max_words": high}
+
+
+def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
+    """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out."""
+    kept = filter_language(rows, language)
+    if skipped := len(rows) - len(kept):
+        cli.say(f"{source}: {len(kept)} rows in {language}, {skipped} in the other language skipped")
+    if not kept:
+        raise UserError(f"{source} has no row in --language {language}", "--language both")
+    return kept[:limit] if limit else kept
+
+
+def contradictions(rows: Sequence[dict]) -> list[dict]:
+    """The queries that do not ask for what they are scored by: a number of the demand is not stated in them."""
+    found = []
+    for row in {r["parent_id"]: r for r in rows if r["constraint"]}.values():
+        stated = {n for demand in stated_demands(row["query"], row["language"]) for n in demand[1:]}
+        if missing := {row["min_words"], row["max_words"]} - {-1} - stated:
+            why = f"the query does not say {', '.join(map(str, sorted(missing)))}"
+            fields = ("parent_id", "language", "range", "type", "constraint", "query")
+            found.append({"why": why, **{k: row[k] for k in fields}})
+    return found
