@@ -200,7 +200,7 @@ def refused(name: object, **options: object) -> UserError:
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "two words", "smollm", "~/x", ""])
 def test_a_name_that_is_nothing(name):
-    assert "no folder, and no hub id" in refused(name).message
+    assert "is neither a folder nor a hub id" in refused(name).message
 
 
 def test_a_hub_id_without_a_network():
