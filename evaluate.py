@@ -119,12 +119,12 @@ class Answer(Redraw[Writer, Sample]):
     def request(self, draw: Draw, writer: Writer) -> Request:
         # The record keeps the benchmark's own query: what is appended is a setting of the run.
         row, words = self.record, self.controls.at_least
-        told = AT_LEAST[row["language"]].format(words=words) if words else ""
+        demand = AT_LEAST[row["language"]].format(words=words) if words else ""
         # Four tokens for three words is near enough to start the longest answers first: started last, they would run
         # alone at the end. A bound of -1 is a missing one, and 0 tokens = not known.
         expected = max(0, row["min_words"], row["max_words"]) * 4 // 3
         banned = self.controls.min_new_tokens
-        return writer.request(self.id, draw, row["query"] + told, min_new_tokens=banned, expected_tokens=expected)
+        return writer.request(self.id, draw, row["query"] + demand, min_new_tokens=banned, expected_tokens=expected)
 
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
         # The one reason to reject: the prompt does not fit the context. A bad answer is a result, and is scored.
@@ -300,12 +300,12 @@ def with_command(argv: Sequence[str]) -> list[str]:
     if argv and argv[0] in (*COMMANDS, "-h", "--help"):
         return list(argv)
     # "--compare A B --judge J" -> "compare A B --judge J": the values of the old flag come right after the command.
-    for place, word in enumerate(argv):
+    for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name in RENAMED:
-            after = list(argv[place + 1 :])
-            end = next((i for i, more in enumerate(after) if more.startswith("--")), len(after))
-            now = [RENAMED[name], *([value] if value else []), *after[:end], *argv[:place], *after[end:]]
+            after = list(argv[i + 1 :])
+            end = next((n for n, more in enumerate(after) if more.startswith("--")), len(after))
+            now = [RENAMED[name], *([value] if value else []), *after[:end], *argv[:i], *after[end:]]
             raise UserError(f"{name} is a command now", f"python evaluate.py {shlex.join(now)}")
     return ["answer", *argv]
 
@@ -365,9 +365,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError("no judge is named", f"python evaluate.py judge {args.output} --judge JUDGE")
             folder = Path(args.output)
             problems = judge_run(folder, judges, stage)
-            found = read_scores(folder)["quality"]
-            show_quality(found)
-            cli.emit({"stage": "judge", "output": args.output, "quality": found})
+            judged = read_scores(folder)["quality"]
+            show_quality(judged)
+            cli.emit({"stage": "judge", "output": args.output, "quality": judged})
             raise_worst(problems)
         case "compare":
             if judges.judge and (len(args.runs) != 2 or not args.output):
