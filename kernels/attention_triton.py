@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(arch: int, dim: int, itemsize: int) -> Tile:
-    """By padded head size and bytes per number of q. Chosen by compiling (test_attention_aot.py): no spills, and the
+    """By padded head size and bytes per number of q. Chosen by compiling (test_kernels_aot.py): no spills, and the
     shared memory of the card. Of its pipeline stages Triton spends two on the page numbers, so five are two buffers of
     keys and values; with 99 KB, sm_86 and 89 keep several blocks per multiprocessor only if those are smaller."""
     if arch == 0:

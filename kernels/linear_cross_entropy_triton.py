@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Chosen by compiling: no spills, and the shared memory of the card (test_linear_cross_entropy_aot.py). Ada, consumer
+# Chosen by compiling: no spills, and the shared memory of the card (test_kernels_aot.py). Ada, consumer
 # Ampere and consumer Blackwell have 99 KB per block, A100 163 KB, Hopper 227 KB.
 TILES = {
     80: Tile(128, 256, 64, 8, 4),

@@ -1,4 +1,7 @@
-"""Set before anything imports Triton: without a GPU its kernels run in the interpreter (chosen at decoration)."""
+"""What every test needs: no network, Triton's interpreter where there is no GPU, skipped tiers, and the tiny writer.
+
+The environment is set before anything imports torch or Triton, which read it once.
+"""
 
 import importlib.util
 import os
@@ -19,7 +22,7 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is decorated
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import tests/tiny.py as `tiny`
 
@@ -40,9 +43,16 @@ def same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def same_nf4_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU multiplies bf16 (AVX512-BF16), bitsandbytes rounds a layer's input to it; elsewhere it does not."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)  # older releases never do
+
+
 @pytest.fixture(scope="session")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny writer model (tests/tiny.py), made once."""
+    """A folder with the tiny writer (tests/tiny.py): a model whose random texts can pass the filters."""
     import tiny
 
     return tiny.save_writer(tmp_path_factory.mktemp("writer"))

@@ -8,11 +8,11 @@ import json
 import os
 import random
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from linear import assert_linear
 
 from lengthen.text import demands as d
 
@@ -552,14 +552,9 @@ def test_any_text_is_read_without_error_and_in_linear_time():
     for language in ("en", "zh"):
         for _ in range(2000):
             d.stated_demands(rng.choice(["", " "]).join(rng.choices(bits, k=rng.randrange(1, 25))), language)
-        for text in (
-            "9" * 50_000,
-            "at least " * 5000,
-            "not to be " * 5000,
-            "三" * 50_000,
-            " " * 50_000,
-            "3 - " * 10_000,
-        ):
-            start = time.process_time()
-            d.stated_demands(text, language)
-            assert time.process_time() - start < 5, text[:10]
+        for unit in ("9", "at least ", "not to be ", "三", " ", "3 - "):
+            assert_linear(
+                lambda text, language=language: d.stated_demands(text, language),
+                lambda size, unit=unit: unit * size,
+                1000,
+            )

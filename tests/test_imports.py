@@ -3,11 +3,11 @@
 import ast
 import importlib.util
 import os
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import cold
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -124,21 +124,13 @@ def test_the_package_imports_nothing_of_ours():
     assert imports(ROOT / "lengthen" / "__init__.py") == {"os"}
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
-def test_threads_wait_asleep_in_every_stage(stage):
-    """OpenMP reads its policy when torch loads it: a spinning thread made steps ten times as long beside other work."""
-    code = f"import sys, {stage}; names = list(sys.modules); print(names.index('lengthen'), names.index('torch'))"
-    code = code.replace("names.index('torch')", "names.index('torch') if 'torch' in names else len(names)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    ours, torchs = map(int, done.stdout.split())
-    assert ours < torchs
-    code = "import lengthen, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):  # the user's own choice stands
+def test_the_way_in_which_threads_wait_is_the_users_choice_first():
+    """OpenMP reads its policy when torch loads it: a spinning thread made steps ten times as long beside other work.
+    (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
+    code = "import os; import lengthen; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=env
-        )
-        assert done.stdout.strip() == want
+        assert cold.interpreter("-c", code, env=env).stdout.strip() == want
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
@@ -156,9 +148,35 @@ def test_what_must_not_import_torch_does_not(module):
 def test_it_loads_without_torch():
     """The same, as it runs: also what they import in turn."""
     code = f"import sys; import {', '.join(sorted(WITHOUT_TORCH))}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = cold.interpreter("-c", code)
+    assert done.returncode == 0, done.stderr
     assert {"lengthen.cli", "lengthen.models.chat"} <= set(done.stdout.split())
     assert not {name.split(".")[0] for name in done.stdout.split()} & TORCH
+
+
+@pytest.mark.xfail(strict=True, reason="train, evaluate and judge are being changed")
+def test_settings_below_the_scripts_are_typed():
+    """A Namespace has whatever attributes a command line had: only cli.py, which makes settings of it, takes one."""
+    wrong = []
+    for path in sources():
+        name = module_name(path)
+        if name in STAGES or name == "lengthen.cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            types = [arg.annotation for arg in every if arg] + [node.returns]
+            wrong += [f"{name}.{node.name}" for t in types if t and "Namespace" in ast.unparse(t)]
+    assert wrong == []
+
+
+@pytest.mark.xfail(strict=True, reason="the sampler is being changed")
+def test_no_function_hands_a_value_on_through_its_module():
+    """What a function needs is an argument: a batch kept in a module's global belongs to whoever called last."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            assert not isinstance(node, ast.Global), f"{module_name(path)} rebinds {', '.join(node.names)}"
 
 
 def test_the_test_sees_every_kind_of_import(tmp_path):

@@ -107,7 +107,7 @@ def save_writer(folder: Path, stop: float = 2.8) -> Path:
     Written by hand, so that drafts and extensions of an untrained model can pass the filters. Three axes of the hidden
     state are kept apart: one that is always on, one for "the last token was a full stop", one for "was a paragraph
     break"; the rest is a random code of the last token, read by a random head: a bigram model. `stop` is the logit of
-    EOS behind a full stop (an ordinary word has 0 +- 1.4): more = shorter texts.
+    EOS after a full stop (an ordinary word has 0 +- 1.4): the larger, the shorter the texts.
     """
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -119,7 +119,8 @@ def save_writer(folder: Path, stop: float = 2.8) -> Path:
     full_stop, paragraph = tokenizer.convert_tokens_to_ids("."), tokenizer.convert_tokens_to_ids("ĊĊ")
     assert None not in (full_stop, paragraph), "the tokenizer must know '.' and a blank line as single tokens"
     # Sorted: the order of a vocabulary differs from process to process, and the weights below follow it.
-    words = [i for t, i in sorted(tokenizer.get_vocab().items()) if t.startswith("Ġ") and len(t) > 2 and t[1:] in set(WORDS)]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    words = [i for t, i in vocabulary if t.startswith("Ġ") and len(t) > 2 and t[1:] in set(WORDS)]
 
     code = torch.nn.functional.normalize(torch.randn(size, width - 3), dim=1)
     state = torch.zeros(size, width)
@@ -129,10 +130,10 @@ def save_writer(folder: Path, stop: float = 2.8) -> Path:
     head[:, 0] = -3.0  # bytes and pieces of words: never
     head[words, 0] = 0.0
     head[words, 3:] = 2.0 * torch.nn.functional.normalize(torch.randn(len(words), width - 3), dim=1)
-    plain, behind = (width / 2) ** 0.5, (width / 3) ** 0.5  # what the final norm makes of the "always on" axis
+    plain, after = (width / 2) ** 0.5, (width / 3) ** 0.5  # what the final norm makes of the "always on" axis
     head[full_stop, :3] = torch.tensor([3.2 / plain, -2.0, -2.0])
     for token, logit in ((tokenizer.eos_token_id, stop), (paragraph, 4.0)):
-        head[token, :3] = torch.tensor([-6.0 / plain, logit / behind + 6.0 / plain, -2.0])
+        head[token, :3] = torch.tensor([-6.0 / plain, logit / after + 6.0 / plain, -2.0])
     head[tokenizer.convert_tokens_to_ids("Yes"), 0] = -1.0  # the judge's answer: yes, by a clear margin
     head[tokenizer.convert_tokens_to_ids("No"), 0] = -1.5
     with torch.no_grad():
