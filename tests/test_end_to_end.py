@@ -16,10 +16,11 @@ from lengthen.jobs import read_sidecar
 from lengthen.records import read_jsonl
 
 SMALL = """--instructions 6 --final-instructions 3 --iterations 1 --instructions.long-words 50 --extend.samples 1
---responses.max-attempts 3 --extend.max-attempts 4 --extend.rounds 1 --answers.max-attempts 3 --constrain.demand-min 20
---constrain.demand-max 2000 --constrain.demand-steps 10,20 --train.epochs 1 --language en --evaluate ends
---evaluate.limit 2""".split()
-SMALL += [f"--{name}.max-new-tokens=300" for name in ("responses", "extend", "answers", "evaluate")]
+--responses.samples 1 --responses.max-attempts 3 --extend.max-attempts 3 --extend.rounds 1 --answers.max-attempts 5
+--extend.no-length-bias --constrain.demand-min 20 --constrain.demand-max 2000
+--constrain.demand-steps 10,20 --constrain.max-attempts 1 --train.epochs 1 --language en --evaluate ends
+--evaluate.limit 2 --evaluate.max-new-tokens 40 --responses.max-new-tokens 200 --extend.max-new-tokens 200
+--answers.max-new-tokens 200""".split()
 
 
 class Finished(NamedTuple):

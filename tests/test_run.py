@@ -297,15 +297,26 @@ def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
     assert shlex.quote(str(tmp_path / "no model")) in process.stderr.replace("\n", "")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     """Else the stage goes on alone and holds the lock that the next start needs."""
     command = [sys.executable, "run.py", "--model", str(writer), "--run", str(tmp_path / "r"), "--language", "en"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     output = tmp_path / "r" / "iter_1" / "instructions.jsonl"
     wait_until(lambda: output.exists())
-    process.send_signal(sent)
-    assert process.wait(60) == {signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+    send = os.killpg if sent == signal.SIGINT else os.kill  # Ctrl-C reaches all that the terminal runs
+    send(process.pid, sent)
+    assert process.wait(HANG) == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+    log = (tmp_path / "r" / "run.log").read_text()
+    assert "iter_1 instructions\n$ python generate.py instructions" in log
+    assert sent == signal.SIGKILL or "iter_1 instructions: exit code 130 after" in log
 
     def free() -> bool:
         try:
@@ -317,8 +328,11 @@ def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     wait_until(free)
 
 
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+HANG = 3600  # seconds: for what would never end, not for a busy machine
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
