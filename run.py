@@ -135,9 +135,9 @@ SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (
     (SamplingFlags, DECODING := ("max_rows", "kv_cache")),  # training has no use for them
 )
 
+Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: by stage ("run" = the loop), by flag
 # The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
 # and writes 400 words rather than 1,000, and because it must end within 15 minutes on two cores.
-Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: by stage ("run" = the loop), by flag
 DEMO: Preset = {
     "run": {"model": "smollm2", "run": "runs/demo", "language": "en", "iterations": 1, "evaluate": "ends"}
     | {"instructions": 12, "final_instructions": 6, "control_words": 350},
@@ -192,20 +192,23 @@ def method(own: Settings) -> list[Step]:
         known = [*given.get("dedup_against", []), *asked]  # no iteration asks what an earlier one did
         return add(part, "instructions", seeds=given.get("seeds", SEEDS), dedup_against=known, count=count)
 
+    # The loop: both roles answer with what they learnt in the iteration before, and learn from what comes out.
     for k in range(1, loop.iterations + 1):
         part = f"iter_{k}"
         asked.append(add_instructions(part, loop.instructions))
         drafted = add(part, "responses", adapter=generators[-1], input=[asked[-1]])
         extended.append(add(part, "extend", adapter=extenders[-1], input=[drafted]))
         for role, adapters in (("generator", generators), ("extender", extenders)):
-            adapters.append(add(part, "train", role=role, **lesson(loop.adapter_mode, extended, adapters[-1])))
+            adapters.append(add(part, "train", role=role, **train_settings(loop.adapter_mode, extended, adapters[-1])))
 
-    # The last stage: fresh instructions, answers without extension; all that was written meets length demands.
+    # The last stage: answers without extension join what all iterations wrote. Each gets a length demand
+    # that is true of it, and a Generator learns to follow such demands.
     fresh = add_instructions("final", loop.final_instructions or loop.instructions)
     answers = add("final", "answers", adapter=generators[-1], input=[fresh], samples=1, no_length_bias=True)
     constrained = add("final", "constrain", input=[*extended, answers])
     final = add("final", "train", role="generator", input=[constrained])  # from the base model
 
+    # The base model comes first: the others are compared with it.
     measured = {"base": "", **{f"iter_{k}": generators[k] for k in range(1, loop.iterations + 1)}, "final": final}
     for name, adapter in measured.items():
         # Controls are compared with the iterations, which are evaluated for them.
@@ -214,7 +217,7 @@ def method(own: Settings) -> list[Step]:
     return steps
 
 
-def lesson(mode: str, pairs: Sequence[str], before: str) -> dict[str, Any]:
+def train_settings(mode: str, pairs: Sequence[str], before: str) -> dict[str, Any]:
     """What a fine-tune starts from and learns. `pairs`: files by iteration; `before`: the adapter of the one before.
 
     continue: the release's way, the adapter goes on with the new pairs only; restart: from the base model, on all.
@@ -255,22 +258,26 @@ def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
     drafts, extend, teach = by["iter_1", "responses"], by["iter_1", "extend"], by["iter_1", "train extender"]
     for control in own.loop.controls:
         match control:
+            # Two that train nothing: is a longer answer to be had by asking, or by force?
             case "told":
                 evaluate("told", at_least=words)
             case "eos-ban":
                 evaluate("eos-ban", min_new_tokens=round(TOKENS_PER_WORD * words))
+            # Trained on long drafts, not on extensions: what is left of the growth is the selection's.
             case "drafts":
                 drafted, adapter = [drafts.output], ""
                 for k in range(1, last + 1):
                     if k > 1:  # from here on it drafts by itself
                         like = by[f"iter_{k}", "responses"]
                         drafted.append(add(like, f"controls/drafts_{k}", adapter=adapter))
-                    adapter = learn(f"drafts_{k}", k, **lesson(mode, drafted, adapter))
+                    adapter = learn(f"drafts_{k}", k, **train_settings(mode, drafted, adapter))
+            # Parts of the method left out, one at a time.
             case "one-stage" if extend.settings.get("stages", ExtendFlags.stages) > 1:
                 learn("one-stage", 1, input=[add(extend, "controls/one-stage", stages=1)])
             case "no-bias" if not drafts.settings.get("no_length_bias"):
                 kept = add(drafts, "controls/no-bias", no_length_bias=True)
                 learn("no-bias", 1, input=[add(extend, "controls/no-bias", input=[kept], no_length_bias=True)])
+            # The Extender of the iteration before the last, trained otherwise, writes the last one's pairs.
             case "no-removal" if last > 1 and not teach.settings.get("no_line_removal"):
                 like, learner = by[f"iter_{last - 1}", "train extender"], by[f"iter_{last}", "train generator"]
                 extender = add(like, "controls/no-removal", no_line_removal=True, budget_of=like.output)
@@ -278,8 +285,9 @@ def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
                 learn("no-removal", last, input=[*learner.settings["input"][:-1], longer])
             case "other-mode" if last > 1:
                 pairs = [by[f"iter_{k}", "extend"].output for k in range(1, last + 1)]
+                before = by[f"iter_{last - 1}", "train generator"].output
                 other = "restart" if mode == "continue" else "continue"
-                learn("other-mode", last, **lesson(other, pairs, by[f"iter_{last - 1}", "train generator"].output))
+                learn("other-mode", last, **train_settings(other, pairs, before))
     return added
 
 
@@ -301,6 +309,7 @@ def heading(step: Step) -> str:
 
 def summary_of(own: Settings, stages: list[dict], ended: list[str], seconds: float) -> dict:
     """What summary.json holds: one row per model that was measured, one per stage, and the settings."""
+    # Flat, as they were given: report.html lists them.
     dotted = {f"{stage}.{name}": value for stage, given in own.stages.items() for name, value in given.items()}
     return {
         "settings": {**asdict(own.loop), **own.shared, **dotted},
@@ -362,7 +371,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Our own flags, and those of the stages under their names. Only what is given comes out of it: see Settings."""
     parser = cli.make_parser(__doc__, "run.py")
     cli.add_flags(parser, "the loop", LoopFlags, given_only=True)
-    shared = [name for _, names in SHARED for name in names]
+    shared = [name for _, names in SHARED for name in names]  # not once more under each stage's name
     for kind, names in SHARED:
         others = [field.name for field in fields(kind) if field.name not in names]
         cli.add_flags(parser, "every stage (without --model: the demo)", kind, leave_out=others, given_only=True)
@@ -379,9 +388,10 @@ def parse_args(argv: Sequence[str] | None = None, preset: Preset = DEMO) -> Sett
     if unknown:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}", spelling_of(unknown[0]))
     given = vars(args)
-    preset = {} if given.get("model") else preset
+    preset = {} if given.get("model") else preset  # its values are those of one model
     stages = {name: dict(preset.get(name, {})) for name in STAGES}
     general = {**preset.get("run", {}), **{name: value for name, value in given.items() if "." not in name}}
+    # "extend.rounds" -> stages["extend"]["rounds"]; the preset's value gives way to it.
     for stage, name, value in ((*dotted.split("."), value) for dotted, value in given.items() if "." in dotted):
         stages[stage][name] = value
     ConstrainFlags(**stages["constrain"])  # the least and the most words must agree
@@ -389,6 +399,7 @@ def parse_args(argv: Sequence[str] | None = None, preset: Preset = DEMO) -> Sett
         general["controls"] = list(CONTROLS)
     if wrong := [name for name in general.get("controls", []) if name not in CONTROLS]:
         raise UserError(f"--controls knows no {', '.join(wrong)}", f"one or more of {', '.join(CONTROLS)}; none = all")
+    # What is not the loop's own is for all stages: model, language, seed, ...
     own = {name: general.pop(name) for name in [field.name for field in fields(LoopFlags)] if name in general}
     return Settings(LoopFlags(**own), general, stages)
 

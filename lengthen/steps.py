@@ -82,6 +82,7 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
     names = {name: value for name, value in variables.items() if shlex.quote(value) == value}  # safe without quotes
 
     def word(text: str) -> str:
+        # runs/demo/iter_1 -> $RUN/iter_1, whatever else it holds in quotes of its own
         for name, value in names.items():
             if text == value or text.startswith(value + "/"):
                 rest = text.removeprefix(value)
@@ -91,6 +92,7 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
     lines = ["#!/bin/sh", f"# {made_by}", "set -e", " ".join(f"{name}={value}" for name, value in names.items())]
     if Path.cwd() != ROOT:
         lines.insert(3, f"cd {shlex.quote(str(ROOT))}")
+    # One line per command where it fits; a flag and its values stay together.
     for before, step in zip([None, *steps], steps, strict=False):
         if before is None or heading(before) != heading(step):
             lines.append(f"# {heading(step)}")
@@ -116,6 +118,7 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
     Path(run).mkdir(parents=True, exist_ok=True)
     with open(Path(run) / "run.log", "a", encoding="utf-8") as log:
         for number, step in enumerate(steps, start=1):
+            # What follows of a control would read what did not come out.
             if step.control in ended:
                 continue
             cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
@@ -133,8 +136,10 @@ def run_step(step: Step, log: TextIO) -> dict | None:
     None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
     """
     command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
+    # The header is on disk before the stage starts: a run that hangs says in which.
     log.write(f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
     log.flush()
+    # Looked up when called: tests put a function in its place that runs the stage in this process.
     code, output = run_command(command, log)
     log.write(f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
     log.flush()
@@ -175,7 +180,7 @@ def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
         text=True,
         preexec_fn=die_with_parent,
     )
-    os.close(theirs)
+    os.close(theirs)  # the stage has it now: reading ours ends when the stage does
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     showing = threading.Thread(target=show_and_keep, args=(ours, log), daemon=True)
     showing.start()
@@ -199,6 +204,7 @@ def show_and_keep(source: int, log: TextIO) -> None:
             with suppress(OSError):  # nobody looks any more: the log goes on
                 sys.stderr.buffer.write(data)
                 sys.stderr.buffer.flush()
+            # Whole lines only: a character of several bytes may come in two reads.
             *lines, rest = (rest + data).split(b"\n")
             log.writelines(map(logged, lines))
             log.flush()
