@@ -36,10 +36,12 @@ from typing import Any
 
 from rich.table import Table
 
+from evaluate import BenchmarkFlags
 from extend import ExtendFlags
 from generate import ConstrainFlags, InstructionsFlags, ResponsesFlags
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags, at_least, flag
+from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
@@ -84,7 +86,7 @@ class LoopFlags:
     control_words: int = flag(4000, "length that told and eos-ban aim at, words", at_least(1))
 
 
-# Until train.py and evaluate.py declare their flags as dataclasses
+# Until train.py declares its flags as dataclasses
 @dataclass(frozen=True)
 class TrainFlags:
     max_length: int = flag(0, "longest pair, tokens; 0 = 16384 generator, 32768 extender", at_least(0))
@@ -94,14 +96,6 @@ class TrainFlags:
     alpha: float = flag(16, "the update is scaled by alpha / rank", at_least(0.001, float))
     epochs: int = flag(4, "passes over the pairs", at_least(1))
     learning_rate: float = flag(1e-4, "its peak, after the warm-up", at_least(0, float))
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    benchmark: str = flag("mini", "mini, a JSONL file in LonGen's format, or a hub data set id")
-    limit: int = flag(0, "only the first N queries; 0 = all", at_least(0))
-    samples: int = flag(1, "answers per query", at_least(1))
-    no_probes: bool = flag(False, "leave out what a model is asked about the answers")
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ STAGES = {
         ("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags), ("samples", "no_length_bias")
     ),
     "constrain": Stage(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
-    "evaluate": Stage(("evaluate.py",), "", (EvaluateFlags, SamplingFlags)),
+    "evaluate": Stage(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
 }
 # Flags that mean the same in every stage, given once and without a dot.
 SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (

@@ -33,8 +33,9 @@ def value(step: Step, flag: str) -> str:
 def effective(command: list[str]) -> dict:
     """Every flag of a stage command, those it does not give with the stage's defaults."""
     stage = importlib.import_module(command[0].removesuffix(".py"))
+    argv = stage.with_command(command[1:]) if command[0] == "evaluate.py" else command[1:]
     parse = stage.make_parser().parse_args if hasattr(stage, "make_parser") else stage.parse_args
-    return {"script": command[0], **vars(parse(command[1:]))}
+    return {"script": command[0], **vars(parse(argv))}
 
 
 @pytest.mark.parametrize(
