@@ -75,10 +75,20 @@ from lengthen.tasks import Draw, Redraw, run_tasks
 from lengthen.text.demands import length_score
 from lengthen.text.words import count_words, longen_words
 
-AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}  # appended to the query: a control
+# Appended to the query by --at-least. A control: does asking for more get as far as the fine-tune?
+AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}
+# In scores.json, but not in the summary line: what the run was, and lists of single queries.
+DETAILS = (
+    *("source", "model", "adapter", "sampling", "queries_hash"),
+    *("unanswered", "contradicting", "short_losses", "short_tasks"),
+)
 
 # ---------------------------------------------------------------------------------------------------------
 # Flags that only this stage has
+
+
+# The other flags of a model that writes are those of every stage (lengthen/cli.py), and those of judges are in
+# lengthen/evaluation/judge.py.
 
 
 @dataclass(frozen=True)
@@ -107,17 +117,21 @@ class Answer(Redraw[Writer, Sample]):
         self.controls = controls
 
     def request(self, draw: Draw, writer: Writer) -> Request:
+        # The record keeps the benchmark's own query: what is appended is a setting of the run.
         row, words = self.record, self.controls.at_least
-        told = AT_LEAST[row["language"]].format(words=words) if words else ""
-        # Tokens for the demanded words, so that the longest start first. 0 = not known: -1 is a missing bound.
+        demand = AT_LEAST[row["language"]].format(words=words) if words else ""
+        # Four tokens for three words is near enough to start the longest answers first: started last, they would run
+        # alone at the end. A bound of -1 is a missing one, and 0 tokens = not known.
         expected = max(0, row["min_words"], row["max_words"]) * 4 // 3
         banned = self.controls.min_new_tokens
-        return writer.request(self.id, draw, row["query"] + told, min_new_tokens=banned, expected_tokens=expected)
+        return writer.request(self.id, draw, row["query"] + demand, min_new_tokens=banned, expected_tokens=expected)
 
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
-        if sample.error:  # the prompt does not fit the context, and never will
+        # The one reason to reject: the prompt does not fit the context. A bad answer is a result, and is scored.
+        if sample.error:
             return {}, "context"
-        # Perplexity at temperature 1, without top-p and the like: of what the model thinks, not of how it is sampled.
+        # By another forward pass, at temperature 1 and without top-p: of the model's own distribution, not of the one
+        # that was sampled from. The answer's EOS is one of its tokens.
         [logprobs] = writer.logprobs([(sample.request.prompt_ids, sample.token_ids)])  # nats [answer tokens]
         perplexity = math.exp(-logprobs.mean().item())
         return measured(self.record, sample.text, sample.finish, sample.num_tokens, perplexity), ""
@@ -125,6 +139,7 @@ class Answer(Redraw[Writer, Sample]):
 
 def measured(row: dict, response: str, finish: str, response_tokens: int, perplexity: float = -1.0) -> dict:
     """The fields of a row that its answer fills, with everything that is measured on the answer alone."""
+    # LonGen's own word count goes with LonGen's own formula, and with nothing else: it counts punctuation.
     words = longen_words(response)
     demand = row["type"], row["min_words"], row["max_words"]
     return {
@@ -139,10 +154,10 @@ def measured(row: dict, response: str, finish: str, response_tokens: int, perple
 
 
 def answer(stage: Stage, asked: BenchmarkFlags, controls: ControlFlags, judges: JudgeFlags) -> None:
-    # 1) the queries
+    # 1) the queries, as records whose answer is still missing
     source = find_benchmark(asked.benchmark)
     rows = select(read_rows(source), stage.out.language, asked.limit, asked.benchmark)
-    # 2) the answers and, while the model is loaded, 3) its probes
+    # 2) the answers and, while the model is loaded, 3) their probes. A finished run loads no model.
     folder = Path(stage.out.output)
     output = str(folder / "outputs.jsonl")
     drawn = {"samples": asked.samples, **vars(controls)}
@@ -154,7 +169,7 @@ def answer(stage: Stage, asked: BenchmarkFlags, controls: ControlFlags, judges: 
         elif not asked.no_probes and all(r["base_tokens"] < 0 for r in map(complete, job.records)):
             cli.say("these answers were made without the probes; --overwrite makes them again, with probes")
         summary = job.finish(**probes)
-        # 4) what came of it, computed again each time
+        # 4) the scores, computed again each time: they cost seconds, and a new measure reaches old runs
         sampling = {**stage.sampling.recipe(), **drawn, "seed": stage.out.seed, "kv_cache": stage.sampling.kv_cache}
         about = {"source": asked.benchmark, "model": stage.model.model, "adapter": stage.model.adapter}
         write_scores(job, rows, {**about, "sampling": sampling}, summary)
@@ -200,17 +215,21 @@ def score_file(path: str, limit: int, stage: Stage, judges: JudgeFlags) -> None:
 def write_scores(job: Job, rows: Sequence[dict], about: dict, summary: dict) -> None:
     """scores.json and length_following.png, beside the answers of a finished job; `rows`: what was asked."""
     folder = job.output.parent
-    for leftover in folder.glob(".*.tmp"):  # of a process killed while it wrote these; the job's lock makes it ours
+    # Of a process that was killed while it wrote one of the two. The job's lock says that nobody else is writing now.
+    for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     if odd := contradictions(rows):
         cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
-    order = {row["parent_id"]: i for i, row in enumerate(rows)}  # the file is in the order in which answers finished
+    # The file is in the order in which answers finished; the figure and the lists below are in the benchmark's.
+    order = {row["parent_id"]: i for i, row in enumerate(rows)}
     outputs = sorted(map(complete, job.records), key=lambda r: (order[r["parent_id"]], r["sample"]))
     losses = summary.get("short_losses", [])
     scores = {
         **about,
-        "queries_hash": hash_of(json.dumps(sorted({query_of(row) for row in rows}))),  # are two runs like for like?
+        # By this `compare` knows whether two runs are like for like.
+        "queries_hash": hash_of(json.dumps(sorted({query_of(row) for row in rows}))),
         **rounded({**score(outputs, losses), "seconds": summary["seconds"], "contradictions": len(odd)}),
+        # What judges have said of exactly these answers, whenever they were asked.
         "quality": quality(folder, outputs),
         "unanswered": summary["rejected"],
         "contradicting": odd,
@@ -218,10 +237,12 @@ def write_scores(job: Job, rows: Sequence[dict], about: dict, summary: dict) -> 
         "short_tasks": summary.get("short_tasks", ""),
     }
     save_scores(folder, scores)
-    if scores["constant_writer"]:  # some query makes a demand
+    # The figure is of demands: without any there is nothing to draw. Whatever goes wrong with it, hours of answers do
+    # not fail for a picture.
+    if scores["constant_writer"]:
         try:
             replace_file(folder / "length_following.png", length_following(outputs, scores, folder.name))
-        except Exception as error:  # whatever matplotlib's trouble is: hours of answers do not fail for a picture
+        except Exception as error:
             cli.say(f"no length_following.png: {type(error).__name__}: {error}")
 
 
@@ -230,15 +251,15 @@ def save_scores(folder: Path, scores: dict) -> None:
 
 
 def finish(folder: Path, name: str, judges: JudgeFlags, stage: Stage) -> None:
-    """Judge where judges are named, show the scores and emit them."""
+    """Judge if judges are named, show the scores and emit them."""
+    # A judge that fails costs nothing else: the scores are shown first, and then the command ends with the error.
     problems = judge_run(folder, judges, stage) if judges.judge else []
     scores = read_scores(folder)
     show_quality(scores["quality"])
     show(scores, f"{name} on {Path(scores['source']).name}")
     if scores["unanswered"]:
         cli.say(f"unanswered and in no score: {scores['unanswered']}")
-    hidden = ("source", "model", "adapter", "sampling", "queries_hash", "unanswered", "contradicting", "short_losses")
-    shown = {key: value for key, value in scores.items() if key not in (*hidden, "short_tasks")}
+    shown = {key: value for key, value in scores.items() if key not in DETAILS}
     cli.emit({"stage": "evaluate", "output": str(folder), "rejected": scores["unanswered"], **shown})
     raise_worst(problems)
 
@@ -254,6 +275,7 @@ def judge_run(folder: Path, judges: JudgeFlags, stage: Stage) -> list[UserError]
     """
     path = folder / "outputs.jsonl"
     scores = read_scores(folder)
+    # Answers still being written would be judged, but not all of them: refused unless --allow-partial says so.
     check_inputs([path], stage.out.allow_partial)
     outputs = [complete(row) for _, row in numbered_lines(path)]
     problems = judge_answers(folder, outputs, judges, stage)
@@ -277,12 +299,13 @@ def with_command(argv: Sequence[str]) -> list[str]:
     """The command line with its command: `answer` if none is named. UserError with today's spelling for an old one."""
     if argv and argv[0] in (*COMMANDS, "-h", "--help"):
         return list(argv)
-    for place, word in enumerate(argv):
+    # "--compare A B --judge J" -> "compare A B --judge J": the values of the old flag come right after the command.
+    for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name in RENAMED:
-            after = list(argv[place + 1 :])
-            end = next((i for i, more in enumerate(after) if more.startswith("--")), len(after))
-            now = [RENAMED[name], *([value] if value else []), *after[:end], *argv[:place], *after[end:]]
+            after = list(argv[i + 1 :])
+            end = next((n for n, more in enumerate(after) if more.startswith("--")), len(after))
+            now = [RENAMED[name], *([value] if value else []), *after[:end], *argv[:i], *after[end:]]
             raise UserError(f"{name} is a command now", f"python evaluate.py {shlex.join(now)}")
     return ["answer", *argv]
 
@@ -308,10 +331,12 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("judge", "compare"):
         cli.add_flags(sub[name], "output", OutputFlags, leave_out=("output", "language", "min_yield"))
 
+    # A local judge runs on the device, and in the dtype, that the flags of a model name. `answer` has those flags for
+    # its own model, and judges share them. How a judge's reply is sampled is not the user's choice: greedily.
+    recipe = SamplingFlags().recipe()
     for name in ("answer", "score", "judge", "compare"):
         cli.add_flags(sub[name], "judges", JudgeFlags)
-        if name != "answer":  # its own model and judges share one device
-            recipe = SamplingFlags().recipe()  # a judge is asked greedily, whatever the flags of an answer would be
+        if name != "answer":
             cli.add_flags(sub[name], "local judges", ModelFlags, leave_out=("model", "adapter"))
             cli.add_flags(sub[name], "memory of local judges", SamplingFlags, leave_out=tuple(recipe))
             sub[name].set_defaults(model="", adapter="")
@@ -328,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     stage = Stage(cli.take(args, OutputFlags), cli.take(args, ModelFlags), cli.take(args, SamplingFlags))
     judges = cli.take(args, JudgeFlags)
-    judges.check()  # a mistake in --judge is found before hours of sampling
+    # A mistake in --judge is found now, not after hours of sampling.
+    judges.check()
     match args.command:
         case "answer":
             answer(stage, cli.take(args, BenchmarkFlags), cli.take(args, ControlFlags), judges)
@@ -339,9 +365,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError("no judge is named", f"python evaluate.py judge {args.output} --judge JUDGE")
             folder = Path(args.output)
             problems = judge_run(folder, judges, stage)
-            found = read_scores(folder)["quality"]
-            show_quality(found)
-            cli.emit({"stage": "judge", "output": args.output, "quality": found})
+            judged = read_scores(folder)["quality"]
+            show_quality(judged)
+            cli.emit({"stage": "judge", "output": args.output, "quality": judged})
             raise_worst(problems)
         case "compare":
             if judges.judge and (len(args.runs) != 2 or not args.output):

@@ -105,6 +105,10 @@ class ConstrainFlags:
     )
     max_attempts: int = flag(5, "draws before the demand is appended in a sentence of its own", at_least(1))
 
+    def __post_init__(self) -> None:
+        if self.demand_min >= self.demand_max:
+            raise UserError(f"--demand-min {self.demand_min} is not below --demand-max {self.demand_max}")
+
 
 # ---------------------------------------------------------------------------------------------------------
 # 1, 2: instructions

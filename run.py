@@ -7,463 +7,442 @@ One macro-iteration k (arXiv 2410.23933, section 3):
     extend.py                  the Extender of k-1 rewrites them longer       iter_k/extended.jsonl
     train.py x 2               both roles are fine-tuned on the result        iter_k/generator/ iter_k/extender/
 
-Behind the last one: fresh instructions and answers of the last Generator, length demands woven into all that was
+After the last one: fresh instructions and answers of the last Generator, length demands woven into all that was
 collected (generate.py constrain), one last fine-tune (final/generator/), and the evaluation of the base model, each
-iteration and the final model (eval/*/scores.json). What it prints at the end is also in summary.json.
+iteration and the final model (eval/*/scores.json). What it prints at the end is also in summary.json; what the stages
+said is in run.log.
 
-Killed at any point and started again with the same flags it goes on where it was: every stage resumes, and a
-finished one is a no-op that loads no model.
+The plan is data: a list of steps, each with the settings of one stage. A flag of a stage is given here under the
+stage's name, with a dot: --extend.rounds 1, --train.rank 16. `answers` is the drafting of the last stage. Killed at
+any point and started again with the same flags, the run goes on where it was: every stage resumes, and a finished one
+loads no model.
 
 Examples
     python run.py                                   the demo: SmolLM2-135M on a CPU with 2 cores
-    python run.py --dry-run                         only print the commands, as a shell script
+    python run.py --dry-run                         only print the commands, as a shell script (recipes/demo.sh)
     python run.py --model Qwen/Qwen2.5-7B-Instruct --run runs/qwen --instructions 5000 --iterations 3
+    python run.py --instructions 24 --extend.samples 4 --evaluate.limit 16
 """
 
 import argparse
-import ctypes
 import json
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from evaluate import BenchmarkFlags
+from extend import ExtendFlags
+from generate import ConstrainFlags, InstructionsFlags, ResponsesFlags
 from lengthen import cli
+from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags, at_least, flag
+from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
+from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
-
-ROOT = Path(__file__).resolve().parent
-
-# The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
-# and writes 400 words rather than 1,000, and because it must end within 15 minutes on two cores.
-DEMO = {
-    "model": "smollm2",
-    "run": "runs/demo",
-    "language": "en",
-    "iterations": 1,
-    "instructions": 12,
-    "final_instructions": 6,
-    "instruction_tokens": 192,  # one draw that writes an essay instead holds up those behind it
-    "samples": 2,
-    "draft_tokens": [360],  # of drafts of 370 words and more 2 of 32 extensions passed, of one of 275 words 4 of 8
-    "max_attempts": 1,  # more drafts instead of more attempts: all rows at once, no tail of retries
-    "extend_samples": [6],  # likewise
-    "extend_attempts": 1,
-    "rounds": 1,
-    "max_new_tokens": 560,  # a row that goes on alone takes as long as thirty together
-    "long_words": 300,
-    "demand_min": 150,
-    "demand_max": 1500,
-    "demand_steps": "50,100",
-    "demand_attempts": 1,  # 45 draws of this model wove in none: nearly all demands are appended
-    "epochs": 2,
-    "learning_rate": 2e-4,
-    "benchmark": "mini",
-    "limit": 8,
-    "evaluate": "ends",
-    "no_probes": True,  # they take half a minute per model
-    "control_words": 350,
-}
+from lengthen.steps import Step, as_shell, execute, moved
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
 # where it differs, and trained on as many target tokens. (The constant writer is in every scores.json.)
 CONTROLS = {
     "told": "the base model, asked for --control-words or more",
     "eos-ban": "the base model, EOS banned for as long",
-    "drafts": "fine-tuned on its own drafts, not extended, behind the same length bias; in every iteration",
+    "drafts": "fine-tuned on its own drafts, not extended, after the same length bias; in every iteration",
     "one-stage": "iteration 1 with extensions in one call",
     "no-bias": "iteration 1 with the short drafts and extensions kept",
     "no-removal": "the last iteration, its Extender trained on whole drafts (needs 2 iterations)",
     "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
 }
 TOKENS_PER_WORD = 1.35  # of English prose, for most tokenizers: how long "for as long" is in tokens
+SEEDS = ["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"]
 
 
-@dataclass
-class Step:
-    """One stage command. `part` is the folder of the run it belongs to: iter_K, final, eval/..."""
+@dataclass(frozen=True)
+class LoopFlags:
+    """The flags of the loop itself."""
 
-    part: str
-    name: str
-    command: list[str]  # without the interpreter: ["generate.py", "responses", "--model", ...]
-    control: str = ""  # the control it belongs to; the method itself has none
+    run: str = flag("runs/paper", "folder of the run; its name is part of every record's id")
+    dry_run: bool = flag(False, "only print the commands, as a shell script")
+    iterations: int = flag(3, "macro-iterations", at_least(1))
+    instructions: int = flag(5000, "new instructions per macro-iteration", at_least(1))
+    final_instructions: int = flag(0, "new instructions for the last stage; 0 = as --instructions", at_least(0))
+    adapter_mode: str = flag(
+        "continue",
+        "continue = the adapter of the iteration before learns the new pairs; restart = a new one learns all pairs",
+        choices=("continue", "restart"),
+    )
+    evaluate: str = flag("all", "which models; ends = only the base and the final one", choices=("all", "ends"))
+    controls: list[str] = flag(
+        [],
+        "run beside the method; no NAME = all of them. " + "; ".join(f"{k}: {v}" for k, v in CONTROLS.items()),
+        nargs="*",
+        metavar="NAME",
+    )
+    control_words: int = flag(4000, "length that told and eos-ban aim at, words", at_least(1))
+
+
+# Until train.py declares its flags as dataclasses
+@dataclass(frozen=True)
+class TrainFlags:
+    max_length: int = flag(0, "longest pair, tokens; 0 = 16384 generator, 32768 extender", at_least(0))
+    keep_lines: float = flag(0.8, "share of a draft's lines the Extender sees", cli.between(0.01, 1))
+    no_line_removal: bool = flag(False, "control: show the Extender whole drafts")
+    rank: int = flag(8, "rank of each layer's update", at_least(1))
+    alpha: float = flag(16, "the update is scaled by alpha / rank", at_least(0.001, float))
+    epochs: int = flag(4, "passes over the pairs", at_least(1))
+    learning_rate: float = flag(1e-4, "its peak, after the warm-up", at_least(0, float))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as the loop calls it. Its flags are declared in its own script; here they are only passed on."""
+
+    command: tuple[str, ...]  # script and subcommand
+    file: str  # what it writes, in the folder of its part; training: the role instead, evaluation: the folder itself
+    flags: tuple[type, ...]  # what a user sets under the stage's name, ...
+    decided: tuple[str, ...] = ()  # ... but for those that the loop decides
+
+
+STAGES = {
+    "instructions": Stage(
+        ("generate.py", "instructions"), "/instructions.jsonl", (InstructionsFlags, SamplingFlags), ("count",)
+    ),
+    "responses": Stage(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
+    "extend": Stage(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
+    "train": Stage(("train.py",), "", (TrainFlags,), ("role", "budget_of", "plan", "merge_to")),
+    # The answers of the last Generator: drafts that nobody extends, so all of them are kept.
+    "answers": Stage(
+        ("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags), ("samples", "no_length_bias")
+    ),
+    "constrain": Stage(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
+    "evaluate": Stage(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
+}
+# Flags that mean the same in every stage, given once and without a dot.
+SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (ModelFlags, ("model", "device", "dtype", "quantize", "trust_remote_code")),
+    (OutputFlags, ("language", "seed")),
+    (SamplingFlags, DECODING := ("max_rows", "kv_cache")),  # training has no use for them
+)
+
+Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: by stage ("run" = the loop), by flag
+# The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
+# and writes 400 words rather than 1,000, and because it must end within 15 minutes on two cores.
+DEMO: Preset = {
+    "run": {"model": "smollm2", "run": "runs/demo", "language": "en", "iterations": 1, "evaluate": "ends"}
+    | {"instructions": 12, "final_instructions": 6, "control_words": 350},
+    # tokens: one draw that writes an essay instead of an instruction holds up those after it
+    "instructions": {"long_words": 300, "max_new_tokens": 192},
+    # More drafts instead of more attempts: all rows at once, no tail of retries. And short ones: of drafts of 370 words
+    # and more 2 of 32 extensions passed, of one of 275 words 4 of 8.
+    "responses": {"max_attempts": 1, "max_new_tokens": 360},
+    # tokens: a row that goes on alone takes as long as thirty together
+    "extend": {"samples": 6, "max_attempts": 1, "rounds": 1, "max_new_tokens": 560},
+    "train": {"epochs": 2, "learning_rate": 2e-4},
+    "answers": {"max_attempts": 1, "max_new_tokens": 560},
+    # one attempt: 45 draws of this model wove in none, nearly all demands are appended
+    "constrain": {"demand_min": 150, "demand_max": 1500, "demand_steps": (50, 100), "max_attempts": 1},
+    # without the probes, which take half a minute per model
+    "evaluate": {"limit": 8, "no_probes": True, "max_new_tokens": 560},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asks for. Only what was given, or stands in the preset: the rest are the stages' defaults."""
+
+    loop: LoopFlags
+    shared: dict[str, Any]
+    stages: dict[str, dict[str, Any]]  # by stage, by flag
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The plan: which commands, in which order
+# The plan: which steps, in which order
 
 
-def plan(args: argparse.Namespace) -> list[Step]:
-    """Every command of the run, in order. Pure: the same flags give the same commands."""
-    run, steps = Path(args.run), []
-    controlled = ""  # the control that the steps being added belong to
-    model = flags(model=args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
-    model += ["--trust-remote-code"] if args.trust_remote_code else []
-    common = model + flags(language=args.language, seed=args.seed)
-    machine = flags(max_rows=args.max_rows or "", kv_cache=args.kv_cache)
-    sampling = flags(max_new_tokens=args.max_new_tokens or "") + machine
-    bias = ["--no-length-bias"] if args.no_length_bias else []
+def plan(own: Settings) -> list[Step]:
+    """Every step of the run, in order. Pure: the same settings give the same steps."""
+    steps = method(own)
+    return steps + controls(own, steps)
 
-    def add(part: str, name: str, command: list[str]) -> None:
-        steps.append(Step(part, name, command, controlled))
 
-    def instructions(part: str, count: int, earlier: list[str]) -> str:
-        output = f"{run / part}/instructions.jsonl"
-        known = [*args.dedup_against, *earlier]
-        against = ["--dedup-against", *known] if known else []
-        command = ["generate.py", "instructions", *common, "--seeds", *args.seeds, *against]
-        command += flags(count=count, long_words=args.long_words, max_new_tokens=args.instruction_tokens or "")
-        command += [*machine, *flags(output=output)]
-        add(part, "instructions", command)
-        return output
+def method(own: Settings) -> list[Step]:
+    """The paper's loop, its last stage, and the evaluations."""
+    loop, given, steps = own.loop, own.stages["instructions"], []
+    asked: list[str] = []  # instructions.jsonl, by iteration
+    extended: list[str] = []  # extended.jsonl, by iteration
+    generators, extenders = [""], [""]  # adapters, by iteration; number 0 is the base model
 
-    def drafts(part: str, k: int, adapter: str, bias: list[str]) -> str:
-        tokens = of_iteration(k, args.draft_tokens)
-        return responses(part, asked[k - 1], adapter, tokens, [*flags(samples=args.samples), *bias])
+    def add(part: str, stage: str, **decided: Any) -> str:
+        """One more step; `decided`: the flags that the loop sets, above all what is read. Returns what it writes."""
+        steps.append(make_step(own, part, stage, decided))
+        return steps[-1].output
 
-    def responses(part: str, source: str, adapter: str, tokens: int, more: list[str]) -> str:
-        output = f"{run / part}/responses.jsonl"
-        command = ["generate.py", "responses", *common, *flags(adapter=adapter), "--input", source]
-        command += flags(max_new_tokens=tokens or args.max_new_tokens or "") + machine
-        add(part, "responses", [*command, *flags(max_attempts=args.max_attempts, output=output), *more])
-        return output
+    def add_instructions(part: str, count: int) -> str:
+        known = [*given.get("dedup_against", []), *asked]  # no iteration asks what an earlier one did
+        return add(part, "instructions", seeds=given.get("seeds", SEEDS), dedup_against=known, count=count)
 
-    def extend(part: str, k: int, source: str, adapter: str, bias: list[str], stages: int = args.stages) -> str:
-        output = f"{run / part}/extended.jsonl"
-        command = ["extend.py", *common, *flags(adapter=adapter), *sampling, "--input", source]
-        command += flags(samples=of_iteration(k, args.extend_samples), rounds=args.rounds, stages=stages)
-        command += flags(max_attempts=args.extend_attempts)
-        command += flags(min_gain=args.min_gain, penalty_scope=args.penalty_scope, output=output)
-        add(part, "extend", [*command, *bias])
-        return output
-
-    def train(part: str, role: str, inputs: list[str], adapter: str, more: list[str]) -> str:
-        output = f"{run / part}/{role}"
-        command = ["train.py", "--role", role, *common, *flags(adapter=adapter), "--input", *inputs]
-        command += flags(rank=args.rank, alpha=args.alpha, learning_rate=args.learning_rate, epochs=args.epochs)
-        add(part, f"train {role}", [*command, *flags(max_length=args.max_length or "", output=output), *more])
-        return output
-
-    def evaluate(name: str, adapter: str, more: Sequence[str] = ()) -> None:
-        command = ["evaluate.py", *common, *flags(adapter=adapter), *sampling, "--benchmark", args.benchmark, *more]
-        command += flags(samples=args.answers if args.answers > 1 else "", limit=args.limit or "")
-        command += ["--no-probes"] if args.no_probes else []
-        add(f"eval/{name}", "evaluate", [*command, *flags(output=f"{run}/eval/{name}")])
-
-    # continue: the release's way, the adapter of k-1 goes on with the new pairs only;
-    # restart: from the base model, on the pairs of all iterations so far.
-    def fine_tune(part: str, role: str, pairs: list[str], before: str, go_on: bool, more: list[str]) -> str:
-        return train(part, role, pairs[-1:] if go_on else list(pairs), before if go_on else "", more)
-
-    lines = ["--no-line-removal"] if args.no_line_removal else []
-    go_on = args.adapter_mode == "continue"
-    asked, drafted, extended, generators, extenders = (
-        [],
-        [],
-        [],
-        [""],
-        [""],
-    )  # by iteration; adapter 0 is the base model
-    for k in range(1, args.iterations + 1):
+    # The loop: both roles answer with what they learnt in the iteration before, and learn from what comes out.
+    for k in range(1, loop.iterations + 1):
         part = f"iter_{k}"
-        asked.append(instructions(part, args.instructions, asked))
-        drafted.append(drafts(part, k, generators[-1], bias))
-        extended.append(extend(part, k, drafted[-1], extenders[-1], bias))
-        generators.append(fine_tune(part, "generator", extended, generators[-1], go_on, []))
-        extenders.append(fine_tune(part, "extender", extended, extenders[-1], go_on, lines))
+        asked.append(add_instructions(part, loop.instructions))
+        drafted = add(part, "responses", adapter=generators[-1], input=[asked[-1]])
+        extended.append(add(part, "extend", adapter=extenders[-1], input=[drafted]))
+        for role, adapters in (("generator", generators), ("extender", extenders)):
+            adapters.append(add(part, "train", role=role, **train_settings(loop.adapter_mode, extended, adapters[-1])))
 
-    fresh = instructions("final", args.final_instructions or args.instructions, asked)
-    answers = responses("final", fresh, generators[-1], 0, ["--samples", "1", "--no-length-bias"])
-    constrained = f"{run}/final/constrained.jsonl"
-    command = ["generate.py", "constrain", *common, *machine, "--input", *extended, answers]
-    command += flags(demand_min=args.demand_min, demand_max=args.demand_max, demand_steps=args.demand_steps)
-    add("final", "constrain", [*command, *flags(max_attempts=args.demand_attempts, output=constrained)])
-    final = train("final", "generator", [constrained], "", [])
+    # The last stage: answers without extension join what all iterations wrote. Each gets a length demand
+    # that is true of it, and a Generator learns to follow such demands.
+    fresh = add_instructions("final", loop.final_instructions or loop.instructions)
+    answers = add("final", "answers", adapter=generators[-1], input=[fresh], samples=1, no_length_bias=True)
+    constrained = add("final", "constrain", input=[*extended, answers])
+    final = add("final", "train", role="generator", input=[constrained])  # from the base model
 
-    evaluate("base", "")
-    if args.evaluate == "all" or args.controls:  # controls are compared with the iterations
-        for k in range(1, args.iterations + 1):
-            evaluate(f"iter_{k}", generators[k])
-    evaluate("final", final)
-
-    def generator_of(name: str, k: int, pairs: list[str], before: str, go_on: bool = go_on) -> str:
-        """Train and evaluate the Generator that iteration k would have had under a control."""
-        budget = flags(budget_of=generators[k])  # trained on as many tokens as the method's
-        adapter = fine_tune(f"controls/{name}", "generator", pairs, before, go_on, budget)
-        evaluate(f"control_{name}", adapter)
-        return adapter
-
-    last = args.iterations
-    for controlled in args.controls:
-        match controlled:
-            case "told":
-                evaluate("control_told", "", flags(at_least=args.control_words))
-            case "eos-ban":
-                banned = round(TOKENS_PER_WORD * args.control_words)
-                evaluate("control_eos-ban", "", flags(min_new_tokens=banned))
-            case "drafts":
-                own, adapter = drafted[:1], ""
-                for k in range(1, last + 1):
-                    if k > 1:  # from here on it drafts by itself
-                        own.append(drafts(f"controls/drafts_{k}", k, adapter, bias))
-                    adapter = generator_of(f"drafts_{k}", k, own, adapter)
-            case "one-stage" if args.stages > 1:
-                generator_of("one-stage", 1, [extend("controls/one-stage", 1, drafted[0], "", bias, stages=1)], "")
-            case "no-bias" if not args.no_length_bias:
-                kept = drafts("controls/no-bias", 1, "", ["--no-length-bias"])
-                longer = extend("controls/no-bias", 1, kept, "", ["--no-length-bias"])
-                generator_of("no-bias", 1, [longer], "")
-            case "no-removal" if last > 1 and not args.no_line_removal:
-                whole = ["--no-line-removal", *flags(budget_of=extenders[-2])]
-                trained = fine_tune("controls/no-removal", "extender", extended[:-1], extenders[-3], go_on, whole)
-                longer = extend("controls/no-removal", last, drafted[-1], trained, bias)
-                generator_of("no-removal", last, [*extended[:-1], longer], generators[-2])
-            case "other-mode" if last > 1:
-                generator_of("other-mode", last, extended, generators[-2], not go_on)
+    # The base model comes first: the others are compared with it.
+    measured = {"base": "", **{f"iter_{k}": generators[k] for k in range(1, loop.iterations + 1)}, "final": final}
+    for name, adapter in measured.items():
+        # Controls are compared with the iterations, which are evaluated for them.
+        if loop.evaluate == "all" or loop.controls or name in ("base", "final"):
+            add(f"eval/{name}", "evaluate", adapter=adapter)
     return steps
 
 
-def of_iteration(k: int, values: list[int]) -> int:
-    """The setting of iteration k, from 1; the last one given holds for all that follow."""
-    return values[min(k, len(values)) - 1]
+def train_settings(mode: str, pairs: Sequence[str], before: str) -> dict[str, Any]:
+    """What a fine-tune starts from and learns. `pairs`: files by iteration; `before`: the adapter of the one before.
+
+    continue: the release's way, the adapter goes on with the new pairs only; restart: from the base model, on all.
+    """
+    return {"adapter": before, "input": [pairs[-1]]} if mode == "continue" else {"adapter": "", "input": [*pairs]}
 
 
-def flags(**values: object) -> list[str]:
-    """rank=8 -> ["--rank", "8"]; "auto" and "" leave the flag out, so that the stage's own default holds."""
-    parts = []
-    for name, value in values.items():
-        if value not in ("", "auto"):
-            parts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return parts
+def make_step(own: Settings, part: str, stage: str, decided: dict[str, Any]) -> Step:
+    """A stage with the flags of all stages, those that the loop decides, and the user's own."""
+    spec, role = STAGES[stage], decided.get("role", "")
+    file = spec.file or (role and f"/{role}")
+    shared = {k: v for k, v in own.shared.items() if SamplingFlags in spec.flags or k not in DECODING}
+    # `decided` twice: it stands before the user's flags on the command line, and wins where both name one.
+    settings = {**shared, **decided, **own.stages[stage], **decided, "output": f"{own.loop.run}/{part}{file}"}
+    return Step(part, f"{spec.command[-1].removesuffix('.py')} {role}".strip(), spec.command, settings)
 
 
-def as_shell(steps: list[Step]) -> str:
-    """The plan as a shell script that works when pasted."""
-    lines = ["#!/bin/sh", "set -e", f"cd {shlex.quote(str(ROOT))}"] if Path.cwd() != ROOT else ["#!/bin/sh", "set -e"]
-    for step in steps:
-        lines.append(f"python {shlex.join(step.command)}")
-    return "\n".join(lines)
+def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
+    """The steps of the controls: changed copies of the method's. A control that would change nothing has none."""
+    by = {(step.part, step.name): step for step in steps}
+    last, mode, words = own.loop.iterations, own.loop.adapter_mode, own.loop.control_words
+    added: list[Step] = []
+
+    def add(like: Step, part: str, **changes: Any) -> str:
+        added.append(moved(like, part, control, **changes))
+        return added[-1].output
+
+    def evaluate(name: str, **changes: Any) -> None:
+        add(by["eval/base", "evaluate"], f"eval/control_{name}", **changes)
+
+    def learn(name: str, k: int, **changes: Any) -> str:
+        """Train and evaluate the Generator that iteration k would have had under a control, on as many tokens."""
+        like = by[f"iter_{k}", "train generator"]
+        adapter = add(like, f"controls/{name}", budget_of=like.output, **changes)
+        evaluate(name, adapter=adapter)
+        return adapter
+
+    drafts, extend, teach = by["iter_1", "responses"], by["iter_1", "extend"], by["iter_1", "train extender"]
+    for control in own.loop.controls:
+        match control:
+            # Two that train nothing: is a longer answer to be had by asking, or by force?
+            case "told":
+                evaluate("told", at_least=words)
+            case "eos-ban":
+                evaluate("eos-ban", min_new_tokens=round(TOKENS_PER_WORD * words))
+            # Trained on long drafts, not on extensions: what is left of the growth is the selection's.
+            case "drafts":
+                drafted, adapter = [drafts.output], ""
+                for k in range(1, last + 1):
+                    if k > 1:  # from here on it drafts by itself
+                        like = by[f"iter_{k}", "responses"]
+                        drafted.append(add(like, f"controls/drafts_{k}", adapter=adapter))
+                    adapter = learn(f"drafts_{k}", k, **train_settings(mode, drafted, adapter))
+            # Parts of the method left out, one at a time.
+            case "one-stage" if extend.settings.get("stages", ExtendFlags.stages) > 1:
+                learn("one-stage", 1, input=[add(extend, "controls/one-stage", stages=1)])
+            case "no-bias" if not drafts.settings.get("no_length_bias"):
+                kept = add(drafts, "controls/no-bias", no_length_bias=True)
+                learn("no-bias", 1, input=[add(extend, "controls/no-bias", input=[kept], no_length_bias=True)])
+            # The Extender of the iteration before the last, trained otherwise, writes the last one's pairs.
+            case "no-removal" if last > 1 and not teach.settings.get("no_line_removal"):
+                like, learner = by[f"iter_{last - 1}", "train extender"], by[f"iter_{last}", "train generator"]
+                extender = add(like, "controls/no-removal", no_line_removal=True, budget_of=like.output)
+                longer = add(by[f"iter_{last}", "extend"], "controls/no-removal", adapter=extender)
+                learn("no-removal", last, input=[*learner.settings["input"][:-1], longer])
+            case "other-mode" if last > 1:
+                pairs = [by[f"iter_{k}", "extend"].output for k in range(1, last + 1)]
+                before = by[f"iter_{last - 1}", "train generator"].output
+                other = "restart" if mode == "continue" else "continue"
+                learn("other-mode", last, **train_settings(other, pairs, before))
+    return added
+
+
+def heading(step: Step) -> str:
+    """What the shell script says above the commands of one part of the run."""
+    if step.control:
+        return f"Control {step.control}: {CONTROLS[step.control]}"
+    what, _, k = step.part.replace("/", "_").partition("_")
+    return {
+        "iter": f"Iteration {k}: instructions, drafts, extensions; both roles learn from them",
+        "final": "Answers without extension; length demands for all; the Generator that learns to follow them",
+        "eval": "What the models write",
+    }[what]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Running it
+# What comes of it
 
 
-def run_step(step: Step) -> dict | None:
-    """Run one stage: its stderr is ours, its last line of stdout the summary. Where it fails, so do we.
-
-    None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
-    """
-
-    def die_with_parent() -> None:
-        # Should run.py be killed outright, its stage stops too (and resumes later), instead of holding the file's lock.
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-    command = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a polite kill is passed on
-    while True:
-        try:
-            output, _ = process.communicate()
-            break
-        except KeyboardInterrupt:  # Ctrl-C went to the stage as well: let it finish what it must
-            continue
-    if process.returncode == 3 and step.control:
-        cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
-        return None
-    if process.returncode:
-        code = 128 - process.returncode if process.returncode < 0 else process.returncode
-        hint = {
-            3: "too few records came out: the lines above count why; mend it and run the same command again",
-            130: "run the same command again to go on",
-        }.get(code, "mend that and run the same command again: what is finished is kept")
-        cli.console.print(
-            f"[bold]run.py:[/] {step.part} {step.name} ended with exit code {code}; {hint}", highlight=False
-        )
-        sys.exit(code)
-    return json.loads(output.strip().splitlines()[-1])
-
-
-def execute(steps: Sequence[Step]) -> tuple[list[dict], list[str]]:
-    """Run the stages in order; (their summaries with part and stage, the controls that came out with nothing)."""
-    results, ended = [], []
-    for number, step in enumerate(steps, start=1):
-        if step.control in ended:
-            continue
-        cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-        cli.say(f"$ python {shlex.join(step.command)}")
-        if (result := run_step(step)) is None:
-            ended.append(step.control)
-        else:
-            results.append({**result, "part": step.part, "stage": step.name})
-    return results, ended
-
-
-def summary_of(args: argparse.Namespace, stages: list[dict], ended: list[str], seconds: float) -> dict:
+def summary_of(own: Settings, stages: list[dict], ended: list[str], seconds: float) -> dict:
     """What summary.json holds: one row per model that was measured, one per stage, and the settings."""
-    scores = {s["part"].removeprefix("eval/"): s for s in stages if s["stage"] == "evaluate"}
-    extenders = {s["part"]: s for s in stages if s["stage"] == "extend"}
+    # Flat, as they were given: report.html lists them.
+    dotted = {f"{stage}.{name}": value for stage, given in own.stages.items() for name, value in given.items()}
     return {
-        "settings": vars(args),
+        "settings": {**asdict(own.loop), **own.shared, **dotted},
         "seconds": round(seconds, 1),
-        "models": scores,
-        "extenders": extenders,
+        "models": {s["part"].removeprefix("eval/"): s for s in stages if s["stage"] == "evaluate"},
+        "extenders": {s["part"]: s for s in stages if s["stage"] == "extend"},
         "controls_without_pairs": ended,
         "stages": stages,
     }
 
 
+MODELS = {  # column: (figure of scores.json, how it is printed)
+    "median words": ("words_median", "{:.0f}"),
+    "p90": ("words_p90", "{:.0f}"),
+    "EOS share": ("eos_share", "{:.0%}"),
+    "loop rate": ("loop_rate", "{:.0%}"),
+    "length score": ("length_score", "{:.1f}"),
+    "wanted/written": ("rank_correlation", "{:+.2f}"),
+}
+COSTS = {  # column: (figures of a stage's summary, the first one there is; how it is printed)
+    "records": (("accepted", "pairs", "rows"), "{:.0f}"),
+    "rejected": (("rejected",), "{:.0f}"),
+    "gain": (("gain_median",), "{:.2f}x"),
+    "tokens": (("tokens",), "{:,.0f}"),
+    "seconds": (("seconds",), "{:.0f}"),
+}
+
+
 def show(summary: dict) -> None:
     """The result as two tables: what each model writes, and what each stage cost."""
-
-    def cell(value: object, form: str = "{:.0f}") -> str:
-        return "-" if value is None or value == -1 else form.format(value)
-
-    def between(interval: list[float] | None) -> str:
-        return rf" \[{interval[0]:.0f}, {interval[1]:.0f}]" if interval else ""
-
-    table = Table(title="What the models write (words of answers that ended by EOS, 95 % intervals over queries)")
-    for name in ("model", "median words", "p90", "EOS share", "loop rate", "length score", "wanted/written"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name, s in summary["models"].items():
-        table.add_row(
-            name,
-            cell(s["words_median"]) + between(s["intervals"]["words_median"]),
-            cell(s["words_p90"]),
-            cell(s["eos_share"], "{:.0%}"),
-            cell(s["loop_rate"], "{:.0%}"),
-            cell(s["length_score"], "{:.1f}"),
-            cell(s["rank_correlation"], "{:+.2f}"),
-        )
+    table = Table(
+        "model", title="What the models write (words of answers that ended by EOS, 95 % intervals over queries)"
+    )
+    for column in MODELS:
+        table.add_column(column, justify="right")
+    for name, scores in summary["models"].items():
+        trust = {"words_median": scores["intervals"]["words_median"]}  # one interval is enough for a look
+        table.add_row(name, *(cell(scores[key], form, trust.get(key)) for key, form in MODELS.values()))
     cli.console.print(table)
 
-    table = Table(title="What it took")
-    for name in ("part", "stage", "records", "rejected", "gain", "tokens", "seconds"):
-        table.add_column(name, justify="left" if name in ("part", "stage") else "right")
-    for s in summary["stages"]:
-        table.add_row(
-            s["part"],
-            s["stage"],
-            cell(s.get("accepted", s.get("pairs", s.get("rows")))),
-            cell(sum(s["rejected"].values()) if isinstance(s.get("rejected"), dict) else None),
-            cell(s.get("gain_median"), "{:.2f}x"),
-            cell(s.get("tokens"), "{:,.0f}"),
-            cell(s.get("seconds")),
-        )
+    table = Table("part", "stage", title="What it took")
+    for column in COSTS:
+        table.add_column(column, justify="right")
+    for stage in summary["stages"]:
+        rejected = stage.get("rejected")  # by reason
+        stage = {**stage, "rejected": sum(rejected.values()) if isinstance(rejected, dict) else None}
+        values = [next((stage[key] for key in keys if key in stage), None) for keys, _ in COSTS.values()]
+        forms = [form for _, form in COSTS.values()]
+        shown = [cell(None if v == -1 else v, form) for v, form in zip(values, forms, strict=True)]
+        table.add_row(stage["part"], stage["stage"], *shown)
     cli.console.print(table)
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """Our own flags, and those of the stages under their names. Only what is given comes out of it: see Settings."""
     parser = cli.make_parser(__doc__, "run.py")
-    add = parser.add_argument
-    add("--run", default="runs/paper", help="folder of the run; its name is part of every record's id")
-    add("--dry-run", action="store_true", help="only print the commands, as a shell script")
-    # model
-    add("--model", default="", help="hub id, local folder or .gguf file; empty = the demo on smollm2")
-    add("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    add("--dtype", default="auto", help="auto = bf16 on CUDA, else fp32")
-    add("--quantize", default="auto", help="none, nf4, or auto = nf4 on CUDA below 40 GB")
-    add("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
-    # the loop
-    add("--iterations", type=cli.at_least(1), default=3, help="macro-iterations")
-    add("--instructions", type=cli.at_least(1), default=5000, help="new instructions per macro-iteration")
-    add("--final-instructions", type=cli.at_least(0), default=0, help="for the last stage; 0 = as --instructions")
-    add("--instruction-tokens", type=cli.at_least(0), default=0, help="tokens of an instruction; 0 = 1024")
-    add("--seeds", nargs="+", default=["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"], help="JSONL of examples")
-    add("--dedup-against", nargs="+", default=[], help="JSONL files of prompts that must not be asked: held out, say")
-    add("--language", choices=("en", "zh", "both"), default="both", help="which languages take part")
-    add("--seed", type=int, default=0, help="of every random draw")
-    add("--long-words", type=cli.at_least(1), default=2000, help="the judge asks for more words than this")
-    add("--samples", type=cli.at_least(1), default=2, help="drafts per instruction")
-    add("--max-attempts", type=cli.at_least(1), default=20, help="draws per draft before it is given up")
-    add("--extend-samples", type=cli.at_least(1), nargs="+", default=[2], help="extensions per draft, by iteration")
-    add("--extend-attempts", type=cli.at_least(1), default=20, help="two-stage draws per extension")
-    add("--rounds", type=cli.at_least(1), default=3, help="rounds per extension")
-    add("--stages", type=cli.at_least(1), default=2, help="calls per round: 2 = the paper's, 1 = control")
-    add(
-        "--min-gain",
-        type=cli.at_least(0, float),
-        default=1.2,
-        help="an extension must exceed its draft's words so often",
-    )
-    add("--penalty-scope", choices=("output", "all"), default="output", help="the Extender's repetition penalty covers")
-    add("--max-new-tokens", type=cli.at_least(0), default=0, help="tokens a draw; 0 = min(16384, context - prompt)")
-    limits = "tokens of a draft, one limit per iteration (the last one holds on); 0 = as --max-new-tokens"
-    add("--draft-tokens", type=cli.at_least(0), nargs="+", default=[0], help=limits)
-    add("--max-rows", type=cli.at_least(0), default=0, help="texts decoded at a time; 0 = what the device takes")
-    add("--kv-cache", choices=("auto", "fp8"), default="auto", help="fp8 = keys, values in half the memory (GPU)")
-    # fine-tuning
-    add("--adapter-mode", choices=("continue", "restart"), default="continue", help="see the README, departures")
-    add("--rank", type=cli.at_least(1), default=8, help="LoRA rank")
-    add("--alpha", type=cli.at_least(0, float), default=16, help="LoRA alpha")
-    add("--learning-rate", type=cli.at_least(0, float), default=1e-4, help="peak, cosine with 10 %% warm-up")
-    add("--epochs", type=cli.at_least(1), default=4, help="passes over the pairs")
-    add("--max-length", type=cli.at_least(0), default=0, help="tokens a pair; 0 = 16384 generator, 32768 extender")
-    # length demands of the last stage
-    add("--demand-min", type=cli.at_least(1), default=2000, help="shortest answer that gets a demand, words")
-    add("--demand-max", type=cli.at_least(1), default=8000, help="longest, words")
-    add("--demand-steps", default="1000,2000", help="demands are rounded to these, words (80 %% and 20 %%)")
-    add("--demand-attempts", type=cli.at_least(1), default=5, help="draws before a demand is appended")
-    # evaluation
-    add("--benchmark", default="mini", help="mini, a JSONL file in LonGen's format, or a hub id")
-    add("--limit", type=cli.at_least(0), default=0, help="queries of the benchmark; 0 = all")
-    add("--answers", type=cli.at_least(1), default=1, help="answers per query")
-    add("--evaluate", choices=("all", "ends"), default="all", help="ends = only the base and the final model")
-    add("--no-probes", action="store_true", help="do not ask the models about their answers (see evaluate.py)")
-    # controls
-    add("--no-length-bias", action="store_true", help="control: keep the short ones too")
-    add("--no-line-removal", action="store_true", help="control: show the Extender whole drafts in training")
-    names = "; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
-    add("--controls", nargs="*", metavar="NAME", help=f"run beside the method; no NAME = all of them. {names}")
-    add("--control-words", type=cli.at_least(1), default=4000, help="length that told and eos-ban aim at, words")
+    cli.add_flags(parser, "the loop", LoopFlags, given_only=True)
+    shared = [name for _, names in SHARED for name in names]  # not once more under each stage's name
+    for kind, names in SHARED:
+        others = [field.name for field in fields(kind) if field.name not in names]
+        cli.add_flags(parser, "every stage (without --model: the demo)", kind, leave_out=others, given_only=True)
+    for name, spec in STAGES.items():
+        for kind in spec.flags:
+            title, left_out = f"{name}: {' '.join(spec.command)}", [*shared, *spec.decided]
+            cli.add_flags(parser, title, kind, leave_out=left_out, prefix=f"{name}.", given_only=True)
+    return parser
 
-    if not parser.parse_args(argv).model:  # the demo's values become the defaults; flags still override them
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
-    args.controls = list(CONTROLS) if args.controls == [] else args.controls or []
-    if unknown := [name for name in args.controls if name not in CONTROLS]:
-        raise UserError(
-            f"--controls knows no {', '.join(unknown)}", f"one or more of {', '.join(CONTROLS)}; none = all"
-        )
-    if args.demand_min >= args.demand_max:
-        raise UserError(f"--demand-min {args.demand_min} is not below --demand-max {args.demand_max}")
-    return args
+
+def parse_args(argv: Sequence[str] | None = None, preset: Preset = DEMO) -> Settings:
+    """The settings of a run: those given, over those of the preset where no --model is given."""
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}", spelling_of(unknown[0]))
+    given = vars(args)
+    preset = {} if given.get("model") else preset  # its values are those of one model
+    stages = {name: dict(preset.get(name, {})) for name in STAGES}
+    general = {**preset.get("run", {}), **{name: value for name, value in given.items() if "." not in name}}
+    # "extend.rounds" -> stages["extend"]["rounds"]; the preset's value gives way to it.
+    for stage, name, value in ((*dotted.split("."), value) for dotted, value in given.items() if "." in dotted):
+        stages[stage][name] = value
+    ConstrainFlags(**stages["constrain"])  # the least and the most words must agree
+    if general.get("controls") == []:
+        general["controls"] = list(CONTROLS)
+    if wrong := [name for name in general.get("controls", []) if name not in CONTROLS]:
+        raise UserError(f"--controls knows no {', '.join(wrong)}", f"one or more of {', '.join(CONTROLS)}; none = all")
+    # What is not the loop's own is for all stages: model, language, seed, ...
+    own = {name: general.pop(name) for name in [field.name for field in fields(LoopFlags)] if name in general}
+    return Settings(LoopFlags(**own), general, stages)
+
+
+RENAMED = {  # flags of earlier versions whose names changed by more than the stage's name before them
+    "instruction-tokens": "--instructions.max-new-tokens",
+    "draft-tokens": "--responses.max-new-tokens",
+    "extend-samples": "--extend.samples",
+    "extend-attempts": "--extend.max-attempts",
+    "demand-attempts": "--constrain.max-attempts",
+    "answers": "--evaluate.samples",
+}
+
+
+def spelling_of(text: str) -> str:
+    """The hint for a flag that run.py does not have: how it is spelt with a stage's name."""
+    name = text.partition("=")[0].removeprefix("--")
+    known = [action.option_strings[0] for action in make_parser()._actions]
+    spelt = [RENAMED[name]] if name in RENAMED else [flag for flag in known if flag.endswith(f".{name}")]
+    return " or ".join(spelt) or "python run.py --help"
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    own = parse_args(argv)
+    run = own.loop.run
 
     # 1) what will be done
-    steps = plan(args)
-    if left_out := sorted(set(args.controls) - {step.control for step in steps}):
+    steps = plan(own)
+    if left_out := sorted(set(own.loop.controls) - {step.control for step in steps}):
         cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
-    if args.dry_run:
-        print(as_shell(steps))
+    if own.loop.dry_run:
+        given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
+        names = {"RUN": run, "MODEL": own.shared["model"]}
+        print(as_shell(steps, shlex.join(["python", "run.py", *given]), heading, names))
         return
-    cli.say(f"{len(steps)} stages in {args.run}; stop and start again at any time")
+    cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(steps)
+    results, ended = execute(steps, run)
 
     # 3) say what came of it
-    summary = summary_of(args, results, ended, time.monotonic() - started)
-    replace_file(Path(args.run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
-    report = write_report(Path(args.run))
+    summary = summary_of(own, results, ended, time.monotonic() - started)
+    replace_file(Path(run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    report = write_report(Path(run))
     show(summary)
-    cli.say(f"{summary['seconds']:.0f} s; everything is in {args.run}, this table in {args.run}/summary.json")
+    cli.say(f"{summary['seconds']:.0f} s; everything is in {run}, this table in {run}/summary.json")
     cli.say(f"to look at: {report}")
-    cli.emit({"summary": f"{args.run}/summary.json", "seconds": summary["seconds"], "models": summary["models"]})
+    cli.emit({"summary": f"{run}/summary.json", "seconds": summary["seconds"], "models": summary["models"]})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,18 +35,17 @@ from lengthen.evaluation.growth import growth
 from lengthen.evaluation.intervals import bootstrap
 from lengthen.evaluation.scores import MEASURES, cell, complete, measured, overall, values_of
 from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line
+from lengthen.steps import execute, moved
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
-SMOLLM2 = {
-    "instructions": 96,
-    "draft_tokens": [360, 560],  # what the Extender of that iteration can still lengthen
-    "extend_samples": [6, 2],  # of 138 jobs 100 passed; the second iteration has three times the drafts
-    "extend_attempts": 2,
-    "max_new_tokens": 1024,
-    "control_words": 450,
-    "limit": 0,
-    "evaluate": "all",
+SMOLLM2: loop.Preset = {
+    "run": {"instructions": 96, "control_words": 450, "evaluate": "all"},
+    "extend": {"max_attempts": 2, "max_new_tokens": 1024},
+    "evaluate": {"limit": 0, "max_new_tokens": 1024},
 }
+# From iteration 2 on: what the Extender of that iteration can still lengthen, and fewer jobs for each of the drafts,
+# of which there are three times as many (of 138 jobs 100 passed).
+LATER: loop.Preset = {"responses": {"max_new_tokens": 560}, "extend": {"samples": 2}}
 # 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same pairs (README, "Does it work?").
 TRIES = ["rank=8,learning_rate=2e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
@@ -56,71 +56,65 @@ GOAL = 1.5
 # The study
 
 
-def hold_out(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[str, Path, Path]:
+def hold_out(args: argparse.Namespace, settings: loop.Settings) -> tuple[str, Path, Path]:
     """(file of all held-out instructions, benchmark to search on, benchmark to report on)."""
-    folder = Path(args.run) / "heldout"
-    [step] = [s for s in loop.plan(settings) if (s.part, s.name) == ("iter_1", "instructions")]
-    command, wanted = list(step.command), args.search + args.held_out
+    wanted = args.search + args.held_out
+    [step] = [s for s in loop.method(settings) if (s.part, s.name) == ("iter_1", "instructions")]
     # Some are given up by the judge: as many as asked for are left of a few more.
-    for flag, value in (("--count", wanted + -(-wanted // 4)), ("--output", folder / "instructions.jsonl")):
-        command[command.index(flag) + 1] = str(value)
-    loop.execute([loop.Step("heldout", "instructions", command)])
-    rows = sorted(read_jsonl(folder / "instructions.jsonl"), key=lambda r: r["sample"])[:wanted]
+    step = moved(step, "heldout", count=wanted + -(-wanted // 4))
+    execute([step], args.run)
+    rows = sorted(read_jsonl(step.output), key=lambda r: r["sample"])[:wanted]
     if len(rows) < wanted:
-        raise LowYield(f"{len(rows)} held-out instructions, {wanted} are wanted", f"another --seed; see {folder}")
-    benchmarks = folder / "search.jsonl", folder / "report.jsonl"
-    for path, some in zip(benchmarks, (rows[: args.search], rows[args.search :]), strict=True):
+        raise LowYield(f"{len(rows)} held-out instructions, {wanted} are wanted", f"another --seed; see {step.output}")
+    searched, reported = (Path(step.output).with_name(name) for name in ("search.jsonl", "report.jsonl"))
+    for path, some in ((searched, rows[: args.search]), (reported, rows[args.search :])):
         asked = [{"id": r["id"], "language": r["language"], "constraint": "", "query": r["prompt"]} for r in some]
         replace_file(path, b"".join(map(to_line, asked)))
-    return str(folder / "instructions.jsonl"), *benchmarks
+    return step.output, searched, reported
 
 
-def search(tries: list[str], settings: argparse.Namespace, benchmark: Path) -> tuple[str, list[dict]]:
+def search(tries: list[str], settings: loop.Settings, benchmark: Path) -> tuple[str, list[dict]]:
     """The setting whose Generator writes most at no worse EOS share and loop rate, and what each of them did."""
-    steps = loop.plan(settings)
+    steps = loop.method(settings)
     iteration = [s for s in steps if s.part == "iter_1" and s.name in ("instructions", "responses", "extend")]
     [train] = [s for s in steps if (s.part, s.name) == ("iter_1", "train generator")]
     [evaluate] = [s for s in steps if s.part == "eval/base"]
+    names = {"base": "base", **{text: text.replace(",", "_").replace("=", "-") for text in tries}}  # of their folders
 
-    def changed(command: list[str], **values: object) -> list[str]:
-        command = list(command)
-        for name, value in values.items():
-            flag = f"--{name.replace('_', '-')}"
-            if flag in command:
-                command[command.index(flag) + 1] = str(value)
-            else:
-                command += [flag, str(value)]
-        return command
-
-    root = Path(settings.run) / "search"
-    plans = [*iteration, loop.Step("search/base", "evaluate", changed(evaluate.command, benchmark=benchmark))]
-    plans[-1].command = changed(plans[-1].command, output=root / "base" / "eval")
-
-    def folder_of(text: str) -> Path:
-        return root / text.replace(",", "_").replace("=", "-") / "generator"
-
-    for text in tries:
-        adapter = folder_of(text)
-        training = changed(train.command, output=adapter, **dict(part.split("=") for part in text.split(",")))
-        asking = changed(evaluate.command, adapter=adapter, benchmark=benchmark, output=adapter.parent / "eval")
-        plans += [loop.Step(f"search/{text}", "train", training), loop.Step(f"search/{text}", "evaluate", asking)]
-    scores = {r["part"].removeprefix("search/"): r for r in loop.execute(plans)[0] if r["stage"] == "evaluate"}
+    trained = {text: moved(train, f"search/{names[text]}", **setting_of(text)) for text in tries}
+    adapters = {"base": "", **{text: step.output for text, step in trained.items()}}
+    asked = {
+        text: moved(evaluate, f"search/{names[text]}/eval", adapter=adapter, benchmark=str(benchmark))
+        for text, adapter in adapters.items()
+    }
+    plan = [*iteration, asked["base"], *(step for text in tries for step in (trained[text], asked[text]))]
+    by_part = {r["part"]: r for r in execute(plan, settings.loop.run)[0] if r["stage"] == "evaluate"}
+    scores = {text: by_part[step.part] for text, step in asked.items()}
     base = scores["base"]
 
     def worth(text: str) -> float:
-        one = scores[text]
-        worse = one["eos_share"] < base["eos_share"] - TOLERATED or one["loop_rate"] > base["loop_rate"] + TOLERATED
-        return -1 if worse or one["words_median"] is None else one["words_median"]
+        score = scores[text]
+        worse = score["eos_share"] < base["eos_share"] - TOLERATED or score["loop_rate"] > base["loop_rate"] + TOLERATED
+        return -1 if worse or score["words_median"] is None else score["words_median"]
 
     chosen = max(tries, key=worth)
-    trained = Path(settings.run) / "iter_1" / "generator"
-    if not trained.exists():  # by the command that iteration 1 would run: what is trained is not trained again
-        half = trained.with_name(".generator")
+    generator = Path(train.output)
+    if not generator.exists():  # by the command that iteration 1 would run: what is trained is not trained again
+        half = generator.with_name(".generator")
         shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(folder_of(chosen), half)
-        half.rename(trained)
-    names = ("words_median", "words_median_all", "eos_share", "loop_rate")
-    return chosen, [{"setting": t, **{n: s[n] for n in names}} for t, s in scores.items()]
+        shutil.copytree(trained[chosen].output, half)
+        half.rename(generator)
+    figures = ("words_median", "words_median_all", "eos_share", "loop_rate")
+    return chosen, [{"setting": text, **{n: score[n] for n in figures}} for text, score in scores.items()]
+
+
+def setting_of(text: str) -> dict[str, Any]:
+    """ "rank=8,epochs=2" -> {"rank": 8, "epochs": 2}, checked as train.py's flags are."""
+    flags = [f"--train.{part.replace('_', '-')}" for part in text.split(",")]
+    try:
+        return loop.parse_args(flags, preset={}).stages["train"]
+    except UserError as error:
+        raise UserError(f"--try {text}: {error.message}", "--try rank=8,learning_rate=2e-4,epochs=2") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -220,8 +214,8 @@ def draw(models: dict[str, list[dict]], rows: dict[str, dict], path: Path, title
 # ---------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Our flags, and run.py's."""
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.Settings, loop.Preset]:
+    """Our flags, run.py's, and what differs in the later iterations."""
     parser = cli.make_parser(__doc__, "bench/growth.py")
     add = parser.add_argument
     add("--run", default="runs/growth", help="folder of the study")
@@ -233,37 +227,41 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     add("--controls", nargs="*", default=["drafts", "told", "eos-ban"], help="of run.py --controls")
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
-        names = {part.partition("=")[0] for part in text.split(",")}
-        if not names <= {"rank", "alpha", "learning_rate", "epochs"} or text.count("=") != len(text.split(",")):
-            raise UserError(f"--try {text}: not a setting of train.py", "--try rank=8,learning_rate=2e-4,epochs=2")
-    own = ["--run", args.run, "--answers", str(args.answers), "--iterations", str(args.iterations)]
+        setting_of(text)
+    own = [f"--run={args.run}", f"--evaluate.samples={args.answers}", f"--iterations={args.iterations}"]
     own += ["--controls", *args.controls] if args.controls else []
-    if "--model" not in more:
-        own += loop.flags(**SMOLLM2)
-    return args, loop.parse_args([*own, *more])
+    preset = {stage: {**loop.DEMO[stage], **SMOLLM2.get(stage, {})} for stage in loop.DEMO}
+    settings, given = loop.parse_args([*own, *more], preset), loop.parse_args(more, preset={})
+    later = {stage: {k: v for k, v in LATER[stage].items() if k not in given.stages[stage]} for stage in LATER}
+    return args, settings, {} if given.shared.get("model") else later
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, settings = parse_args(argv)
+    args, settings, later = parse_args(argv)
 
     # 1) instructions nobody trains on
     held_out, searched, reported = hold_out(args, settings)
-    settings.dedup_against = [*settings.dedup_against, held_out]
+    asked = settings.stages["instructions"]
+    asked["dedup_against"] = [*asked.get("dedup_against", []), held_out]
 
     # 2) one setting
-    chosen, tried = args.tries[0], []
+    chosen: str = args.tries[0]
+    tried: list[dict] = []
     if len(args.tries) > 1:
         chosen, tried = search(args.tries, settings, searched)
         cli.say(f"setting: {chosen}, of {len(args.tries)}")
-    for name, value in (part.split("=") for part in chosen.split(",")):
-        setattr(settings, name, type(getattr(settings, name))(float(value)))
+    settings.stages["train"].update(setting_of(chosen))
 
     # 3) the loop and its controls
-    settings.benchmark = str(reported)
+    settings.stages["evaluate"]["benchmark"] = str(reported)
     last = f"iter_{args.iterations}"
+    steps = loop.method(settings)
+    for step in steps:
+        if step.part.startswith("iter_") and step.part != "iter_1":
+            step.settings.update(later.get(step.name, {}))
     unused = (last, "train extender")  # what it would extend are drafts of a further iteration
-    steps = [s for s in loop.plan(settings) if "final" not in s.part and (s.part, s.name) != unused]
-    stages, _ = loop.execute(steps)
+    steps += loop.controls(settings, steps)
+    stages, _ = execute([s for s in steps if "final" not in s.part and (s.part, s.name) != unused], args.run)
 
     # 4) what came of it
     names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
@@ -277,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     extended = [Path(args.run) / f"iter_{n}" / "extended.jsonl" for n in range(1, args.iterations + 1)]
     distinct = {file.parent.name: len({r["prompt"] for r in read_jsonl(file)}) for file in extended}
     cost = {s["part"] + " " + s["stage"]: (s.get("tokens"), s["seconds"]) for s in stages}
-    result = {"bench": "growth", "model": settings.model, "setting": chosen, "search": tried, "verdict": said}
+    result = {"bench": "growth", "model": settings.shared["model"], "setting": chosen, "search": tried, "verdict": said}
     result |= {
         "models": rows,
         "over_own_drafts": added,
@@ -287,7 +285,12 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": round(sum(s["seconds"] for s in stages)),
     }
     replace_file(Path(args.run) / "growth.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    draw(models, rows, Path(args.run) / "growth.png", f"{settings.model}: {args.held_out} held-out instructions")
+    draw(
+        models,
+        rows,
+        Path(args.run) / "growth.png",
+        f"{settings.shared['model']}: {args.held_out} held-out instructions",
+    )
     show(rows)
     for name, one in added.items():
         low, high = one["interval"] or (-1, -1)

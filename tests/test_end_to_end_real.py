@@ -1,4 +1,4 @@
-"""The real commands on the real SmolLM2-135M-Instruct, at the smallest setting.
+"""The real commands by subprocess on the real SmolLM2-135M-Instruct, at the smallest setting.
 
 python -m pytest tests/test_end_to_end_real.py
 """
@@ -14,9 +14,9 @@ import pytest
 from lengthen.records import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = """--instructions 4 --final-instructions 2 --instruction-tokens 128 --samples 2 --draft-tokens 400
---max-attempts 1 --extend-samples 2 --extend-attempts 1 --rounds 1 --max-new-tokens 560 --demand-attempts 1 --epochs 1
---limit 1 --max-length 1024 --no-length-bias --min-gain 1""".split()
+SMALLEST = """--instructions 4 --final-instructions 2 --instructions.max-new-tokens 128 --responses.max-new-tokens 400
+--extend.samples 2 --extend.min-gain 1 --train.epochs 1 --train.max-length 1024 --evaluate.limit 1
+--responses.no-length-bias --extend.no-length-bias""".split()
 
 
 @pytest.mark.real_model
@@ -27,7 +27,10 @@ def test_the_real_smollm2_at_the_smallest_setting(tmp_path):
     run = tmp_path / "smol"
     command = [sys.executable, "run.py", "--run", str(run), *SMALLEST]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=env)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, env=env)
+    # what the stages said, shown and kept
+    log = (run / "run.log").read_text()
+    assert log.count("$ python ") == log.count(": exit code ") and log.splitlines()[2] in process.stderr
     told = process.stderr[-4000:]
     assert process.returncode in (0, 3) and "Traceback" not in process.stderr, told
     for instruction in read_jsonl(run / "iter_1" / "instructions.jsonl"):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import run as loop
+from lengthen import steps
 from lengthen.records import LowYield, UserError, new_record
+from lengthen.steps import Step
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("growth", ROOT / "bench" / "growth.py")
@@ -66,31 +67,29 @@ def test_the_goal_needs_growth_and_no_worse_endings(factor, cut, said):
     assert said in growth.verdict(*rows)
 
 
-def words_of(command: list[str]) -> tuple[int, str]:
-    """(words an answer has, how it ends) under the adapter of an evaluate.py command, in the made-up study below."""
-    adapter = command[command.index("--adapter") + 1] if "--adapter" in command else ""
+def words_of(adapter: str) -> tuple[int, str]:
+    """(words an answer has, how it ends) under an adapter, in the made-up study below."""
     if "rank-64" in adapter:  # the longest, but it does not end
         return 900, "length"
     return (600 if "rank-16" in adapter else 500 if "iter_2" in adapter else 300 if adapter else 200), "eos"
 
 
-def stage(step: loop.Step) -> dict:
+def stage(step: Step, log: object = None) -> dict:
     """A stage that writes what the study reads."""
-    command = step.command
-    output = Path(command[command.index("--output") + 1])
-    if command[1] == "instructions":
+    settings, output = step.settings, Path(step.output)
+    if step.name == "instructions":
         output.parent.mkdir(parents=True, exist_ok=True)
         rows = [
             new_record("instruction", id=f"{output.parent.name}{i:03}", language="en", sample=i, prompt=f"Tell {i}.")
-            for i in range(int(command[command.index("--count") + 1]))
+            for i in range(settings["count"])
         ]
         output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if command[0] == "extend.py":  # seven pairs of three instructions
+    if step.name == "extend":  # seven pairs of three instructions
         output.write_text("".join(json.dumps({"id": str(i), "prompt": f"Tell {i % 3}."}) + "\n" for i in range(7)))
-    if command[0] == "evaluate.py":
+    if step.name == "evaluate":
         output.mkdir(parents=True, exist_ok=True)
-        asked = map(json.loads, Path(command[command.index("--benchmark") + 1]).read_text().splitlines())
-        words, finish = words_of(command)
+        asked = map(json.loads, Path(settings["benchmark"]).read_text().splitlines())
+        words, finish = words_of(settings["adapter"])
         rows = []
         for row in asked:
             for sample in range(3):
@@ -101,18 +100,19 @@ def stage(step: loop.Step) -> dict:
         median = words if finish == "eos" else None
         figures = {"words_median": median, "words_median_all": words, "eos_share": float(finish == "eos")}
         return {"seconds": 1, **figures, "loop_rate": 0.0}
-    if command[0] == "train.py":
+    if step.name.startswith("train"):
         output.mkdir(parents=True, exist_ok=True)
         if not (output / "meta.json").exists():  # done is done, as with train.py
-            (output / "meta.json").write_text(json.dumps(command))
-    return {"seconds": 1, "tokens": 10, **({"pairs": 7} if command[0] == "train.py" else {})}
+            (output / "meta.json").write_text(json.dumps(settings))
+    return {"seconds": 1, "tokens": 10, **({"pairs": 7} if step.name.startswith("train") else {})}
 
 
 def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys):
     done = []
-    monkeypatch.setattr(loop, "run_step", lambda step: done.append(step) or stage(step))
+    monkeypatch.setattr(steps, "run_step", lambda step, log: done.append(step) or stage(step))
     tries = ["rank=8,epochs=1", "rank=16,learning_rate=3e-4", "rank=64"]
-    growth.main(["--run", str(tmp_path / "g"), "--held-out", "10", "--search", "4", "--try", *tries, "--rounds", "2"])
+    sizes = ["--held-out", "10", "--search", "4", "--extend.rounds", "2"]
+    growth.main(["--run", str(tmp_path / "g"), *sizes, "--try", *tries])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["setting"] == tries[1]  # the longest that ends: rank 64 writes more and never stops
     assert {one["setting"] for one in result["search"]} == {"base", *tries}
@@ -135,36 +135,53 @@ def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys)
     assert len(searched) == 4 and len(reported) == 10 and not searched & reported
     for step in done:
         if step.name == "instructions" and step.part != "heldout":
-            assert str(tmp_path / "g" / "heldout" / "instructions.jsonl") in step.command
+            assert str(tmp_path / "g" / "heldout" / "instructions.jsonl") in step.settings["dedup_against"]
         if step.name == "evaluate":
             want = "search.jsonl" if step.part.startswith("search/") else "report.jsonl"
-            assert step.command[step.command.index("--benchmark") + 1].endswith(want)
-        if step.name == "train generator":  # of the loop and its controls: the setting that was found
-            assert step.command[step.command.index("--rank") + 1] == "16"
-            assert step.command[step.command.index("--learning-rate") + 1] == "0.0003"
+            assert step.settings["benchmark"].endswith(want)
+        if step.name == "train generator" and not step.part.startswith("search/"):  # the setting that was found
+            assert (step.settings["rank"], step.settings["learning_rate"]) == (16, 3e-4)
         if step.name == "extend":
-            assert step.command[step.command.index("--rounds") + 1] == "2"
+            assert step.settings["rounds"] == 2
+
+
+def test_the_later_iterations_have_limits_of_their_own(tmp_path, monkeypatch):
+    for argv, limits, jobs in (
+        ([], [360, 560], [6, 2]),
+        (["--responses.max-new-tokens", "700"], [700, 700], [6, 2]),
+        (["--model", "m"], [None, None], [None, None]),  # they are SmolLM2's
+    ):
+        done = []
+        monkeypatch.setattr(steps, "run_step", lambda step, log, done=done: done.append(step) or stage(step))
+        folder = str(tmp_path / str(len(argv)))
+        growth.main(
+            ["--run", folder, "--held-out", "4", "--search", "2", "--try", "rank=8", "--controls", "drafts", *argv]
+        )
+        drafts = {s.part: s.settings.get("max_new_tokens") for s in done if s.name == "responses"}
+        assert [drafts["iter_1"], drafts["iter_2"]] == limits and drafts["controls/drafts_2"] == limits[1]
+        assert [s.settings.get("samples") for s in done if s.name == "extend"] == jobs
 
 
 def test_as_many_instructions_are_held_out_as_asked_for(tmp_path, monkeypatch):
     """The judge gives some up: a first study reported on 27 instructions where 30 were asked for."""
     lost = [3]
 
-    def judged(step: loop.Step) -> dict:
+    def judged(step: Step, log: object) -> dict:
         summary = stage(step)
-        path = Path(step.command[step.command.index("--output") + 1])
+        path = Path(step.output)
         path.write_text("".join(path.read_text().splitlines(keepends=True)[lost[0] :]))
         return summary
 
-    monkeypatch.setattr(loop, "run_step", judged)
+    monkeypatch.setattr(steps, "run_step", judged)
     for gone, fits in ((3, True), (4, False)):
         lost[0] = gone
-        args, settings = growth.parse_args(["--run", str(tmp_path / str(gone)), "--held-out", "10", "--search", "2"])
+        args, settings, _ = growth.parse_args(["--run", str(tmp_path / str(gone)), "--held-out", "10", "--search", "2"])
         with nullcontext() if fits else pytest.raises(LowYield, match="11 held-out instructions, 12 are wanted"):
             _, searched, reported = growth.hold_out(args, settings)
             assert [len(p.read_text().splitlines()) for p in (searched, reported)] == [2, 10]
 
 
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(UserError, match="--try depth=3"):
-        growth.parse_args(["--try", "depth=3"])
+    for text in ("depth=3", "rank=0", "rank"):
+        with pytest.raises(UserError, match=f"--try {text}: "):
+            growth.parse_args(["--try", text])

@@ -15,24 +15,22 @@ STAGES = {path.stem for path in ROOT.glob("*.py")}
 # Who may import whom: a module imports from its own folder and from lower ranks, never from another folder of its rank.
 RANKS = [
     {"kernels", "lengthen.text"},
-    {"lengthen.records", "lengthen.jobs", "lengthen.cli"},
+    {"lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps"},
     {"lengthen.models"},
     {"lengthen.sampling", "lengthen.training"},
     {"lengthen.stage", "lengthen.tasks"},
     {"lengthen.evaluation"},
-    STAGES,
+    STAGES - {"run"},
+    {"run"},  # the loop stands above the stages: it takes their flags from them
 ]
-ONE_ROOM = [{"lengthen.records", "lengthen.jobs", "lengthen.cli"}, {"lengthen.stage", "lengthen.tasks"}]
+ONE_ROOM = [
+    {"lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps"},
+    {"lengthen.stage", "lengthen.tasks"},
+]
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
-    *(
-        "lengthen.records",
-        "lengthen.jobs",
-        "lengthen.cli",
-        "lengthen.stage",
-        "lengthen.tasks",
-        "lengthen.sampling.request",
-    ),
+    *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.stage", "lengthen.tasks"),
+    "lengthen.sampling.request",
     *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families"),
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
     "train",
@@ -135,7 +133,7 @@ def test_the_way_in_which_threads_wait_is_the_users_choice_first():
         assert cold.interpreter("-c", code, env=env).stdout.strip() == want
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("stage", sorted(STAGES - {"run"}))
 def test_no_stage_imports_a_stage(stage):
     assert not imports(ROOT / f"{stage}.py") & STAGES
 

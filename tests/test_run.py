@@ -13,18 +13,29 @@ from pathlib import Path
 import pytest
 
 import run
+from lengthen import steps
 from lengthen.jobs import Lock
 from lengthen.records import UserError
+from lengthen.steps import Step, command_of
 
 ROOT = Path(__file__).parents[1]
 
 
-def steps_of(*argv: str) -> list[run.Step]:
+def steps_of(*argv: str) -> list[Step]:
     return run.plan(run.parse_args(list(argv)))
 
 
-def value(step: run.Step, flag: str) -> str:
-    return step.command[step.command.index(flag) + 1]
+def value(step: Step, flag: str) -> str:
+    command = command_of(step)
+    return command[command.index(flag) + 1]
+
+
+def effective(command: list[str]) -> dict:
+    """Every flag of a stage command, those it does not give with the stage's defaults."""
+    stage = importlib.import_module(command[0].removesuffix(".py"))
+    argv = stage.with_command(command[1:]) if command[0] == "evaluate.py" else command[1:]
+    parse = stage.make_parser().parse_args if hasattr(stage, "make_parser") else stage.parse_args
+    return {"script": command[0], **vars(parse(argv))}
 
 
 @pytest.mark.parametrize(
@@ -32,17 +43,17 @@ def value(step: run.Step, flag: str) -> str:
     [
         [],
         ["--model", "m", "--iterations", "3"],
-        ["--model", "m", "--adapter-mode", "restart", "--stages", "1", "--no-length-bias", "--no-line-removal"],
-        ["--controls", "--iterations", "2", "--answers", "3"],
+        ["--model", "m", "--adapter-mode", "restart", "--extend.stages", "1", "--train.no-line-removal"],
+        ["--responses.no-length-bias", "--extend.no-length-bias", "--instructions.dedup-against", "a", "b"],
+        ["--controls", "--iterations", "2", "--evaluate.samples", "3"],
         ["--controls", "drafts", "other-mode", "--iterations", "3", "--adapter-mode", "restart"],
-        ["--limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
+        ["--evaluate.limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
+        ["--max-rows", "3", "--kv-cache", "fp8", "--device", "cpu", "--dtype", "float32", "--seed", "7"],
     ],
 )
 def test_every_stage_understands_its_command(argv):
     for step in steps_of(*argv):
-        stage = importlib.import_module(step.command[0].removesuffix(".py"))
-        parse = stage.make_parser().parse_args if hasattr(stage, "make_parser") else stage.parse_args
-        parse(step.command[1:])
+        effective(command_of(step))
 
 
 def test_the_order_is_the_papers():
@@ -59,7 +70,7 @@ def test_the_order_is_the_papers():
 def test_the_roles_pass_from_iteration_to_iteration():
     steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--iterations", "2", "--run", "r")}
     for part, name in (("iter_1", "responses"), ("iter_1", "extend"), ("iter_1", "train generator")):
-        assert "--adapter" not in steps[part, name].command  # the first ones are the base model
+        assert "--adapter" not in command_of(steps[part, name])  # the first ones are the base model
     assert value(steps["iter_2", "responses"], "--adapter") == "r/iter_1/generator"
     assert value(steps["iter_2", "extend"], "--adapter") == "r/iter_1/extender"
     assert value(steps["iter_2", "train generator"], "--adapter") == "r/iter_1/generator"
@@ -67,52 +78,105 @@ def test_the_roles_pass_from_iteration_to_iteration():
     assert value(steps["final", "responses"], "--adapter") == "r/iter_2/generator"
     assert value(steps["eval/final", "evaluate"], "--adapter") == "r/final/generator"
     for part in ("iter_1", "iter_2", "final"):  # self-instruct and constrain are the base model's, always
-        assert "--adapter" not in steps[part, "instructions"].command
+        assert "--adapter" not in command_of(steps[part, "instructions"])
     for name in ("constrain", "train generator"):
-        assert "--adapter" not in steps["final", name].command
+        assert "--adapter" not in command_of(steps["final", name])
     assert value(steps["iter_2", "instructions"], "--dedup-against") == "r/iter_1/instructions.jsonl"
 
 
 def test_the_collection_reaches_the_last_stage():
     """Defect 3 of the release: its collector writes what its next script cannot read."""
     steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--iterations", "2", "--run", "r")}
-    constrain = steps["final", "constrain"].command
-    first = constrain.index("--input") + 1
-    assert constrain[first : first + 3] == [
-        "r/iter_1/extended.jsonl",
-        "r/iter_2/extended.jsonl",
-        "r/final/responses.jsonl",
-    ]
+    collected = ["r/iter_1/extended.jsonl", "r/iter_2/extended.jsonl", "r/final/responses.jsonl"]
+    assert steps["final", "constrain"].settings["input"] == collected
     assert value(steps["final", "train generator"], "--input") == value(steps["final", "constrain"], "--output")
 
 
 def test_restart_trains_from_the_base_on_the_union():
     steps = {(s.part, s.name): s for s in steps_of("--model", "m", "--adapter-mode", "restart", "--run", "r")}
-    train = steps["iter_3", "train extender"].command
-    assert "--adapter" not in train
-    assert train[train.index("--input") + 1 :][:3] == [f"r/iter_{k}/extended.jsonl" for k in (1, 2, 3)]
+    train = steps["iter_3", "train extender"]
+    assert "--adapter" not in command_of(train)
+    assert train.settings["input"] == [f"r/iter_{k}/extended.jsonl" for k in (1, 2, 3)]
 
 
 def test_the_papers_constants_are_the_defaults():
-    args = run.parse_args(["--model", "m"])
-    assert (args.iterations, args.instructions, args.samples, args.extend_samples, args.rounds) == (3, 5000, 2, [2], 3)
-    assert (args.max_attempts, args.extend_attempts, args.min_gain, args.long_words) == (20, 20, 1.2, 2000)
-    assert (args.rank, args.alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 4)
-    assert (args.demand_min, args.demand_max, args.demand_steps) == (2000, 8000, "1000,2000")
+    steps = {s.name: effective(command_of(s)) for s in steps_of("--model", "m")}  # of each kind the last one
+    assert {s.part for s in steps_of("--model", "m")} >= {"iter_1", "iter_3"} and steps["instructions"]["count"] == 5000
+    drafts = effective(command_of(next(s for s in steps_of("--model", "m") if s.name == "responses")))
+    want = {
+        "instructions": {"long_words": 2000},
+        "extend": {"samples": 2, "max_attempts": 20, "rounds": 3, "stages": 2, "min_gain": 1.2},
+        "train extender": {"rank": 8, "alpha": 16, "learning_rate": 1e-4, "epochs": 4},
+        "constrain": {"demand_min": 2000, "demand_max": 8000, "demand_steps": (1000, 2000), "max_attempts": 5},
+        "evaluate": {"benchmark": "mini", "samples": 1, "limit": 0},
+    }
+    assert (drafts["samples"], drafts["max_attempts"], drafts["no_length_bias"]) == (2, 20, False)
+    for name, values in want.items():
+        assert {key: steps[name][key] for key in values} == values
+
+
+@pytest.mark.parametrize("script", ["demo", "paper"])
+def test_the_settings_are_those_of_the_commands_before_the_plan_was_data(script):
+    """tests/commands/*.sh: what --dry-run printed at commit 82225ee, which spelt out defaults and left out nothing."""
+    before = (ROOT / "tests" / "commands" / f"{script}.sh").read_text()
+    argv = {"demo": [], "paper": ["--model", "M", "--iterations", "3"]}[script]
+    old = [shlex.split(line)[1:] for line in before.splitlines() if line.startswith("python ")]
+    assert list(map(effective, map(command_of, steps_of(*argv)))) == list(map(effective, old))
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"), [("demo", []), ("paper", ["--model", "Qwen/Qwen2.5-7B-Instruct", "--run", "runs/paper"])]
+)
+def test_the_recipes_are_what_a_dry_run_prints(script, argv, capsys, monkeypatch):
+    """python run.py --dry-run > recipes/demo.sh"""
+    monkeypatch.chdir(ROOT)
+    run.main([*argv, "--dry-run"])
+    recipe = ROOT / "recipes" / f"{script}.sh"
+    assert capsys.readouterr().out == recipe.read_text() and os.access(recipe, os.X_OK)
+    assert len(recipe.read_text().splitlines()) <= 55  # one screen
 
 
 def test_without_a_model_it_is_the_demo_and_flags_still_override():
-    args = run.parse_args(["--instructions", "3"])
-    assert args.model == "smollm2" and args.rounds == run.DEMO["rounds"] and args.instructions == 3
-    assert run.parse_args(["--model", "smollm2"]).instructions == 5000
+    own = run.parse_args(["--instructions", "3", "--extend.samples", "9"])
+    assert own.shared["model"] == "smollm2" and own.loop.instructions == 3
+    assert own.stages["extend"] == {**run.DEMO["extend"], "samples": 9}
+    assert run.parse_args(["--model", "smollm2"]).loop.instructions == 5000
+    assert not any(run.parse_args(["--model", "smollm2"]).stages.values())
 
 
-def test_controls_reach_their_stages():
-    steps = steps_of("--stages", "3", "--no-length-bias", "--no-line-removal")
-    has = {f: {s.name for s in steps if f in s.command} for f in ("--stages", "--no-length-bias", "--no-line-removal")}
+def test_a_stages_flag_reaches_that_stage_alone():
+    steps = steps_of("--extend.stages", "3", "--train.no-line-removal", "--responses.temperature", "0.5")
+    has = {flag: {s.name for s in steps if flag in command_of(s)} for flag in ("--stages", "--no-line-removal")}
     assert has["--stages"] == {"extend"} and {value(s, "--stages") for s in steps if s.name == "extend"} == {"3"}
-    assert has["--no-length-bias"] == {"responses", "extend"}
-    assert has["--no-line-removal"] == {"train extender"}
+    assert has["--no-line-removal"] == {"train generator", "train extender"}  # the Generator has no lines to remove
+    assert {s.part for s in steps if "--temperature" in command_of(s)} == {"iter_1"}  # `answers` is another stage
+    steps = steps_of("--answers.temperature", "0.5", "--model", "m", "--iterations", "1")
+    assert {(s.part, s.name) for s in steps if "--temperature" in command_of(s)} == {("final", "responses")}
+    for held_out in (["a.jsonl"], ["a.jsonl", "b.jsonl"]):
+        steps = steps_of("--instructions.dedup-against", *held_out, "--iterations", "2", "--run", "r")
+        known = [s.settings["dedup_against"] for s in steps if s.name == "instructions"]
+        assert known[0] == held_out and known[1] == [*held_out, "r/iter_1/instructions.jsonl"] and len(known) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "hint"),
+    [
+        (["--samples", "3"], "unrecognized arguments: --samples 3", "--responses.samples or --extend.samples"),
+        (["--rounds=2"], "unrecognized arguments: --rounds=2", "--extend.rounds"),
+        (["--draft-tokens", "360", "560"], "--draft-tokens 360 560", "--responses.max-new-tokens"),
+        (["--extend-samples", "6"], "--extend-samples 6", "--extend.samples"),
+        (["--rank", "16"], "--rank 16", "--train.rank"),
+        (["--limit", "16"], "--limit 16", "--evaluate.limit"),
+        (["--answers", "3"], "--answers 3", "--evaluate.samples"),
+        (["--extend.roundz", "3"], "unrecognized arguments: --extend.roundz 3", "python run.py --help"),
+        (["--extend.rounds", "0"], "argument --extend.rounds: must be at least 1, got 0", "python run.py --help"),
+        (["--answers.samples", "2"], "unrecognized arguments: --answers.samples 2", "python run.py --help"),
+    ],
+)
+def test_an_unknown_flag_or_value_is_refused_before_anything_starts(argv, message, hint):
+    with pytest.raises(UserError) as error:
+        run.parse_args(argv)
+    assert message in error.value.message and error.value.hint.startswith(hint)
 
 
 def test_controls_stand_beside_the_method_and_share_its_files():
@@ -125,23 +189,24 @@ def test_controls_stand_beside_the_method_and_share_its_files():
     assert value(by["eval/control_eos-ban", "evaluate"], "--min-new-tokens") == "5400"
     # drafts: the first iteration's own, then those of the control's own Generator on the second's instructions
     first, second = by["controls/drafts_1", "train generator"], by["controls/drafts_2", "train generator"]
-    assert value(first, "--input") == "r/iter_1/responses.jsonl" and "--adapter" not in first.command
+    assert value(first, "--input") == "r/iter_1/responses.jsonl" and "--adapter" not in command_of(first)
     assert value(by["controls/drafts_2", "responses"], "--input") == "r/iter_2/instructions.jsonl"
     assert value(by["controls/drafts_2", "responses"], "--adapter") == "r/controls/drafts_1/generator"
     assert value(second, "--input") == "r/controls/drafts_2/responses.jsonl"
     assert value(second, "--adapter") == "r/controls/drafts_1/generator"
     # one thing differs from the method's command of the same stage, and the output
     theirs, ours = ({(s.part, s.name): s for s in method}["iter_1", "extend"], by["controls/one-stage", "extend"])
-    assert set(ours.command) - set(theirs.command) == {"1", "r/controls/one-stage/extended.jsonl"}
-    assert (value(theirs, "--stages"), value(ours, "--stages")) == ("2", "1")
-    assert "--no-length-bias" in by["controls/no-bias", "responses"].command
-    assert "--no-length-bias" in by["controls/no-bias", "extend"].command
+    changed = {key for key, setting in ours.settings.items() if setting != theirs.settings.get(key)}
+    assert changed == {"stages", "output"} and value(ours, "--stages") == "1"
+    assert "--no-length-bias" in command_of(by["controls/no-bias", "responses"])
+    assert "--no-length-bias" in command_of(by["controls/no-bias", "extend"])
     removal = by["controls/no-removal", "train extender"]
-    assert "--no-line-removal" in removal.command and value(removal, "--input") == "r/iter_1/extended.jsonl"
+    assert "--no-line-removal" in command_of(removal) and value(removal, "--input") == "r/iter_1/extended.jsonl"
     assert value(by["controls/no-removal", "extend"], "--adapter") == "r/controls/no-removal/extender"
     assert value(by["controls/no-removal", "train generator"], "--adapter") == "r/iter_1/generator"
     other = by["controls/other-mode", "train generator"]
-    assert "--adapter" not in other.command and other.command.count("r/iter_1/extended.jsonl") == 1
+    assert "--adapter" not in command_of(other)
+    assert other.settings["input"] == ["r/iter_1/extended.jsonl", "r/iter_2/extended.jsonl"]
     # every control is trained on as many tokens as what it is compared with, and evaluated
     for (part, name), step in by.items():
         if name.startswith("train"):
@@ -153,15 +218,17 @@ def test_controls_stand_beside_the_method_and_share_its_files():
     assert {f"eval/control_{part.removeprefix('controls/')}" for part in generators} <= {part for part, _ in by}
 
 
-def test_each_iteration_has_its_own_settings_and_the_last_one_holds_on():
-    own = ["--draft-tokens", "360", "560", "--extend-samples", "6", "3", "2"]
-    steps = steps_of("--iterations", "3", *own, "--controls", "drafts", "no-removal", "one-stage")
-    limits = {s.part: value(s, "--max-new-tokens") for s in steps if s.name == "responses"}
-    assert [limits[f"iter_{k}"] for k in (1, 2, 3)] == ["360", "560", "560"]
-    assert [limits[f"controls/drafts_{k}"] for k in (2, 3)] == ["560", "560"]
-    jobs = {s.part: value(s, "--samples") for s in steps if s.name == "extend"}
-    assert [jobs[f"iter_{k}"] for k in (1, 2, 3)] == ["6", "3", "2"]
-    assert [jobs[f"controls/{name}"] for name in ("one-stage", "no-removal")] == ["6", "2"]
+def test_controls_follow_the_settings_of_their_iteration():
+    """A study sets what an iteration has of its own in the steps; the controls are copies of them."""
+    own = run.parse_args(["--iterations", "3", "--controls", "drafts", "no-removal", "one-stage"])
+    method = run.method(own)
+    for k, step in ((k, s) for k in (2, 3) for s in method if s.part == f"iter_{k}"):
+        step.settings.update({"responses": {"max_new_tokens": 500 + k}, "extend": {"samples": k}}.get(step.name, {}))
+    steps = {(s.part, s.name): s for s in [*method, *run.controls(own, method)]}
+    limits = [value(steps[f"controls/drafts_{k}", "responses"], "--max-new-tokens") for k in (2, 3)]
+    assert limits == ["502", "503"]
+    jobs = [value(steps[f"controls/{name}", "extend"], "--samples") for name in ("one-stage", "no-removal")]
+    assert jobs == ["6", "3"]
 
 
 def test_controls_of_one_iteration_and_by_name(capsys):
@@ -178,7 +245,7 @@ def test_controls_of_one_iteration_and_by_name(capsys):
 def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def stage(step: run.Step) -> dict | None:
+    def stage(step: Step, log: object) -> dict | None:
         calls.append((step.control, step.name))
         if (step.control, step.name) == ("one-stage", "extend"):
             return None
@@ -191,8 +258,7 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
             "intervals": {"words_median": [1, 2]},
         }
 
-    monkeypatch.setattr(run, "run_step", stage)
-    (tmp_path / "r").mkdir()
+    monkeypatch.setattr(steps, "run_step", stage)
     run.main(["--run", str(tmp_path / "r"), "--controls", "one-stage", "no-bias"])
     names = [name for control, name in calls if control == "one-stage"]
     assert names == ["extend"] and ("no-bias", "evaluate") in calls
@@ -201,7 +267,7 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
 
 
 def test_dry_run_prints_a_script_that_runs_the_same_commands_when_pasted(tmp_path):
-    argv = ["--run", "runs/a b", "--seeds", "it's.jsonl", "--dry-run"]
+    argv = ["--run", "runs/a b", "--instructions.seeds", "it's.jsonl", "--dry-run"]
     process = subprocess.run([sys.executable, str(ROOT / "run.py"), *argv], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0 and not (ROOT / "runs" / "a b").exists()
     # Paste it into a shell in which `python` only says what it was given.
@@ -209,13 +275,14 @@ def test_dry_run_prints_a_script_that_runs_the_same_commands_when_pasted(tmp_pat
     os.chmod(tmp_path / "python", 0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     said = subprocess.run(["sh", "-c", process.stdout], cwd=ROOT, capture_output=True, text=True, env=env).stdout
-    want = [part for step in steps_of(*argv) for part in (str(len(step.command)), *step.command)]
+    commands = [command_of(step) for step in steps_of(*argv)]
+    want = [word for command in commands for word in (str(len(command)), *command)]
     assert said.splitlines() == want
 
 
 def test_demand_window_upside_down_is_an_error():
     with pytest.raises(UserError, match="--demand-min 9 is not below --demand-max 8"):
-        run.parse_args(["--demand-min", "9", "--demand-max", "8"])
+        run.parse_args(["--constrain.demand-min", "9", "--constrain.demand-max", "8"])
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
@@ -231,15 +298,26 @@ def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
     assert shlex.quote(str(tmp_path / "no model")) in process.stderr.replace("\n", "")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     """Else the stage goes on alone and holds the lock that the next start needs."""
     command = [sys.executable, "run.py", "--model", str(writer), "--run", str(tmp_path / "r"), "--language", "en"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     output = tmp_path / "r" / "iter_1" / "instructions.jsonl"
     wait_until(lambda: output.exists())
-    process.send_signal(sent)
-    assert process.wait(60) == {signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+    send = os.killpg if sent == signal.SIGINT else os.kill  # Ctrl-C reaches all that the terminal runs
+    send(process.pid, sent)
+    assert process.wait(HANG) == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+    log = (tmp_path / "r" / "run.log").read_text()
+    assert "iter_1 instructions\n$ python generate.py instructions" in log
+    assert sent == signal.SIGKILL or "iter_1 instructions: exit code 130 after" in log
 
     def free() -> bool:
         try:
@@ -251,8 +329,11 @@ def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     wait_until(free)
 
 
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+HANG = 3600  # seconds: for what would never end, not for a busy machine
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)

@@ -34,8 +34,8 @@ def find_benchmark(name: str) -> Path:
         raise UserError(f"{name} is not a file, and the hub did not give it: {why}", hint) from None
     files = sorted(folder.rglob("*.jsonl"))
     if len(files) != 1:
-        found = ", ".join(str(f.relative_to(folder)) for f in files) or "none"
-        raise UserError(f"{name} must hold one JSONL file, found: {found}", hint)
+        names = ", ".join(str(f.relative_to(folder)) for f in files) or "none"
+        raise UserError(f"{name} must hold one JSONL file, it has: {names}", hint)
     return files[0]
 
 
@@ -96,15 +96,15 @@ def earlier_measurements(row: dict) -> dict:
 def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
     """type, min_words and max_words of a constraint; `label` is the type that the file gives, "" for none."""
     try:
-        kind, low, high = parse_demand(constraint, language)
+        type_, low, high = parse_demand(constraint, language)
     except ValueError:
         hint = 'write it as LonGen does: "around 3000 words", "2000-3000 words", "more than 4000 words", "小于五千字"'
         raise UserError(f"{where}: cannot read the constraint {constraint!r}", hint) from None
-    if label not in ("", kind):
+    if label not in ("", type_):
         raise UserError(
-            f"{where}: type {label!r}, but the constraint {constraint!r} says {kind!r}", "correct or remove `type`"
+            f"{where}: type {label!r}, but the constraint {constraint!r} says {type_!r}", "correct or remove `type`"
         )
-    return {"type": kind, "min_words": low, "max_words": high}
+    return {"type": type_, "min_words": low, "max_words": high}
 
 
 def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
@@ -119,11 +119,11 @@ def select(rows: list[dict], language: str, limit: int, source: str) -> list[dic
 
 def contradictions(rows: Sequence[dict]) -> list[dict]:
     """The queries that do not ask for what they are scored by: a number of the demand is not stated in them."""
-    found = []
+    listed = []
     for row in {r["parent_id"]: r for r in rows if r["constraint"]}.values():
         stated = {n for demand in stated_demands(row["query"], row["language"]) for n in demand[1:]}
         if missing := {row["min_words"], row["max_words"]} - {-1} - stated:
             why = f"the query does not say {', '.join(map(str, sorted(missing)))}"
             fields = ("parent_id", "language", "range", "type", "constraint", "query")
-            found.append({"why": why, **{k: row[k] for k in fields}})
-    return found
+            listed.append({"why": why, **{k: row[k] for k in fields}})
+    return listed

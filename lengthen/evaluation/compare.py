@@ -38,16 +38,16 @@ def changes(first: dict, run: dict) -> dict[str, Change]:
     The values are those of the two scores.json, so that they are known where the answers are no longer there.
     """
     same = first["queries_hash"] == run["queries_hash"]
-    found = {}
+    result = {}
     for key, (_, total) in MEASURES.items():
         how = ratio if key.startswith("words") else difference
-        before, after = (values_of(key, one["measured"]) for one in (first, run))
+        before, after = (values_of(key, r["measured"]) for r in (first, run))
         value = how(first.get(key), run.get(key))
-        found[key] = change(before, after, total, how, same)._replace(value=value)
+        result[key] = change(before, after, total, how, same)._replace(value=value)
     if first["short_losses"] and first["short_tasks"] == run["short_tasks"]:  # paired by task
-        old, new = ({task: [loss] for task, loss in enumerate(one["short_losses"])} for one in (first, run))
-        found["short_loss"] = change(old, new, mean, difference)
-    return found
+        old, new = ({task: [loss] for task, loss in enumerate(r["short_losses"])} for r in (first, run))
+        result["short_loss"] = change(old, new, mean, difference)
+    return result
 
 
 def compare(folders: Sequence[str]) -> dict:
@@ -77,6 +77,6 @@ def compare(folders: Sequence[str]) -> dict:
     return {
         "stage": "compare",
         "runs": {folder: {key: headlines(run).get(key) for key in keys} for folder, run in runs.items()},
-        "changes": {f: {key: rounded(c[:2]) for key, c in found.items()} for f, found in changed.items()},
+        "changes": {f: {key: rounded(c[:2]) for key, c in differs.items()} for f, differs in changed.items()},
         "paired": [folder for folder in changed if runs[folder]["queries_hash"] == first["queries_hash"]],
     }

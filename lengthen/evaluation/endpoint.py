@@ -77,15 +77,15 @@ def key_from_environment() -> str:
 
 def read_address(name: str) -> tuple[str, str]:
     """'http://host:port/v1=NAME' -> (address, NAME); NAME is "" where none is given."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(https?://(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::(\d{1,5}))?(?:/[\w.~/-]*)?)(?:=(.+))?", name, re.A
     )
-    if not found or int(found[2] or 0) > 65535:
+    if not match or int(match[2] or 0) > 65535:
         hint = "http://127.0.0.1:8000/v1, or with a model's name http://127.0.0.1:8000/v1=NAME"
         if "@" in name or "?" in name:  # perhaps with a key in it: not to be shown
             raise UserError("an address of --judge holds '@' or '?'", f"{hint}; keys come from {KEY_NAMES[0]}")
         raise UserError(f"cannot read the address {name!r}", hint)
-    return found[1].rstrip("/"), found[3] or ""
+    return match[1].rstrip("/"), match[3] or ""
 
 
 class Endpoint:
@@ -236,15 +236,15 @@ class Endpoint:
     def _read(self, response: Any) -> bytes:
         """The body of an http.client.HTTPResponse, the whole within the time-out: one byte a minute would satisfy the
         socket's."""
-        parts, size, end = [], 0, time.monotonic() + self.timeout
-        while part := response.read1(65536):
-            parts.append(part)
-            size += len(part)
+        chunks, size, end = [], 0, time.monotonic() + self.timeout
+        while chunk := response.read1(65536):
+            chunks.append(chunk)
+            size += len(chunk)
             if size > LARGEST_BODY:
                 raise Unanswered("a reply of more than 2 MB")
             if time.monotonic() > end:
                 raise TimeoutError
-        return b"".join(parts)
+        return b"".join(chunks)
 
     def _refusal(self, error: urllib.error.HTTPError, sent: dict) -> Exception:
         """What an HTTP error means for this request, or for all of them."""

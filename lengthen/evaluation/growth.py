@@ -2,7 +2,7 @@
 
 Growth is the median length in words of the later model's answers over that of the earlier one, counting answers that
 end by EOS: the length of the others is that of a limit or of a loop. Its interval is paired where both models answered
-the same queries (intervals.py). The same two lines compare any other measure, as a ratio or as a difference.
+the same queries (intervals.py). `change` compares two runs by any other measure, as a ratio or as a difference.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def change(
 ) -> Change:
     """compare(total of before, total of after), `compare` being `ratio` or `difference`.
 
-    before, after: {query: values}, a query without a value with an empty list. same: whether the queries of the two are
-    the same ones; None = as their keys say.
+    before, after: {query: values}, with an empty list for a query without a value. same: whether both answered the same
+    queries; None = if their keys are equal.
     """
     pair = before.keys() == after.keys() if same is None else same
 

@@ -70,7 +70,7 @@ def bootstrap(
     if values and isinstance(values[0], bool) and all(value is values[0] for value in values):
         rest = 1 - ((1 - level) / 2) ** (1 / len(drawn))
         return (1 - rest, 1.0) if values[0] else (0.0, rest)
-    return _interval(lambda places: statistic(joined(drawn, places)), [len(drawn)], resamples, seed, level)
+    return _interval(lambda indices: statistic(joined(drawn, indices)), [len(drawn)], resamples, seed, level)
 
 
 def paired(
@@ -89,7 +89,9 @@ def paired(
     queries = sorted(groups_a.keys() | groups_b.keys())
     both = [(groups_a.get(query, ()), groups_b.get(query, ())) for query in queries]
     a, b = [a for a, b in both if len(a) or len(b)], [b for a, b in both if len(a) or len(b)]
-    return _interval(lambda places: statistic(joined(a, places), joined(b, places)), [len(a)], resamples, seed, level)
+    return _interval(
+        lambda indices: statistic(joined(a, indices), joined(b, indices)), [len(a)], resamples, seed, level
+    )
 
 
 def unpaired(
@@ -104,8 +106,8 @@ def unpaired(
     """The same for runs whose queries have nothing to do with each other: each side is drawn for itself."""
     a, b = with_values(groups_a), with_values(groups_b)
 
-    def estimate(places_a: Sequence[int], places_b: Sequence[int]) -> float | None:
-        return statistic(joined(a, places_a), joined(b, places_b))
+    def estimate(indices_a: Sequence[int], indices_b: Sequence[int]) -> float | None:
+        return statistic(joined(a, indices_a), joined(b, indices_b))
 
     return _interval(estimate, [len(a), len(b)], resamples, seed, level)
 
@@ -115,26 +117,26 @@ def with_values(groups: Groups[T]) -> list[Sequence[T]]:
     return [groups[query] for query in sorted(groups) if len(groups[query])]
 
 
-def joined(groups: Sequence[Sequence[T]], places: Sequence[int]) -> list[T]:
-    return [value for i in places for value in groups[i]]
+def joined(groups: Sequence[Sequence[T]], indices: Sequence[int]) -> list[T]:
+    return [value for i in indices for value in groups[i]]
 
 
 def _interval(
     estimate: Callable[..., float | None], sizes: Sequence[int], resamples: int, seed: int, level: float
 ) -> Interval | None:
-    """`estimate` takes the places of the queries drawn, one list for each sample; `sizes`: the queries in each."""
+    """`estimate` takes the indices of the queries drawn, one list for each sample; `sizes`: the queries in each."""
     whole = [range(n) for n in sizes]
     if min(sizes) < 2 or (value := estimate(*whole)) is None:
         return None
     drawn = [draws(n, resamples, seed + i).tolist() for i, n in enumerate(sizes)]
-    replicates = [r for places in zip(*drawn, strict=True) if (r := estimate(*places)) is not None]
+    replicates = [r for indices in zip(*drawn, strict=True) if (r := estimate(*indices)) is not None]
     if len(replicates) < (1 - MAX_UNDEFINED) * resamples or min(replicates) == max(replicates):
         return None
     return quantiles(value, numpy.array(replicates), min(sizes), level)
 
 
 def draws(n: int, resamples: int, seed: int) -> numpy.ndarray:
-    """Places of the queries drawn: [resamples, n], each from 0 to n - 1."""
+    """Indices of the queries drawn: [resamples, n], each from 0 to n - 1."""
     return numpy.random.default_rng(seed).integers(n, size=(resamples, n))
 
 

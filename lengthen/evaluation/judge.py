@@ -91,14 +91,16 @@ class LocalJudge:
     def add(self, request: JudgeRequest) -> None:
         question = request.question
         prompt, cut = question.prompt(self._limit(question))
-        own = self.writer.request(*request.key, prompt, PREFILL[question.kind], stop=("}",))  # the JSON object's end
+        own = self.writer.request(
+            *request.key, prompt, PREFILL[question.template], stop=("}",)
+        )  # the JSON object's end
         self.asked[request.key] = request, cut
         self.writer.add(replace(own, sampling=replace(own.sampling, temperature=request.temperature)))
 
     def run(self) -> Iterator[JudgeReply]:
         for sample in self.writer.run():
             request, cut = self.asked[sample.request.key]
-            text = PREFILL[request.question.kind] + sample.text + "}" * (sample.finish == "stop")
+            text = PREFILL[request.question.template] + sample.text + "}" * (sample.finish == "stop")
             yield JudgeReply(request, text, cut, error=sample.error, num_tokens=sample.num_tokens)
 
     def progress(self) -> object:
@@ -116,9 +118,9 @@ class LocalJudge:
     def _limit(self, question: Question) -> int:
         """Characters of each text that fit. Each text is counted alone, so both orders of a pair are cut alike."""
         whole = (question.query, *question.answers)
-        bare = Question("", question.kind, question.language, "", ("",) * len(question.answers)).prompt(SHORTEST)[0]
+        bare = Question("", question.template, question.language, "", ("",) * len(question.answers)).prompt(SHORTEST)[0]
         messages = [{"role": "user", "content": bare}]
-        used = len(self.writer.chat.encode(messages, PREFILL[question.kind])) + LOCAL_TOKENS + MARGIN_TOKENS
+        used = len(self.writer.chat.encode(messages, PREFILL[question.template])) + LOCAL_TOKENS + MARGIN_TOKENS
         room, limit = self.writer.sampler.context - used, question.longest()
         while limit > SHORTEST:
             needed = sum(len(self.writer.chat.encode_text(cut_middle(text, limit))) for text in whole)
@@ -201,10 +203,10 @@ def ask_judges(
 
     items: the known fields of a record, and the question, whose id here is that of the item.
     """
-    path, kind, problems = folder / "judgements.jsonl", items[0][1].kind, []
-    settings = {**template_hashes(kind), "seed": stage.out.seed, "judge_attempts": judges.judge_attempts}
+    path, template, problems = folder / "judgements.jsonl", items[0][1].template, []
+    settings = {**template_hashes(template), "seed": stage.out.seed, "judge_attempts": judges.judge_attempts}
     job = Job(
-        f"judge-{kind}",
+        f"judge-{template}",
         path,
         inputs=inputs,
         settings=settings,
@@ -217,9 +219,9 @@ def ask_judges(
             for name in judges.judge:
                 scope, tasks = fingerprint(name), []  # other weights under the same name are another judge
                 for fields, question in items:
-                    id_ = record_id(kind, question.id, 0, scope)
+                    id_ = record_id(template, question.id, 0, scope)
                     if id_ not in job.done_ids:
-                        record = new_record(RECORDS[kind], **fields, id=id_, judge=name, run_id=run_id_of(path))
+                        record = new_record(RECORDS[template], **fields, id=id_, judge=name, run_id=run_id_of(path))
                         tasks.append(Judgement(record, question, stage.out.seed, judges.judge_attempts))
                 if tasks:
                     job.reopen()
@@ -249,15 +251,15 @@ def ask(name: str, judges: JudgeFlags, stage: Stage, job: Job, tasks: Sequence[J
 
 def recorded(folder: Path) -> list[dict]:
     """What judgements.jsonl and its rejected file hold, given up ones first; a torn last line is not there yet."""
-    found = []
+    records = []
     for name in ("judgements.rejected.jsonl", "judgements.jsonl"):
         path = folder / name
         lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
         try:
-            found += [json.loads(line) for line in lines]
+            records += [json.loads(line) for line in lines]
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}", f"rm {folder}/judgements.*  and judge again") from None
-    return found
+    return records
 
 
 def no_verdict(name: str, folder: Path, failed: int) -> LowYield:

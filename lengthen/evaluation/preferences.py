@@ -43,7 +43,7 @@ def compare_runs(runs: Sequence[str], judges: JudgeFlags, stage: Stage) -> tuple
     pairs = pairs_of(a, b)
     if not pairs:
         raise UserError(f"{files[0]} and {files[1]} hold no answers to the same query", "two runs on one --benchmark")
-    items = [item for one, other in pairs for item in items_of(one, other)]
+    items = [item for answer_a, answer_b in pairs for item in items_of(answer_a, answer_b)]
     problems = ask_judges(folder, judges, stage, items, inputs=files)
     result = {
         "run_a": runs[0],
@@ -52,25 +52,32 @@ def compare_runs(runs: Sequence[str], judges: JudgeFlags, stage: Stage) -> tuple
         "unpaired": [len(a) - len(pairs), len(b) - len(pairs)],
         **preferences(recorded(folder), pairs, judges.judge),
     }
-    for name, found in result["judges"].items():
-        if name in judges.judge and not found["verdicts"] and not found["missing"]:
-            problems.append(no_verdict(name, folder, found["failed"]))
+    for name, summary in result["judges"].items():
+        if name in judges.judge and not summary["verdicts"] and not summary["missing"]:
+            problems.append(no_verdict(name, folder, summary["failed"]))
     if folder.exists():  # it does not if an input was refused
         replace_file(folder / "comparison.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     show_preferences(result)
     return result, problems
 
 
-def items_of(one: dict, other: dict) -> list[tuple[dict, Question]]:
+def items_of(answer_a: dict, answer_b: dict) -> list[tuple[dict, Question]]:
     """The two questions about a pair, one in each order, with the known fields of their "preference" records."""
-    texts = {"a": one["response"], "b": other["response"]}
-    fields = {"parent_id": one["id"], "other_id": other["id"], "language": one["language"], "sample": one["sample"]}
-    fields["answer_hash"] = hash_of(one["query"], *texts.values())
+    texts = {"a": answer_a["response"], "b": answer_b["response"]}
+    fields = {
+        "parent_id": answer_a["id"],
+        "other_id": answer_b["id"],
+        "language": answer_a["language"],
+        "sample": answer_a["sample"],
+    }
+    fields["answer_hash"] = hash_of(answer_a["query"], *texts.values())
     items = []
     for order in ("ab", "ba"):
-        key = f"{one['id']} {fields['answer_hash']} {order}"
+        key = f"{answer_a['id']} {fields['answer_hash']} {order}"
         answers = tuple(texts[run] for run in order)
-        items.append(({**fields, "order": order}, Question(key, "compare", one["language"], one["query"], answers)))
+        items.append(
+            ({**fields, "order": order}, Question(key, "compare", answer_a["language"], answer_a["query"], answers))
+        )
     return items
 
 
@@ -83,25 +90,25 @@ def preferences(records: Sequence[dict], pairs: Sequence[tuple[dict, dict]], ask
     Only pairs judged in both orders count: a judge that always takes the first answer then gives each run one half.
     """
     by_judge: dict[str, dict] = {name: {} for name in asked}
-    ids = {one["id"] for one, _ in pairs}
+    ids = {answer["id"] for answer, _ in pairs}
     for r in records:
         if r["parent_id"] in ids:
             by_judge.setdefault(r["judge"], {})[r["parent_id"], r["order"]] = r
     judges: dict[str, dict] = {}
     outcomes: dict[str, dict[str, str]] = {}  # judge -> {pair: "a", "b" or "tie"}
-    for name, found in by_judge.items():
-        good = {key: r for key, r in found.items() if "reason" not in r}
+    for name, given in by_judge.items():
+        good = {key: r for key, r in given.items() if "reason" not in r}
         both = [
-            (one, good[one["id"], "ab"]["winner"], good[one["id"], "ba"]["winner"])
-            for one, _ in pairs
-            if {(one["id"], "ab"), (one["id"], "ba")} <= good.keys()
+            (answer, good[answer["id"], "ab"]["winner"], good[answer["id"], "ba"]["winner"])
+            for answer, _ in pairs
+            if {(answer["id"], "ab"), (answer["id"], "ba")} <= good.keys()
         ]
-        points = {one["id"]: (POINTS[ab] + POINTS[ba]) / 2 for one, ab, ba in both}
+        points = {answer["id"]: (POINTS[ab] + POINTS[ba]) / 2 for answer, ab, ba in both}
         outcomes[name] = {id_: "b" if p > 0.5 else "a" if p < 0.5 else "tie" for id_, p in points.items()}
         decided = [r["order"][0] == r["winner"] for r in good.values() if r["winner"] != "tie"]
         turned = [ab for _, ab, _ in both], [ba for _, _, ba in both]
         counts = Counter(outcomes[name].values())
-        groups = by_query(((one["language"], one["query"]), points[one["id"]]) for one, _, _ in both)
+        groups = by_query(((answer["language"], answer["query"]), points[answer["id"]]) for answer, _, _ in both)
         judges[name] = {
             "judged": len(both),  # pairs, in both orders
             "win_rate": rounded(mean(list(points.values()))),  # of B; a tie is one half
@@ -113,8 +120,8 @@ def preferences(records: Sequence[dict], pairs: Sequence[tuple[dict, dict]], ask
             "order_kappa": kappa(*turned),
             "first_share": rounded(mean(decided)),  # verdicts for the answer shown first; 0.5 = no bias
             "verdicts": len(good),
-            "failed": len(found) - len(good),
-            "missing": 2 * len(pairs) - len(found),
+            "failed": len(given) - len(good),
+            "missing": 2 * len(pairs) - len(given),
             "cut": sum(r["cut"] > 0 for r in good.values()),
         }
     between = []
@@ -137,8 +144,8 @@ def kappa(x: Sequence[str], y: Sequence[str]) -> float | None:
     """
     if not x:
         return None
-    one, other, n = Counter(x), Counter(y), len(x)
-    by_chance = sum(one[c] * other[c] for c in one) / n**2
+    counts_x, counts_y, n = Counter(x), Counter(y), len(x)
+    by_chance = sum(counts_x[c] * counts_y[c] for c in counts_x) / n**2
     observed = sum(a == b for a, b in zip(x, y, strict=True)) / n
     return None if by_chance == 1 else round((observed - by_chance) / (1 - by_chance), 4)
 
@@ -164,7 +171,8 @@ def show_preferences(result: dict) -> None:
     )
     for key, name, form in rows:
         cells = [
-            cell(one[key], form, one["interval"] if key == "win_rate" else None) for one in result["judges"].values()
+            cell(judge[key], form, judge["interval"] if key == "win_rate" else None)
+            for judge in result["judges"].values()
         ]
         table.add_row(name, *map(cli.shown, cells))
     cli.console.print(table)

@@ -67,11 +67,11 @@ def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sample
     queries = [(r["language"], r["query"]) for r in rows if r["parent_id"] in has_answer]
     prompts = {query: prompt_of(chat, query[1]) for query in queries}
     other = next_queries(list(prompts))
-    found = {note["probed"]: note["fields"] for note in job.journal if "probed" in note}
-    todo = [r for r in job.records if r["id"] not in found]
+    fields = {note["probed"]: note["fields"] for note in job.journal if "probed" in note}
+    todo = [r for r in job.records if r["id"] not in fields]
     with cli.progress("probes", len(job.records)) as bar:
         for start in range(0, len(todo), BATCH):
-            bar.update(len(found))
+            bar.update(len(fields))
             batch, pairs = todo[start : start + BATCH], []
             for row in batch:
                 query = row["language"], row["query"]
@@ -82,10 +82,10 @@ def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sample
             losses = iter([-values for values in sampler.logprobs(pairs)])  # nats [tokens] of each pair
             for row in batch:
                 query = row["language"], row["query"]
-                found[row["id"]] = probed(next(losses), next(losses) if other[query] != query else None)
-                job.note({"probed": row["id"], "fields": found[row["id"]]})
+                fields[row["id"]] = probed(next(losses), next(losses) if other[query] != query else None)
+                job.note({"probed": row["id"], "fields": fields[row["id"]]})
     # The journal is what survives a kill; the records are rewritten as a whole, and only once all are measured.
-    job.amend(found)
+    job.amend(fields)
 
 
 def prompt_of(chat: "Chat", query: str) -> list[int]:

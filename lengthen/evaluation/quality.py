@@ -24,9 +24,9 @@ def judge_answers(folder: Path, outputs: Sequence[dict], judges: JudgeFlags, sta
         key = f"{row['id']} {fields['answer_hash']}"
         items.append((fields, Question(key, "quality", row["language"], row["query"], (row["response"],))))
     problems = ask_judges(folder, judges, stage, items)
-    for name, found in quality(folder, outputs, judges.judge).items():
-        if name in judges.judge and not found["judged"] and not found["missing"]:
-            problems.append(no_verdict(name, folder, found["failed"]))
+    for name, judgements in quality(folder, outputs, judges.judge).items():
+        if name in judges.judge and not judgements["judged"] and not judgements["missing"]:
+            problems.append(no_verdict(name, folder, judgements["failed"]))
     return problems
 
 
@@ -41,16 +41,16 @@ def quality(folder: Path, outputs: Sequence[dict], asked: Sequence[str] = ()) ->
         if hashes.get(record["parent_id"]) == record["answer_hash"]:  # else it is about an earlier text
             latest.setdefault(record["judge"], {})[record["parent_id"]] = record
     scores = {}
-    for name, found in latest.items():
-        good = {id_: r for id_, r in found.items() if "reason" not in r}
+    for name, judgements in latest.items():
+        good = {id_: r for id_, r in judgements.items() if "reason" not in r}
         # The answers to one query are resampled together.
         groups = by_query((row["parent_id"], good[row["id"]]["mean"]) for row in outputs if row["id"] in good)
         means = {key: mean([r[key] for r in good.values()]) for key in (*CRITERIA, "mean")}
         scores[name] = {
             **rounded({**means, "interval": bootstrap(groups, mean)}),
             "judged": len(good),
-            "failed": len(found) - len(good),  # given up: no reply was in the required form
-            "missing": len(outputs) - len(found),  # no reply yet
+            "failed": len(judgements) - len(good),  # given up: no reply was in the required form
+            "missing": len(outputs) - len(judgements),  # no reply yet
             "cut": sum(r["cut"] > 0 for r in good.values()),  # judged on texts that had to be cut
         }
     return scores
@@ -65,9 +65,9 @@ def show_quality(scores: dict[str, dict]) -> None:
     for name in scores:
         table.add_column(cli.shown(name), justify="right", overflow="fold")
     for key in (*CRITERIA, "mean"):
-        intervals = [one["interval"] if key == "mean" else None for one in scores.values()]
-        cells = [cell(one[key], "{:.2f}", i) for one, i in zip(scores.values(), intervals, strict=True)]
+        intervals = [summary["interval"] if key == "mean" else None for summary in scores.values()]
+        cells = [cell(summary[key], "{:.2f}", i) for summary, i in zip(scores.values(), intervals, strict=True)]
         table.add_row(key, *map(cli.shown, cells))
     for key in ("judged", "failed", "missing", "cut"):
-        table.add_row(key, *(cell(one[key]) for one in scores.values()))
+        table.add_row(key, *(cell(summary[key]) for summary in scores.values()))
     cli.console.print(table)

@@ -42,7 +42,7 @@ class Question:
     """One thing to be judged: one answer, or two in the order in which the judge sees them."""
 
     id: str
-    kind: str  # "quality" or "compare"
+    template: str  # of prompts/: "quality" or "compare"
     language: str
     query: str
     answers: tuple[str, ...]
@@ -61,10 +61,10 @@ class Question:
         """The prompt with each text cut to `limit` characters, and how many characters were left out."""
         whole = (self.query, *self.answers)
         texts = [cut_middle(text, limit) for text in whole]
-        names = ("query", "answer") if self.kind == "quality" else ("query", "first", "second")
+        names = ("query", "answer") if self.template == "quality" else ("query", "first", "second")
         fields = dict(zip(names, texts, strict=True))
         cut = sum(max(0, len(text) - limit) for text in whole)
-        return fill(self.kind, self.language, mark=self.mark, **fields), cut
+        return fill(self.template, self.language, mark=self.mark, **fields), cut
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ def objects(text: str) -> Iterator[dict]:
     decoder = json.JSONDecoder()
     for match in re.finditer(r"\{", text):
         try:
-            found, _ = decoder.raw_decode(text, match.start())
+            value, _ = decoder.raw_decode(text, match.start())
         except (ValueError, RecursionError):
             continue
-        yield found
+        yield value
 
 
 def read_verdict(question: Question, text: str) -> tuple[dict, str]:
@@ -113,19 +113,19 @@ def read_verdict(question: Question, text: str) -> tuple[dict, str]:
     text = text.rpartition("</think>")[2]  # what a reasoning model considers first is not its verdict
     if question.mark in text:
         return {}, "echo"
-    read = read_scores if question.kind == "quality" else read_winner
-    found = list(objects(text))
-    verdicts = [verdict for verdict in map(read, found) if verdict]
+    read = read_scores if question.template == "quality" else read_winner
+    candidates = list(objects(text))
+    verdicts = [verdict for verdict in map(read, candidates) if verdict]
     if not verdicts:
-        return {}, "out-of-form" if found else "no-json"
+        return {}, "out-of-form" if candidates else "no-json"
     return (verdicts[0], "") if all(v == verdicts[0] for v in verdicts) else ({}, "several-verdicts")
 
 
-def read_scores(found: dict) -> dict:
+def read_scores(candidate: dict) -> dict:
     """The seven scores where all are there and whole numbers from 1 to 10, else {}. (True is not a number.)"""
-    scores = {name: found.get(name) for name in CRITERIA}
+    scores = {name: candidate.get(name) for name in CRITERIA}
     return scores if all(type(v) is int and 1 <= v <= 10 for v in scores.values()) else {}
 
 
-def read_winner(found: dict) -> dict:
-    return {"winner": found["winner"]} if found.get("winner") in WINNERS else {}
+def read_winner(candidate: dict) -> dict:
+    return {"winner": candidate["winner"]} if candidate.get("winner") in WINNERS else {}

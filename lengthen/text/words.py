@@ -66,10 +66,10 @@ def quantile(lengths: Sequence[float], q: float) -> float | None:
     """The q-quantile with linear interpolation (numpy's default); None of nothing. The p90 of lengths is q = 0.9."""
     if not lengths:
         return None
-    ordered, place = sorted(lengths), q * (len(lengths) - 1)
-    low = math.floor(place)
+    ordered, rank = sorted(lengths), q * (len(lengths) - 1)
+    low = math.floor(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return ordered[low] + (rank - low) * (ordered[high] - ordered[low])
 
 
 def detect_language(text: str) -> str:

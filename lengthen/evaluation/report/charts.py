@@ -27,8 +27,8 @@ def bins(rows: Sequence[dict], lowest: float = 1.0) -> dict | None:
     step = math.log(high / low) / NUM_BINS
 
     def count(values: Sequence[float]) -> list[int]:
-        found = Counter(min(NUM_BINS - 1, max(0, int(math.log(max(v, low) / low) / step))) for v in values)
-        return [found[i] for i in range(NUM_BINS)]
+        counts = Counter(min(NUM_BINS - 1, max(0, int(math.log(max(v, low) / low) / step))) for v in values)
+        return [counts[i] for i in range(NUM_BINS)]
 
     shown = [
         {**row, "solid": count(row["solid"]), "hollow": count(row["hollow"])}

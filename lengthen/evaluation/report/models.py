@@ -89,17 +89,17 @@ def quality_tables(models: list[dict]) -> list[dict]:
     judged = {m["name"]: table(m["scores"].get("quality")) for m in models if table(m["scores"].get("quality"))}
     tables = []
     for judge in dict.fromkeys(j for by_judge in judged.values() for j in by_judge):
-        found = {name: table(by_judge.get(judge)) for name, by_judge in judged.items()}
+        by_model = {name: table(by_judge.get(judge)) for name, by_judge in judged.items()}
         rows = []
-        for criterion in dict.fromkeys(k for marks in found.values() for k in marks):
-            values = [number(marks.get(criterion)) for marks in found.values()]
+        for criterion in dict.fromkeys(k for marks in by_model.values() for k in marks):
+            values = [number(marks.get(criterion)) for marks in by_model.values()]
             if any(v is not None for v in values):
                 form = "{:,.0f}" if criterion in ("judged", "failed", "missing", "cut") else "{:.2f}"
                 # A judge's one interval is that of the mean of the seven criteria.
-                known = [{"intervals": {"mean": marks.get("interval")}} for marks in found.values()]
+                known = [{"intervals": {"mean": marks.get("interval")}} for marks in by_model.values()]
                 rows.append(table_row(criterion, values, [interval_of(scores, criterion) for scores in known], form))
         if rows:
-            tables.append({"title": f"Judge: {judge}", "columns": ["criterion", *found], "rows": rows})
+            tables.append({"title": f"Judge: {judge}", "columns": ["criterion", *by_model], "rows": rows})
     return tables
 
 

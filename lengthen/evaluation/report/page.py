@@ -49,14 +49,14 @@ def collect(run: Path) -> tuple[dict, Texts]:
     rows, numbers = read_samples(files)
     extender = extender_data(numbers, stages)
     gains = bins(gain_rows(extender), lowest=0.01)
-    told = verdict(models)
+    sentences = verdict(models)
     if ended := [name for name in map(text, listing(summary.get("controls_without_pairs"))) if name]:
-        told["not"].append(f"Controls that ended without a pair to train on: {', '.join(ended)}.")
+        sentences["not"].append(f"Controls that ended without a pair to train on: {', '.join(ended)}.")
     data = {
         "name": run.resolve().name,
         "facts": facts(summary, stages),
         "written": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "verdict": told,
+        "verdict": sentences,
         "progress": progress_of(stages),
         "models": [model_data(m) for m in models],
         "lengths": bins(length_rows(models)),

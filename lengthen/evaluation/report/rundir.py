@@ -23,8 +23,8 @@ def number(value: Any) -> float | None:
 
 def amount(value: Any) -> float | None:
     """A number that cannot be below 0; -1 stands for "not known" in the records."""
-    found = number(value)
-    return found if found is not None and found >= 0 else None
+    known = number(value)
+    return known if known is not None and known >= 0 else None
 
 
 def text(value: Any) -> str:
@@ -41,13 +41,13 @@ def listing(value: Any) -> list:
 
 def counts(value: Any) -> dict[str, int]:
     """{reason: how often}, the most frequent first."""
-    found = {str(k): int(n) for k, v in table(value).items() if (n := amount(v))}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    known = {str(k): int(n) for k, v in table(value).items() if (n := amount(v))}
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
 
 
 def interval_of(scores: dict, key: str) -> list[float] | None:
     """[low, high] of a score, where scores.json has it."""
-    ends = [found for x in listing(table(scores.get("intervals")).get(key)) if (found := number(x)) is not None]
+    ends = [end for x in listing(table(scores.get("intervals")).get(key)) if (end := number(x)) is not None]
     return sorted(ends) if len(ends) == 2 else None
 
 
@@ -75,10 +75,10 @@ class Files:
         except OSError as error:
             self.notes.append(f"{name} cannot be read: {error.strerror}")
             return {}
-        found = parsed(data)
-        if found is None:
+        value = parsed(data)
+        if value is None:
             self.notes.append(f"{name} is damaged or half-written; it is left out")
-        return found or {}
+        return value or {}
 
     def lines(self, name: str) -> Iterator[tuple[int, dict]]:
         """(offset in the file, record) of each line that can be read; the others are counted."""

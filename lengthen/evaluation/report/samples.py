@@ -50,7 +50,7 @@ def passed(row: dict) -> bool:
 
 def extender_data(numbers: dict, stages: list[dict]) -> list[dict]:
     """Per iteration: what became of drafts and extensions, by reason; lengths before and after; the gains."""
-    found = []
+    entries = []
     for part, kinds in numbers.items():
         entry: dict[str, Any] = {"part": display(part), "funnels": []}
         metas = {s["stage"]: s["meta"] for s in stages if s["part"] == part}
@@ -73,8 +73,8 @@ def extender_data(numbers: dict, stages: list[dict]) -> list[dict]:
         entry["gain_median"] = median([g for g, _ in entry["gains"]])
         entry["min_gain"] = number(table(metas.get("extend", {}).get("settings")).get("min_gain"))
         if entry["funnels"]:
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def pair_rows(numbers: dict) -> list[dict]:

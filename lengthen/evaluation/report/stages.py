@@ -29,8 +29,8 @@ def read_stages(files: Files, models: list[dict]) -> list[dict]:
         for role in ("generator", "extender"):
             meta = files.object(f"{part}/{role}/meta.json")
             if meta or (files.run / part / role).is_dir():
-                told = table(meta.get("summary"))
-                stages.append(stage_entry(part, f"train {role}", meta, amount(told.get("tokens")), None))
+                summary = table(meta.get("summary"))
+                stages.append(stage_entry(part, f"train {role}", meta, amount(summary.get("tokens")), None))
     for index, model in enumerate(models):
         meta = files.object(f"{model['part']}/outputs.meta.json")
         if meta:
@@ -76,17 +76,17 @@ def cost_data(stages: list[dict]) -> dict | None:
 
 def progress_of(stages: list[dict]) -> list[str]:
     """What is under way, as sentences."""
-    told = []
+    sentences = []
     for s in stages:
         if s["status"] == "done" and s.get("scored", True):
             continue
         where = f"{s['part']}, {s['stage']}"
         if s["status"] == "done":
-            told.append(f"{where}: answered, not scored")
+            sentences.append(f"{where}: answered, not scored")
         else:
             kept = f", {s['accepted']:,.0f} kept so far" if s["accepted"] is not None else ""
-            told.append(f"{where}: {'not finished' if s['status'] == 'running' else 'no sidecar'}{kept}")
-    return told
+            sentences.append(f"{where}: {'not finished' if s['status'] == 'running' else 'no sidecar'}{kept}")
+    return sentences
 
 
 def read_losses(files: Files) -> list[dict]:
@@ -124,10 +124,10 @@ def settings_data(summary: dict, stages: list[dict]) -> dict:
     per_stage = []
     for stage in stages:
         meta = stage["meta"]
-        told = {**table(meta.get("info")), **table(meta.get("settings"))}
-        if told:
+        settings = {**table(meta.get("info")), **table(meta.get("settings"))}
+        if settings:
             title = f"{stage['part']}, {stage['stage']}"
-            per_stage.append({"title": title, "rows": [[k, flat(v)] for k, v in told.items()]})
+            per_stage.append({"title": title, "rows": [[k, flat(v)] for k, v in settings.items()]})
     return {"run": run, "versions": [[k, " and ".join(v)] for k, v in versions.items()], "stages": per_stage}
 
 

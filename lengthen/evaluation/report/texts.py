@@ -92,7 +92,7 @@ class Texts:
 
 
 def pack_answers(files: Files, models: list[dict], texts: Texts) -> dict:
-    """Queries with the answers of all models, in a seeded order where not all of them fit."""
+    """Queries with the answers of all models, in a seeded order if not all of them fit."""
     by_query: dict[str, list[tuple[int, dict]]] = {}
     for index, model in enumerate(models):
         for answer in model["answers"]:
@@ -118,23 +118,23 @@ def pack_answers(files: Files, models: list[dict], texts: Texts) -> dict:
 
 
 def pack_samples(files: Files, rows: list[dict], texts: Texts) -> dict:
-    """Rows [part, kind, outcome, finish, words, initial, rounds, texts]; a seeded choice of them where not all fit."""
-    found = {"outcomes": [row["outcome"] for row in rows], "finishes": [row["finish"] for row in rows]}
-    found |= {"parts": [display(row["part"]) for row in rows], "kinds": list(SLOTS)}
-    lists = {name: list(dict.fromkeys(values)) for name, values in found.items()}
+    """Rows [part, kind, outcome, finish, words, initial, rounds, texts]; a seeded choice of them if not all fit."""
+    values = {"outcomes": [row["outcome"] for row in rows], "finishes": [row["finish"] for row in rows]}
+    values |= {"parts": [display(row["part"]) for row in rows], "kinds": list(SLOTS)}
+    lists = {name: list(dict.fromkeys(all_of)) for name, all_of in values.items()}
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
     packed = {}
-    for place in order:
+    for index in order:
         if texts.bytes > MAX_BYTES:
             break
-        row = rows[place]
+        row = rows[index]
         record = files.line_at(row["file"], row["offset"])
         if row["kind"] == "extension" and not row["rounds"]:
             record["response"] = ""  # it is the draft once more
         numbers = [texts.add(record.get(field)) for _, field in SLOTS[row["kind"]]]
         texts.rows += 1
-        packed[place] = [
+        packed[index] = [
             lists["parts"].index(display(row["part"])),
             lists["kinds"].index(row["kind"]),
             lists["outcomes"].index(row["outcome"]),

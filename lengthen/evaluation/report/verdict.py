@@ -19,10 +19,10 @@ def verdict(models: list[dict]) -> dict:
     base = next((m for m in models if m["kind"] == "base" and m["scores"]), None)
     if not base or not trained:
         alone = trained[-1] if trained else base
-        told = (
+        state = (
             f"{sentence_name(alone)} alone has been evaluated" if alone else "No model of this run has been evaluated"
         )
-        return {"shows": [f"{told} so far."], "not": ["Growth, or that there is none."]}
+        return {"shows": [f"{state} so far."], "not": ["Growth, or that there is none."]}
     last = trained[-1]
     old, new = (number(m["scores"].get("words_median")) for m in (base, last))
     shows: list[str] = []
@@ -39,8 +39,8 @@ def verdict(models: list[dict]) -> dict:
     if old and iterations and (before := number(iterations[-1]["scores"].get("words_median"))) is not None:
         name = iterations[-1]["name"]
         shows.append(f"After {name}, before the fine-tune on length demands, it was {before / old:.2f} times.")
-    apart, told = controls_say(models, last)
-    (shows if apart else limits).append(told)
+    apart, sentence = controls_say(models, last)
+    (shows if apart else limits).append(sentence)
     queries = amount(last["scores"].get("rows"))
     if queries is not None and queries < FEW_QUERIES:
         limits.append(f"{queries:,.0f} queries are too few to tell growth from luck.")
@@ -65,8 +65,8 @@ def grown(before: dict, after: dict) -> tuple[Interval | None, str]:
     def words(model: dict) -> dict:
         return by_query((a["query"], a["words"] if a["ended"] else None) for a in model["answers"])
 
-    found = growth(words(before), words(after))
-    return found.interval, "paired by query" if found.paired else "not paired: other queries"
+    change = growth(words(before), words(after))
+    return change.interval, "paired by query" if change.paired else "not paired: other queries"
 
 
 def told_apart(base: dict, last: dict) -> str:
@@ -81,28 +81,30 @@ def told_apart(base: dict, last: dict) -> str:
 
 def worse_endings(base: dict, last: dict) -> list[str]:
     """One sentence on EOS and loops; more than 5 points worse than the base model is the limit that was set."""
-    told = []
+    clauses = []
     for key, name, sign in (("eos_share", "ends by itself in", -1), ("loop_rate", "loops in", 1)):
         old, new = (number(m["scores"].get(key)) for m in (base, last))
         if old is not None and new is not None:
             worse = sign * (new - old) > 0.05
-            told.append((worse, f"{name} {100 * new:.0f}\u00a0% of the answers (base: {100 * old:.0f}\u00a0%)"))
-    if not told:
+            clauses.append((worse, f"{name} {100 * new:.0f}\u00a0% of the answers (base: {100 * old:.0f}\u00a0%)"))
+    if not clauses:
         return []
-    start = "But it" if any(worse for worse, _ in told) else "It"
-    return [f"{start} {' and '.join(sentence for _, sentence in told)}."]
+    start = "But it" if any(worse for worse, _ in clauses) else "It"
+    return [f"{start} {' and '.join(sentence for _, sentence in clauses)}."]
 
 
 def controls_say(models: list[dict], last: dict) -> tuple[bool, str]:
     """(the method stands out, a sentence): was it the method, or would the longest control have done as well?"""
     controls = [(number(m["scores"].get("words_median")), m) for m in models if m["kind"] == "control"]
-    found = [(words, m) for words, m in controls if words is not None]
+    known = [(words, m) for words, m in controls if words is not None]
     mine = number(last["scores"].get("words_median"))
-    if not found or mine is None:
+    if not known or mine is None:
         return False, "Whether the extensions, and nothing cheaper, made the difference: no control was evaluated."
-    words, control = max(found, key=lambda pair: pair[0])
-    told = f"The longest control, {control['name'].removeprefix('control ')}, writes {words:,.0f} words in the median"
+    words, control = max(known, key=lambda pair: pair[0])
+    sentence = (
+        f"The longest control, {control['name'].removeprefix('control ')}, writes {words:,.0f} words in the median"
+    )
     ends, how = grown(control, last)
     if ends and ends[0] > 1:
-        return True, f"{told}; the method's is {ends[0]:.2f} to {ends[1]:.2f} times that (95\u00a0%, {how})."
-    return False, f"{told}: the method is not set apart from it."
+        return True, f"{sentence}; the method's is {ends[0]:.2f} to {ends[1]:.2f} times that (95\u00a0%, {how})."
+    return False, f"{sentence}: the method is not set apart from it."

@@ -1,0 +1,219 @@
+"""Stage commands as data: a step's settings are its flags. Rendered as commands and as a shell script, and run.
+
+Whoever plans commands (run.py, the study in bench/) makes and changes steps; `command_of` alone knows how they are
+spelt. Everything that a stage writes to stderr is shown as it comes and kept in the run's folder, in run.log.
+"""
+
+import ctypes
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tty
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from lengthen import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL_WIDTH = 116  # columns of a line in a shell script, before the backslash
+CLOCK = "%Y-%m-%d %H:%M:%S"  # local time, in run.log
+CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and movements of the cursor (ECMA-48, control sequences)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage command."""
+
+    part: str  # the folder of the run it belongs to: iter_K, final, eval/NAME, controls/NAME
+    name: str  # what it does there: instructions, train generator
+    command: tuple[str, ...]  # script and subcommand: ("generate.py", "responses")
+    settings: dict[str, Any]  # its flags, `output` among them: {"model": "smollm2", "max_new_tokens": 360, ...}
+    control: str = ""  # the control it belongs to; the method itself has none
+
+    @property
+    def output(self) -> str:
+        return self.settings["output"]
+
+
+def moved(step: Step, part: str, control: str = "", **changes: Any) -> Step:
+    """A copy of a step in another folder of the run, with other settings: what controls and studies are made of."""
+    root, _, file = step.output.rpartition(step.part)
+    settings = {name: value for name, value in (step.settings | changes).items() if name != "output"}
+    return replace(step, part=part, control=control, settings={**settings, "output": f"{root}{part}{file}"})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As commands
+
+
+def command_of(step: Step) -> list[str]:
+    """The words of a step's command, without the interpreter. A setting of "", False or [] leaves its flag out."""
+    return [*step.command, *(word for name, value in step.settings.items() for word in flag_words(name, value))]
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """("max_rows", 8) -> ["--max-rows", "8"]"""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag] if value else []
+    if isinstance(value, list):
+        return [flag, *map(str, value)] if value else []
+    if isinstance(value, tuple):  # one word: (50, 100) -> 50,100
+        return [flag, ",".join(map(str, value))]
+    return [flag, str(value)] if value != "" else []
+
+
+def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str], variables: Mapping[str, str]) -> str:
+    """Steps as a shell script that works when pasted.
+
+    made_by: the command that runs the same; heading: what stands above the commands of one part; variables: words, and
+    beginnings of paths, that the script names once.
+    """
+    names = {name: value for name, value in variables.items() if shlex.quote(value) == value}  # safe without quotes
+
+    def word(text: str) -> str:
+        # runs/demo/iter_1 -> $RUN/iter_1, whatever else it holds in quotes of its own
+        for name, value in names.items():
+            if text == value or text.startswith(value + "/"):
+                rest = text.removeprefix(value)
+                return f"${name}" + (shlex.quote(rest) if rest else "")
+        return shlex.quote(text)
+
+    lines = ["#!/bin/sh", f"# {made_by}", "set -e", " ".join(f"{name}={value}" for name, value in names.items())]
+    if Path.cwd() != ROOT:
+        lines.insert(3, f"cd {shlex.quote(str(ROOT))}")
+    # One line per command where it fits; a flag and its values stay together.
+    for before, step in zip([None, *steps], steps, strict=False):
+        if before is None or heading(before) != heading(step):
+            lines.append(f"# {heading(step)}")
+        line = f"python {' '.join(step.command)}"
+        for name, value in step.settings.items():
+            text = " ".join(map(word, flag_words(name, value)))
+            if text and len(line) + len(text) > SHELL_WIDTH:
+                lines.append(f"{line} \\")
+                line = "   "
+            line += f" {text}" if text else ""
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running them
+
+
+def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
+    """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing)."""
+    results: list[dict] = []
+    ended: list[str] = []
+    Path(run).mkdir(parents=True, exist_ok=True)
+    with open(Path(run) / "run.log", "a", encoding="utf-8") as log:
+        for number, step in enumerate(steps, start=1):
+            # What follows of a control would read what did not come out.
+            if step.control in ended:
+                continue
+            cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
+            cli.say(f"$ python {shlex.join(command_of(step))}")
+            if (result := run_step(step, log)) is None:
+                ended.append(step.control)
+            else:
+                results.append({**result, "part": step.part, "stage": step.name})
+    return results, ended
+
+
+def run_step(step: Step, log: TextIO) -> dict | None:
+    """Run one stage; its last line of stdout is the summary. Where it fails, so do we.
+
+    None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
+    """
+    command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
+    # The header is on disk before the stage starts: a run that hangs says in which.
+    log.write(f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
+    log.flush()
+    # Looked up when called: tests put a function in its place that runs the stage in this process.
+    code, output = run_command(command, log)
+    log.write(f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
+    log.flush()
+    if code == 3 and step.control:
+        cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
+        return None
+    if code:
+        hints = {
+            3: "too few records came out: the lines above count why; mend it and run the same command again",
+            130: "run the same command again to go on",
+        }
+        hint = hints.get(code, "mend that and run the same command again: what is finished is kept")
+        cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
+        sys.exit(code)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+    """Run a script of ours; (its exit code, its stdout). Its stderr is shown as it comes, its lines are kept in `log`.
+
+    Ctrl-C reaches the script by itself: both are in the terminal's foreground. SIGTERM is passed on.
+    """
+
+    def die_with_parent() -> None:
+        # Should we be killed outright, the stage stops too (and resumes later), instead of holding the file's lock.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    # On a terminal the stage writes to one as well, or it would draw no progress bars.
+    ours, theirs = pty.openpty() if sys.stderr.isatty() else os.pipe()
+    if os.isatty(theirs):
+        tty.setraw(theirs)  # bytes pass as they are: the real terminal does the rest
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    os.close(theirs)  # the stage has it now: reading ours ends when the stage does
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    showing = threading.Thread(target=show_and_keep, args=(ours, log), daemon=True)
+    showing.start()
+    while True:
+        try:
+            output, _ = process.communicate()
+            break
+        except KeyboardInterrupt:  # let the stage finish what it must
+            continue
+    signal.signal(signal.SIGTERM, before)
+    showing.join(10)  # seconds: a process that the stage left running may hold its stderr open
+    code = process.returncode
+    return (128 - code if code < 0 else code), output
+
+
+def show_and_keep(source: int, log: TextIO) -> None:
+    """Copy what comes to our stderr, byte by byte; lines go to the log too, without what a progress bar drew over."""
+    rest = b""
+    with suppress(OSError), os.fdopen(source, "rb", buffering=0) as reader:  # EIO: the other end of a pty is closed
+        while data := reader.read(1 << 16):
+            with suppress(OSError):  # nobody looks any more: the log goes on
+                sys.stderr.buffer.write(data)
+                sys.stderr.buffer.flush()
+            # Whole lines only: a character of several bytes may come in two reads.
+            *lines, rest = (rest + data).split(b"\n")
+            log.writelines(map(logged, lines))
+            log.flush()
+            rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]  # what a bar has drawn over, for hours, is not kept
+    if rest.strip():
+        log.write(logged(rest))
+
+
+def logged(line: bytes) -> str:
+    """A line as it stood on the screen at last: what comes after the return to its beginning, without colours."""
+    text = line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2]
+    return cli.printable(CODES.sub("", text).rstrip()) + "\n"

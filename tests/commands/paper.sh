@@ -1,0 +1,26 @@
+#!/bin/sh
+set -e
+python generate.py instructions --model M --language both --seed 0 --seeds prompts/seeds.en.jsonl prompts/seeds.zh.jsonl --count 5000 --long-words 2000 --output runs/paper/iter_1/instructions.jsonl
+python generate.py responses --model M --language both --seed 0 --input runs/paper/iter_1/instructions.jsonl --max-attempts 20 --output runs/paper/iter_1/responses.jsonl --samples 2
+python extend.py --model M --language both --seed 0 --input runs/paper/iter_1/responses.jsonl --samples 2 --rounds 3 --stages 2 --max-attempts 20 --min-gain 1.2 --penalty-scope output --output runs/paper/iter_1/extended.jsonl
+python train.py --role generator --model M --language both --seed 0 --input runs/paper/iter_1/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_1/generator
+python train.py --role extender --model M --language both --seed 0 --input runs/paper/iter_1/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_1/extender
+python generate.py instructions --model M --language both --seed 0 --seeds prompts/seeds.en.jsonl prompts/seeds.zh.jsonl --dedup-against runs/paper/iter_1/instructions.jsonl --count 5000 --long-words 2000 --output runs/paper/iter_2/instructions.jsonl
+python generate.py responses --model M --language both --seed 0 --adapter runs/paper/iter_1/generator --input runs/paper/iter_2/instructions.jsonl --max-attempts 20 --output runs/paper/iter_2/responses.jsonl --samples 2
+python extend.py --model M --language both --seed 0 --adapter runs/paper/iter_1/extender --input runs/paper/iter_2/responses.jsonl --samples 2 --rounds 3 --stages 2 --max-attempts 20 --min-gain 1.2 --penalty-scope output --output runs/paper/iter_2/extended.jsonl
+python train.py --role generator --model M --language both --seed 0 --adapter runs/paper/iter_1/generator --input runs/paper/iter_2/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_2/generator
+python train.py --role extender --model M --language both --seed 0 --adapter runs/paper/iter_1/extender --input runs/paper/iter_2/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_2/extender
+python generate.py instructions --model M --language both --seed 0 --seeds prompts/seeds.en.jsonl prompts/seeds.zh.jsonl --dedup-against runs/paper/iter_1/instructions.jsonl runs/paper/iter_2/instructions.jsonl --count 5000 --long-words 2000 --output runs/paper/iter_3/instructions.jsonl
+python generate.py responses --model M --language both --seed 0 --adapter runs/paper/iter_2/generator --input runs/paper/iter_3/instructions.jsonl --max-attempts 20 --output runs/paper/iter_3/responses.jsonl --samples 2
+python extend.py --model M --language both --seed 0 --adapter runs/paper/iter_2/extender --input runs/paper/iter_3/responses.jsonl --samples 2 --rounds 3 --stages 2 --max-attempts 20 --min-gain 1.2 --penalty-scope output --output runs/paper/iter_3/extended.jsonl
+python train.py --role generator --model M --language both --seed 0 --adapter runs/paper/iter_2/generator --input runs/paper/iter_3/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_3/generator
+python train.py --role extender --model M --language both --seed 0 --adapter runs/paper/iter_2/extender --input runs/paper/iter_3/extended.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/iter_3/extender
+python generate.py instructions --model M --language both --seed 0 --seeds prompts/seeds.en.jsonl prompts/seeds.zh.jsonl --dedup-against runs/paper/iter_1/instructions.jsonl runs/paper/iter_2/instructions.jsonl runs/paper/iter_3/instructions.jsonl --count 5000 --long-words 2000 --output runs/paper/final/instructions.jsonl
+python generate.py responses --model M --language both --seed 0 --adapter runs/paper/iter_3/generator --input runs/paper/final/instructions.jsonl --max-attempts 20 --output runs/paper/final/responses.jsonl --samples 1 --no-length-bias
+python generate.py constrain --model M --language both --seed 0 --input runs/paper/iter_1/extended.jsonl runs/paper/iter_2/extended.jsonl runs/paper/iter_3/extended.jsonl runs/paper/final/responses.jsonl --demand-min 2000 --demand-max 8000 --demand-steps 1000,2000 --max-attempts 5 --output runs/paper/final/constrained.jsonl
+python train.py --role generator --model M --language both --seed 0 --input runs/paper/final/constrained.jsonl --rank 8 --alpha 16 --learning-rate 0.0001 --epochs 4 --output runs/paper/final/generator
+python evaluate.py --model M --language both --seed 0 --benchmark mini --output runs/paper/eval/base
+python evaluate.py --model M --language both --seed 0 --adapter runs/paper/iter_1/generator --benchmark mini --output runs/paper/eval/iter_1
+python evaluate.py --model M --language both --seed 0 --adapter runs/paper/iter_2/generator --benchmark mini --output runs/paper/eval/iter_2
+python evaluate.py --model M --language both --seed 0 --adapter runs/paper/iter_3/generator --benchmark mini --output runs/paper/eval/iter_3
+python evaluate.py --model M --language both --seed 0 --adapter runs/paper/final/generator --benchmark mini --output runs/paper/eval/final

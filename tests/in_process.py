@@ -1,0 +1,92 @@
+"""The loop with its stages in one process: `run_command` takes the place of the one in lengthen/steps.py.
+
+A stage that is a process of its own spends most of the tests' time on importing torch. What a process adds (signals,
+exit codes, run.log) is tested in test_run.py and test_steps.py, and by the loop of test_end_to_end_real.py.
+"""
+
+import importlib
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TextIO
+
+from lengthen import cli, records, steps
+from lengthen.records import LowYield, UserError
+
+SERVER = multiprocessing.get_context("forkserver")  # its children have imported all, and have no threads yet
+SERVER.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "lengthen.models.loading"])
+
+
+def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+    """As lengthen.steps.run_command, by a call of the script's main."""
+    stdout = io.StringIO()
+    with redirect_stdout(stdout):
+        try:
+            importlib.import_module(command[0].removesuffix(".py")).main(list(command[1:]))
+        except UserError as error:
+            cli.say(f"error: {error.message}")
+            return (3 if isinstance(error, LowYield) else 2), stdout.getvalue()
+    return 0, stdout.getvalue()
+
+
+@contextmanager
+def each_write(told: Callable[[], None]) -> Iterator[None]:
+    """`told` is called before every write and every rename of a file of records."""
+    write, replace = records._write, records._replace
+
+    def telling_write(descriptor: int, data: bytes) -> int:
+        told()
+        return write(descriptor, data)
+
+    def telling_replace(source: Path, target: Path) -> None:
+        told()
+        replace(source, target)
+
+    records._write, records._replace = telling_write, telling_replace
+    try:
+        yield
+    finally:
+        records._write, records._replace = write, replace
+
+
+def loop(argv: Sequence[str]) -> tuple[str, str]:
+    """run.py with these flags; (its stdout, its stderr)."""
+    import run
+
+    real, steps.run_command = steps.run_command, run_command
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            run.main(list(argv))
+    finally:
+        steps.run_command = real
+    return stdout.getvalue(), stderr.getvalue()
+
+
+def loop_until(argv: Sequence[str], writes: int) -> int:
+    """The same in a child that sends itself a SIGKILL before that write; its exit code."""
+    process = SERVER.Process(target=_dying_loop, args=(list(argv), writes))
+    process.start()
+    process.join(3600)  # s, for a hang
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def _dying_loop(argv: list[str], writes: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    count = 0
+
+    def told() -> None:
+        nonlocal count
+        count += 1
+        if count == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with each_write(told):
+        loop(argv)

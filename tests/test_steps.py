@@ -1,0 +1,99 @@
+"""steps.py: how a step is spelt, and what is kept of what it says.   python -m pytest tests/test_steps.py"""
+
+import io
+import os
+import pty
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lengthen import steps
+from lengthen.steps import Step, command_of, moved
+
+# A stage of a test: plain lines, a bar that is drawn over and over with a line above it in between, one torn line.
+STAGE = """
+import sys, time
+from rich.console import Console
+from rich.progress import track
+print("not the summary")
+console = Console(stderr=True)
+console.print("[bold red]error:[/] nothing, on a terminal:", console.is_terminal)
+for i in track(range(6), console=console, description="drawn"):
+    time.sleep(0.12)
+    if i == 3:
+        console.print("a line above the bar")
+print("\\u957f\\x1b]0;title\\x07 and no end", file=sys.stderr, end="", flush=True)
+print('{"seconds": 1}')
+raise SystemExit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Step:
+    (tmp_path / "stage.py").write_text(STAGE)
+    return Step("iter_1", "extend", (str(tmp_path / "stage.py"),), {"exit": 0, "output": f"{tmp_path}/iter_1/out"})
+
+
+def test_settings_become_flags():
+    settings = {
+        "model": "m",
+        "adapter": "",
+        "no_probes": True,
+        "offload": False,
+        "input": ["a", "b c"],
+        "dedup_against": [],
+        "demand_steps": (50, 100),
+        "limit": 0,
+        "learning_rate": 2e-4,
+    }
+    words = ["--model", "m", "--no-probes", "--input", "a", "b c", "--demand-steps", "50,100", "--limit", "0"]
+    step = Step("iter_1", "extend", ("generate.py", "responses"), settings)
+    assert command_of(step) == ["generate.py", "responses", *words, "--learning-rate", "0.0002"]
+
+
+def test_a_moved_step_is_the_same_elsewhere_but_for_its_changes():
+    step = Step("iter_1", "extend", ("extend.py",), {"rounds": 3, "output": "runs/iter_1/iter_1/extended.jsonl"})
+    copy = moved(step, "controls/x", "x", rounds=1, stages=1)
+    assert copy.settings == {"rounds": 1, "stages": 1, "output": "runs/iter_1/controls/x/extended.jsonl"}
+    assert (copy.part, copy.control, copy.name) == ("controls/x", "x", "extend") and step.settings["rounds"] == 3
+
+
+def test_what_a_stage_says_is_shown_at_once_and_kept(step, tmp_path, capfd):
+    results, ended = steps.execute([step, step], str(tmp_path))
+    assert results == [{"seconds": 1, "part": "iter_1", "stage": "extend"}] * 2 and not ended
+    shown, log = capfd.readouterr().err, (tmp_path / "run.log").read_text()
+    for text in (shown, log):
+        assert text.count("error: nothing, on a terminal: False\n") == 2
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert len(re.findall(rf"^{stamp}  iter_1 extend\n\$ python \S+stage.py --exit 0 --output \S+$", log, re.M)) == 2
+    assert len(re.findall(rf"^{stamp}  iter_1 extend: exit code 0 after \d\.\d s$", log, re.M)) == 2
+
+
+def test_a_terminal_has_its_bars_and_the_log_has_lines(step, tmp_path, monkeypatch):
+    ours, theirs = pty.openpty()
+    monkeypatch.setattr(sys, "stderr", open(theirs, "w"))
+    log = io.StringIO()
+    code, output = steps.run_command([*step.command, "--exit", "5"], log)
+    shown = ""
+    while not shown.endswith(" and no end"):
+        shown += os.read(ours, 1 << 16).decode()
+    assert code == 5 and output == 'not the summary\n{"seconds": 1}\n'
+    assert shown.count("drawn") > 2 and "\x1b[1;31m" in shown and "\x1b[2K" in shown  # drawn over, in colours
+    lines = [line.rstrip() for line in log.getvalue().splitlines()]
+    assert all(line.isprintable() for line in lines)
+    assert lines[:2] == ["error: nothing, on a terminal: True", "a line above the bar"]
+    assert "drawn" in lines[2] and "100%" in lines[2] and len(lines) == 4  # the bar as it stood at last
+    assert lines[3].startswith("长") and lines[3].endswith(" and no end")
+
+
+def test_a_stage_that_fails_ends_the_run_and_a_control_only_itself(step, tmp_path):
+    low = Step(step.part, step.name, step.command, {**step.settings, "exit": 3}, control="told")
+    results, ended = steps.execute([low, low, step], str(tmp_path))
+    assert ended == ["told"] and len(results) == 1  # what follows of that control is not run
+    for code in (2, 3, 130):
+        failing = Step(step.part, step.name, step.command, {**step.settings, "exit": code})
+        with pytest.raises(SystemExit) as error:
+            steps.execute([failing], str(tmp_path))
+        assert error.value.code == code and f"exit code {code} after" in (tmp_path / "run.log").read_text()
