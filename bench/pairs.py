@@ -28,12 +28,16 @@ import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
 # isort: split
 import train
+from lengthen.cli import InputFlags, ModelFlags, OutputFlags
 from lengthen.models.chat import Chat
 from lengthen.models.loading import load_tokenizer
 from lengthen.records import each_record
-from lengthen.training.checkpoint import TrainingFolder
+from lengthen.training.folder import TrainingFolder
 from lengthen.training.packed import pack
 from lengthen.training.parallel import Processes
+from lengthen.training.settings import PairFlags, Training
+
+LONGEST = 1_000_000  # tokens of a pair: none is left out
 
 
 def write_records(path: Path, args: argparse.Namespace) -> None:
@@ -53,18 +57,18 @@ def write_records(path: Path, args: argparse.Namespace) -> None:
             handle.write(json.dumps({"id": str(number), "language": "en", "finish": "eos", **fields}) + "\n")
 
 
-def flags_of(args: argparse.Namespace, path: Path) -> argparse.Namespace:
-    io = ["--input", str(path), "--output", str(path.parent / "out"), "--model", args.model]
-    return train.parse_args(["--role", "extender", "--max-length", "1000000", *io])
+def training_of(args: argparse.Namespace, path: Path) -> Training:
+    out, pairs = OutputFlags(str(path.parent / "out"), overwrite=True), PairFlags("extender", max_length=LONGEST)
+    return Training(InputFlags([str(path)]), out, ModelFlags(args.model), pairs)
 
 
 def ours(args: argparse.Namespace, path: Path) -> dict:
-    flags, chat = flags_of(args, path), Chat(load_tokenizer(args.model))
-    settings = {name: getattr(flags, name) for name in train.SETTINGS} | {"templates": {}}
-    io = {"inputs": flags.input, "overwrite": True, "allow_partial": False}
+    training, chat = training_of(args, path), Chat(load_tokenizer(args.model))
+    settings = {**training.recorded(), "templates": {}}
+    io = {"inputs": training.inputs.input, "overwrite": True, "allow_partial": False}
     started = time.perf_counter()
-    with TrainingFolder(flags.output, settings=settings, **io) as folder:
-        pairs = train.pairs_of(flags, folder, chat, 1_000_000, Processes())
+    with TrainingFolder(training.out.output, settings=settings, **io) as folder:
+        pairs = train.pairs_of(training, folder, chat, LONGEST, Processes())
     tokens = 0
     for step in range(len(pairs)):
         (row,) = train.split_rows([pairs[i] for i in train.step_pairs(step, len(pairs), 1, 0)], 1, 1 << 30)
@@ -73,10 +77,10 @@ def ours(args: argparse.Namespace, path: Path) -> dict:
 
 
 def bare(args: argparse.Namespace, path: Path) -> dict:
-    flags, tokenizer = flags_of(args, path), load_tokenizer(args.model)
+    keep_lines, tokenizer = training_of(args, path).pairs.kept_lines, load_tokenizer(args.model)
     texts = []
     for record in each_record(path):
-        texts += [train.to_messages(record, "extender", flags.keep_lines, 0)[0]["content"], record["response"]]
+        texts += [train.to_messages(record, "extender", keep_lines, 0)[0]["content"], record["response"]]
     started = time.perf_counter()
     ids = tokenizer(texts)["input_ids"]
     return {"seconds": time.perf_counter() - started, "tokens": sum(map(len, ids))}

@@ -7,7 +7,7 @@
 On a GPU: shapes as in the names, random weights in NF4 with double quantisation (nothing is downloaded), LoRA on every
 linear layer, one row of T random tokens a step of which 95 % are targets, AdamW. --vram caps the allocator
 (torch.cuda.set_per_process_memory_fraction; the context, about 0.5 GB, is outside of the cap). Per method, each in a
-process of its own: tokens/s (median of 3 steps behind a first one) and peak allocated GB at 4K, 16K and 64K tokens, and
+process of its own: tokens/s (median of 3 steps after a first one) and peak allocated GB at 4K, 16K and 64K tokens, and
 the longest T that trains, by bisection to 2 %. The methods:
 
     ours                 train_step of train.py, with the settings that its plan chooses
@@ -42,12 +42,16 @@ from transformers import AutoConfig, PreTrainedModel
 
 import train
 from lengthen.models import lora
+from lengthen.models.cards import out_of_memory
 from lengthen.models.loading import load_model
-from lengthen.training.budget import meta_model
+from lengthen.records import UserError
+from lengthen.training.learner import Learner, adamw
 from lengthen.training.packed import examine
 from lengthen.training.pairs import Pair
 from lengthen.training.parallel import Processes
 from lengthen.training.policy import memory_of
+from lengthen.training.settings import LoraFlags, MemoryFlags
+from lengthen.training.shapes import meta_model
 
 SHAPES = {  # name: (family, rank, sizes)
     "Qwen2.5-7B": ("qwen2", 16, (152_064, 3584, 18_944, 28, 28, 4)),
@@ -114,14 +118,13 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Cal
     parameters = lora.attach(model, rank, 2 * rank)
     abilities = examine(model)
     model.train()
-    flags = "--role generator --model none --input none --output none".split()
-    flags += ["--rank", str(rank), "--vram", str(vram_gb)]
     nf4 = any(type(m).__name__ == "Linear4bit" for m in model.modules())
-    memory = memory_of(train.parse_args(flags), model, abilities, longest, Processes(), nf4=nf4)
-    optimizer = train.adamw(parameters, 1e-5, 32)
+    flags = MemoryFlags(vram=vram_gb, auto_shrink=True)
+    memory = memory_of(LoraFlags(rank=rank), flags, 32, model, abilities, longest, Processes(), nf4=nf4)
+    learner = Learner(model, abilities, memory, adamw(parameters, 1e-5, 32))
 
     def step(pairs: list[Pair]) -> str:
-        train.train_step(model, abilities, memory, optimizer, pairs, len(pairs), auto_shrink=True)
+        train.train_step(learner, pairs, len(pairs))
         return str(memory.choice(max(len(p.ids) for p in pairs)))
 
     return step
@@ -209,8 +212,8 @@ def fits(step: Callable, tokens: int, vocab: int) -> bool:
     try:
         step([sample(tokens, vocab)])
         return True
-    except (torch.OutOfMemoryError, train.UserError) as error:
-        if isinstance(error, train.UserError) and "out of memory" not in error.message:
+    except (RuntimeError, UserError) as error:
+        if not out_of_memory(error) and not (isinstance(error, UserError) and "out of memory" in error.message):
             raise
     torch.cuda.empty_cache()
     return False

@@ -14,8 +14,8 @@ The mathematics, with r = (mean(x^2) + eps)^(-1/2) and s = sigmoid(g):
     SwiGLU   a = g s u          dg = da u s (1 + g (1 - s))          du = da g s
     RoPE     (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), its gradient the rotation by the negative angle
 x1 and x2 are the halves of a head, c and s the first halves of cos and sin (the second halves repeat them). Norm
-weights are frozen: they get no gradient. The residual behind a norm is added by its backward pass (`dx +=`), the one in
-front of it by the matrix product that makes x.
+weights are frozen: they get no gradient. The residual after a norm is added by its backward pass (`dx +=`), the one
+before it by the matrix product that makes x.
 
 Shapes: x, n, dn, dx [..., N]; weight [N]; gate, up, da [T, I]; heads [T, heads, D]; cos, sin [T, D]. All contiguous, of
 one dtype (bf16, fp16 or fp32; fp64 on a CPU) and on one device. Not supported: trained norm weights, other activations.
@@ -35,7 +35,7 @@ def _fast(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32 at the least; no copy of what is."""
+    """In fp32, or fp64 for fp64; not copied if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -19,7 +19,7 @@ HEADS = 16  # heads per program of the rotation
 
 @triton.jit
 def _narrow(x, ptr, EMULATE: tl.constexpr):
-    """fp32 -> the type behind the pointer."""
+    """fp32 -> the type that the pointer points to."""
     if ptr.dtype.element_ty == tl.bfloat16:
         return _to_bf16(x, EMULATE)
     else:

@@ -7,8 +7,8 @@ It replaces
 and never holds z: at T = 16,384 tokens and V = 152,064 (Qwen2.5) z is 4.98 GB in bf16, 9.97 GB in fp32, and training
 wants it three times over (logits, softmax, gradient). Here the extra memory is at most 0.35 GB at any T.
 
-The mathematics, for one row h with target t. With LoRA the head is frozen, so only dh is needed; and since the target
-is known, the softmax can be taken relative to the target's own logit instead of the largest one:
+The mathematics, for one row h with target t. The head is frozen (LoRA adapts the decoder), so only dh is needed; and
+since the target is known, the softmax can be taken relative to the target's own logit instead of the largest one:
     z_j  = h . W_j                         the logits (fp32)
     E_j  = exp(z_j - z_t),  j != t         no pass for the maximum, no rescaling when it moves
     S    = sum_{j != t} E_j
@@ -24,13 +24,14 @@ flag is read once after all work is queued, and those rows are computed again re
 Shapes: hidden [T, H], weight [V, H], targets [T], all on one device; bf16, fp16, fp32 or fp64; the loss is fp32 (fp64
 for fp64). Two Triton paths for bf16 on CUDA (linear_cross_entropy_triton.py), plain torch in cache-sized tiles
 elsewhere, one contract. Ignored rows cost no matrix product. Sums run in a fixed order: the same bits every run.
-Not supported: label smoothing, class weights, z-loss, double backward; a second backward through the same loss (dh is
-scaled in place, so as not to hold it twice; fp64 keeps a copy, for gradcheck) raises.
+Not supported: a trained head (refused), weights of tokens or classes, label smoothing, z-loss, double backward; a
+second backward through the same loss (dh is scaled in place, so as not to hold it twice; fp64 keeps a copy, for
+gradcheck) raises.
 """
 
 import importlib.util
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, sta
     sums = zt.new_zeros(4, len(h))
     total, moment, largest, offset = sums
     offset.copy_(zt - r)
-    u = zt.new_zeros(h.shape) if grad else None  # sum_j E_j W_j
+    u = zt.new_zeros(h.shape if grad else (0,))  # sum_j E_j W_j
 
     for start, stop in tiles:
         x = _logits(h, head, start, stop)
@@ -174,34 +175,7 @@ def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, sta
         if head.softcap is None:
             scale, slope_t = scale * slope_t, 1.0  # a constant, not yet in u either
         u = u.sub_((total * slope_t)[:, None] * weight_t).mul_(scale[:, None])
-    return sums, u
-
-
-def _torch_weight_grad(h: Tensor, head: Head, t: Tensor, coef: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """dW [V, H], db [V] of a trainable head: every tile of logits once more, one fp32 tile of dW alive at a time."""
-    vocab, dim = head.weight.shape
-    dw = torch.empty_like(head.weight)
-    db = torch.empty(vocab, dtype=head.weight.dtype, device=h.device)
-    zt = torch.cat([_target_logits(h[a : a + 1024], head, t[a : a + 1024])[0] for a in range(0, len(h), 1024)])
-    for start, stop in _tiles(h[:1024], vocab):
-        dw_tile = torch.zeros(stop - start, dim, dtype=_acc(h), device=h.device)
-        db_tile = torch.zeros(stop - start, dtype=_acc(h), device=h.device)
-        for a in range(0, len(h), 1024):
-            rows = slice(a, a + 1024)
-            z = _logits(h[rows], head, start, stop)
-            slope = _slope(z, head)
-            p = z.sub_((zt + loss)[rows, None]).exp_()  # lse = z_t + loss
-            column = t[rows] - start
-            inside = (column >= 0) & (column < stop - start)
-            column = column.clamp(0, stop - start - 1)[:, None]
-            # p_t - 1 = -(1 - e^-loss) without the subtraction
-            p.scatter_(1, column, torch.where(inside[:, None], torch.expm1(-loss[rows])[:, None], p.gather(1, column)))
-            p.mul_(slope).mul_(coef[rows, None])
-            dw_tile.addmm_(p.T, h[rows].to(p.dtype))
-            db_tile += p.sum(dim=0)
-        dw[start:stop] = dw_tile
-        db[start:stop] = db_tile
-    return dw, db
+    return sums, u if grad else None
 
 
 # ---- all rows --------------------------------------------------------------------------------------------------------
@@ -237,11 +211,10 @@ def _rows_per_chunk(num_rows: int, vocab: int, dim: int, path: str) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, token_weights, options):
-        ignore_index, reduction, softcap, logit_scale, want_grad, want_stats, path = options
-        head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
+    def forward(ctx, hidden, head: Head, targets, rows, options):
+        ignore_index, reduction, want_grad, want_stats, path = options
         hidden = hidden.detach() if hidden.stride(1) == 1 else hidden.detach().contiguous()
-        num_tokens, vocab, dtype = len(hidden), len(weight), _acc(hidden)
+        num_tokens, vocab, dtype = len(hidden), len(head.weight), _acc(hidden)
         num_rows = num_tokens if rows is None else len(rows)
 
         # 1) compact to the rows that count; a target out of range is clamped (an index error on a GPU kills the whole
@@ -252,13 +225,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bad_rows = (targets != ignore_index).sum() != num_rows
         if rows is not None:
             bad_rows |= (rows[1:] <= rows[:-1]).any()
-        token_w = torch.ones(num_rows, dtype=dtype, device=hidden.device)
-        if token_weights is not None:
-            token_w = token_weights.to(dtype) if rows is None else token_weights[rows].to(dtype)
-        coef = token_w  # d(returned value) / d(loss of the row)
+        coef = torch.ones(num_rows, dtype=dtype, device=hidden.device)  # d(returned value) / d(loss of the row)
         if reduction == "mean":
-            norm = token_w.sum()
-            coef = token_w / norm.where(norm != 0, 1)
+            coef /= max(1, num_rows)
 
         # 2) chunks of rows; everything of a row is final when its chunk is done
         sums = torch.zeros(4, num_rows, dtype=dtype, device=hidden.device)
@@ -266,24 +235,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if want_grad:
             dh = (torch.empty if rows is None else torch.zeros)(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
-        def by_torch(where, picked, **options):
-            part, grad = _torch_chunk(hidden[picked], head, t[where], coef[where], want_grad, want_stats, **options)
-            sums[:, where] = part
-            if want_grad:
-                dh[picked] = grad.to(dh.dtype)
+        def by_torch(where, source, **options):
+            chunk, grad = _torch_chunk(hidden[source], head, t[where], coef[where], want_grad, want_stats, **options)
+            sums[:, where] = chunk
+            if dh is not None:
+                dh[source] = grad.to(dh.dtype)
 
         if path != "torch":
             from .linear_cross_entropy_triton import run_chunk
         step = _rows_per_chunk(num_rows, vocab, hidden.shape[1], path)
         for start in range(0, num_rows, step):
             where = slice(start, min(start + step, num_rows))
-            picked = where if rows is None else rows[where]
+            source = where if rows is None else rows[where]
             if path == "torch":
-                by_torch(where, picked)
+                by_torch(where, source)
             else:
-                target = dh[where] if want_grad and rows is None else dh
-                to = None if rows is None else picked
-                run_chunk(path, hidden[picked], head, t[where], coef[where], sums[:3, where], target, to, want_stats)
+                target = dh[where] if dh is not None and rows is None else dh
+                to = None if rows is None else source
+                run_chunk(path, hidden[source], head, t[where], coef[where], sums[:3, where], target, to, want_stats)
 
         # 3) the one host read
         overflow = ~(sums[0] < math.exp(MAX_EXPONENT))  # also catches NaN
@@ -300,57 +269,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for where in overflow.nonzero()[:, 0].split(256):
                 by_torch(where, where if rows is None else rows[where], from_max=True)
 
-        # 4) what is returned, and kept
+        # 4) what is returned; kept for the backward pass is dh alone
         total, moment, largest, offset = sums  # offset = z_t - r is 0 but in redone rows
         log_d = torch.log1p(torch.expm1(offset) + total)  # expm1(0) = 0: confident tokens keep every digit
-        loss = row_loss = log_d - offset
+        loss = log_d - offset
+        value = (loss * coef).sum()
         entropy, top1 = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool)
         if want_stats:
             entropy = log_d - (moment + offset.exp() * offset) / (offset.exp() + total)
             top1 = largest <= offset.exp()
-        if rows is not None:
-            spread = torch.zeros(3, num_tokens, dtype=dtype, device=hidden.device)
+        if rows is not None:  # ignored rows have 0 and False
+            spread = torch.zeros(2, num_tokens, dtype=dtype, device=hidden.device)
             spread[0, rows], spread[1, rows] = loss, entropy
-            loss, entropy = spread[0], spread[1]
+            loss, entropy = spread
             top1 = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device).index_copy_(0, rows, top1)
-        if reduction == "none":
-            value = loss if token_weights is None else loss * token_weights.to(dtype).where(targets != ignore_index, 0)
-        else:
-            value = (row_loss * coef).sum()
         stats = LossStats(-loss, entropy, top1)
-        ctx.dh, ctx.head, ctx.reduction = dh, head, reduction
-        ctx.trainable = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        if ctx.trainable:  # a frozen head keeps nothing but dh
-            ctx.save_for_backward(hidden, t, rows, coef, row_loss)
+        ctx.dh = dh
         ctx.mark_non_differentiable(*stats)
         return value, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        dh = dw = db = None
-        if ctx.needs_input_grad[0]:
-            if ctx.dh is None:
-                raise RuntimeError(
-                    "linear_cross_entropy: backward was already run through this loss; its gradient was scaled in place"
-                )
-            scale = grad[:, None] if ctx.reduction == "none" else grad
-            if ctx.dh.dtype == torch.float64:
-                dh = ctx.dh * scale
-            else:
-                dh, ctx.dh = ctx.dh.mul_(scale), None
-        if ctx.trainable:
-            hidden, t, rows, coef, row_loss = ctx.saved_tensors
-            h = hidden if rows is None else hidden[rows]
-            upstream = grad if ctx.reduction != "none" or rows is None else grad[rows]
-            dw, db = _torch_weight_grad(h, ctx.head, t, coef * upstream, row_loss)
-        return dh, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, *[None] * 4
+        if ctx.dh is None:
+            raise RuntimeError(
+                "linear_cross_entropy: backward was already run through this loss; its gradient was scaled in place"
+            )
+        if ctx.dh.dtype == torch.float64:
+            dh = ctx.dh * grad
+        else:
+            dh, ctx.dh = ctx.dh.mul_(grad), None
+        return dh, None, None, None, None
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------
 
 
-def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows, path) -> None:
+def _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path) -> None:
     def need(ok, what):
         if not ok:
             raise ValueError(f"linear_cross_entropy: {what}")
@@ -370,18 +325,16 @@ def _check(hidden, weight, targets, reduction, softcap, token_weights, bias, val
     if bias is not None:
         need(bias.shape == (len(weight),), f"bias must be [{len(weight)}], not {list(bias.shape)}")
         need(bias.dtype == hidden.dtype, f"bias is {bias.dtype}, hidden is {hidden.dtype}")
-    if token_weights is not None:
-        need(
-            token_weights.shape == (num_tokens,),
-            f"token_weights must be [{num_tokens}], not {list(token_weights.shape)}",
-        )
-    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("token_weights", token_weights)):
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
         need(
             x is None or x.device == hidden.device,
             f"{name} is on {x is not None and x.device}, hidden is on {hidden.device}",
         )
+        # Better no loss than a head that silently does not learn.
+        trained = x is not None and x.requires_grad and torch.is_grad_enabled()
+        need(not trained, f"{name} must be frozen: only the hidden states get a gradient")
     need(path in ("auto", "torch", "fused", "split"), f"path must be auto, torch, fused or split, not {path!r}")
-    need(reduction in ("mean", "sum", "none"), f"reduction must be mean, sum or none, not {reduction!r}")
+    need(reduction in ("mean", "sum"), f"reduction must be mean or sum, not {reduction!r}")
     need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
     if valid_rows is not None:
         need(
@@ -402,32 +355,33 @@ def linear_cross_entropy(
     reduction: str = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    token_weights: Tensor | None = None,
     bias: Tensor | None = None,
     valid_rows: Tensor | None = None,
     return_stats: bool = False,
     path: str = "auto",
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Any:  # Tensor, or (Tensor, LossStats)
     """Cross-entropy of hidden [T, H] against targets [T] (int64) through the head `weight` [V, H], without its logits.
 
-    token_weights [T] (>= 0) multiplies each token's loss; "mean" divides by the sum of the weights of the valid tokens.
-    Without any valid token "mean" is 0 with a zero gradient (torch: nan): an empty batch must not poison a run.
+    -> the mean or the sum over the tokens that are not ignored, a scalar in fp32 (fp64 for fp64); with return_stats
+    (loss, LossStats). Without any valid token the mean is 0 with a zero gradient (torch: nan): an empty batch must not
+    poison a run.
     valid_rows: ascending int64 index of the rows whose target is not ignore_index, best from the host that built the
     batch; without it, finding them is one host read. It is checked against the targets.
     path: "auto", or for tests and benches "torch", "fused", "split".
-    -> the loss in fp32 (fp64 for fp64), a scalar or ("none") [T] with 0 in ignored rows; with return_stats
-    (loss, LossStats). ValueError, one line naming the argument, for wrong shapes, dtypes, devices and targets.
+    ValueError, one line naming the argument, for wrong shapes, dtypes, devices and targets, and for a head that is
+    trained.
     """
-    _check(hidden, weight, targets, reduction, softcap, token_weights, bias, valid_rows, path)
+    _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path)
     if valid_rows is None:
         valid_rows = (targets != ignore_index).nonzero()[:, 0]
     # all rows valid: no gather and no scatter
     rows = None if len(valid_rows) == len(targets) else valid_rows.to(targets.device, non_blocking=True)
     path = _choose_path(path, hidden, weight)
     want_grad = torch.is_grad_enabled() and hidden.requires_grad
+    head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
-        options = (ignore_index, reduction, softcap, logit_scale, want_grad, return_stats, path)
-        value, *stats = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, token_weights, options)
+        options = (ignore_index, reduction, want_grad, return_stats, path)
+        value, *stats = _LinearCrossEntropy.apply(hidden, head, targets, rows, options)
     return (value, LossStats(*stats)) if return_stats else value
 
 
@@ -435,10 +389,11 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def plain_head(model: nn.Module) -> tuple[Head | None, str]:
+def plain_head(model: Any) -> tuple[Head | None, str]:
     """The head of a transformers causal LM -> (Head, ""), or (None, why the model must compute its own loss).
 
-    loss = linear_cross_entropy(model.get_decoder()(...).last_hidden_state[0], targets=..., **head._asdict())
+    model: a transformers.PreTrainedModel. loss = linear_cross_entropy(
+        model.get_decoder()(...).last_hidden_state[0], targets=..., **head._asdict())
     Only an unquantised nn.Linear without adapter or hooks is accepted, with the scalings named below, and only if it
     reproduces the model's own logits on eight tokens: a scaling that is not known here is found by that.
     """

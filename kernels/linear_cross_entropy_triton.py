@@ -254,7 +254,7 @@ def _exp_kernel(
             moment += e * d
             largest = tl.maximum(largest, e)
         if STORE:
-            # Block j is read at bytes 4jB.. and written at 2jB..: behind everything still to be read, except within
+            # Block j is read at bytes 4jB.. and written at 2jB..: before everything still to be read, except within
             # the first block. So all threads must have read theirs before any writes.
             tl.debug_barrier()
             tl.store(e_ptr + row * 2 * stride_z + n, _to_bf16(e_slope, EMULATE), mask=n < V)
@@ -428,7 +428,7 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
         _finish_kernel[(num_rows,)](
             *(u, weight, t, zt, part, coef, t if rows is None else rows, sums, dh if grad else part),
             *(num_rows, dim, parts),
-            *(weight.stride(0), dh.stride(0) if grad else 0, sums.stride(0)),
+            *(weight.stride(0), 0 if dh is None else dh.stride(0), sums.stride(0)),
             *(scale, cap),
             HAS_CAP=softcap is not None,
             HAS_ROWS=rows is not None,

@@ -170,9 +170,7 @@ def test_a_mistyped_command_is_two_lines(stage):
     assert lines[0].startswith("error:") and lines[1].startswith("hint:")
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(s, marks=pytest.mark.xfail(strict=True)) if s == "train" else s for s in STAGES]
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_mistyped_command_does_not_wait_for_torch(stage):
     assert "torch" not in mistyped(stage)[1]
 

@@ -48,28 +48,22 @@ def realistic(tokens, dim, vocab, dtype=torch.bfloat16, seed=0, low=-4.0, high=8
     return hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE)
 
 
-def truth(hidden, head, targets, upstream=None, weights=None, reduction="mean"):
-    """Loss and gradients (hidden, weight, bias) in float64 by autograd through the definition."""
-    leaves = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, head.weight, head.bias)]
-    loss, stats = linear_cross_entropy_reference(leaves[0], Head(*leaves[1:], *head[2:]), targets)
-    w = torch.ones_like(loss) if weights is None else weights.double()
-    w = w * (targets != -100)
-    loss = loss * w if reduction == "none" else (loss * w).sum()
-    if reduction == "mean":
-        loss = loss / w.sum().clamp(min=1e-300)
-    (loss * (1.0 if upstream is None else upstream.double())).sum().backward()
-    return loss.detach(), [None if x is None else x.grad for x in leaves], stats
+def truth(hidden, head, targets, upstream=1.0, reduction="mean"):
+    """(loss, loss of each token, gradient of hidden, stats) in float64, by autograd through the definition."""
+    x = hidden.detach().double().requires_grad_()
+    weight, bias = (None if y is None else y.detach().double() for y in head[:2])
+    losses, stats = linear_cross_entropy_reference(x, Head(weight, bias, *head[2:]), targets)
+    loss = losses.sum() / (max(1, (targets != -100).sum()) if reduction == "mean" else 1)
+    (loss * upstream).backward()
+    return loss.detach(), losses.detach(), x.grad, stats
 
 
-def ours(hidden, head, targets, upstream=None, train_head=False, **options):
+def ours(hidden, head, targets, upstream=1.0, **options):
+    """The same of the function under test."""
     x = hidden.detach().clone().requires_grad_()
-    weight = head.weight.detach().clone().requires_grad_(train_head)
-    bias = None if head.bias is None else head.bias.detach().clone().requires_grad_(train_head)
-    loss, stats = linear_cross_entropy(
-        x, weight, targets, bias=bias, softcap=head.softcap, logit_scale=head.logit_scale, return_stats=True, **options
-    )
-    (loss * (1.0 if upstream is None else upstream)).sum().backward()
-    return loss.detach(), [x.grad, weight.grad, None if bias is None else bias.grad], stats
+    loss, stats = linear_cross_entropy(x, targets=targets, return_stats=True, **head._asdict(), **options)
+    (loss * upstream).backward()
+    return loss.detach(), -stats.logprob, x.grad, stats
 
 
 def torch_own(hidden, weight, targets, upstream=None):
@@ -85,14 +79,12 @@ def error(a, b):
 
 
 def check(got, want, dtype):
-    (loss, grads, stats), (loss64, grads64, stats64) = got, want
-    assert ((loss - loss64).abs() <= 1e-5 * loss64.abs().clamp(min=1)).all()
-    for g, g64 in zip(grads, grads64, strict=True):
-        if g is not None:
-            assert g.dtype == dtype and error(g, g64) <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
-    for s, s64 in zip(stats[:2], stats64[:2], strict=True):
+    for loss, loss64 in zip(got[:2], want[:2], strict=True):  # of all tokens, and of each
+        assert ((loss - loss64).abs() <= 1e-5 * loss64.abs().clamp(min=1)).all()
+    assert got[2].dtype == dtype and error(got[2], want[2]) <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
+    for s, s64 in zip(got[3][:2], want[3][:2], strict=True):
         torch.testing.assert_close(s.double(), s64.double(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(stats.top1, stats64.top1)
+    assert torch.equal(got[3].top1, want[3].top1)
 
 
 # ---- right values ----------------------------------------------------------------------------------------------------
@@ -111,61 +103,68 @@ def test_frozen_head_bf16(path, ragged, ignored):
         targets[:: 5 if ignored == "some" else 1] = -100
     upstream = torch.randn((), device=DEVICE)
     got = ours(hidden, Head(weight), targets, upstream, path=path)
-    assert got[1][1] is None  # no gradient of a frozen head
     check(got, truth(hidden, Head(weight), targets, upstream), torch.bfloat16)
     if ignored == "all":
-        assert got[0] == 0 and not got[1][0].any()
+        assert got[0] == 0 and not got[2].any()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("path", all_paths)
 def test_all_options_at_once(path, reduction):
     tokens, dim, vocab = SHAPES[path][1]
     hidden, weight, targets = realistic(tokens, dim, vocab)
     targets[::5] = -100
     head = Head(weight, torch.randn(vocab, device=DEVICE).bfloat16(), 12.0, 0.5)
-    weights = torch.rand(tokens, device=DEVICE)
-    upstream = torch.randn((tokens,) if reduction == "none" else (), device=DEVICE)
+    upstream = torch.randn((), device=DEVICE)
     rows = (targets != -100).nonzero()[:, 0].cpu()
-    got = ours(hidden, head, targets, upstream, path=path, reduction=reduction, token_weights=weights, valid_rows=rows)
-    check(got, truth(hidden, head, targets, upstream, weights, reduction), torch.bfloat16)
+    got = ours(hidden, head, targets, upstream, path=path, reduction=reduction, valid_rows=rows)
+    check(got, truth(hidden, head, targets, upstream, reduction), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_trained_head(dtype, reduction):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_dtype(dtype, reduction):
     hidden, weight, targets = realistic(70, 72, 517, dtype=dtype)
     targets[::4] = -100
     head = Head(weight, torch.randn(517, device=DEVICE).to(dtype), 20.0, 0.5)
-    # Not a random number for the mean: a small one takes the gradients of fp16 below its smallest normal number.
-    upstream = torch.randn(70, device=DEVICE) if reduction == "none" else torch.tensor(1.7, device=DEVICE)
-    got = ours(hidden, head, targets, upstream, train_head=True, reduction=reduction)
-    assert got[1][1] is not None and got[1][2] is not None
-    if dtype == torch.float16:
-        got[1][:] = [g.bfloat16() for g in got[1]]
-    check(got, truth(hidden, head, targets, upstream, None, reduction), got[1][0].dtype)
+    # Not a random number: a small one takes the gradients of fp16 below its smallest normal number.
+    upstream = torch.tensor(1.7, device=DEVICE)
+    loss, losses, grad, stats = ours(hidden, head, targets, upstream, reduction=reduction)
+    assert grad.dtype == dtype
+    grad = grad.bfloat16() if dtype == torch.float16 else grad  # 11 bits are compared as bf16's 8
+    check((loss, losses, grad, stats), truth(hidden, head, targets, upstream, reduction), grad.dtype)
 
 
 def test_gradcheck():
     g = torch.Generator().manual_seed(1)
     hidden, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, generator=g, device="cpu").requires_grad_()
-        for shape in ((5, 8), (11, 8), (11,))
+        torch.randn(*shape, dtype=torch.float64, generator=g, device="cpu") for shape in ((5, 8), (11, 8), (11,))
     )
     targets = torch.tensor([0, 10, -100, 3, 4])
 
-    def fn(h, w, b):
-        return linear_cross_entropy(h, w, targets, bias=b, softcap=2.0, logit_scale=0.7, reduction="none")
+    def fn(h):
+        return linear_cross_entropy(h, weight, targets, bias=bias, softcap=2.0, logit_scale=0.7, reduction="sum")
 
-    assert gradcheck(fn, (hidden, weight, bias))
+    assert gradcheck(fn, (hidden.requires_grad_(),))
+
+
+def test_a_head_that_is_trained_is_refused():
+    """It would silently not learn, as LoRA on the head does in other raw-weight losses."""
+    hidden, weight, targets = realistic(4, 8, 16, dtype=torch.float32)
+    for name, frozen in (("weight", {}), ("bias", {"bias": torch.zeros(16, device=DEVICE).requires_grad_()})):
+        given = weight.requires_grad_(name == "weight")
+        with pytest.raises(ValueError, match=f"{name} must be frozen"):
+            linear_cross_entropy(hidden, given, targets, **frozen)
+        with torch.no_grad():  # scoring: nothing is learned
+            assert linear_cross_entropy(hidden, given, targets, **frozen) > 0
 
 
 @pytest.mark.parametrize("path", all_paths)
 def test_bf16_accuracy_against_torch_and_liger(path):
     """The bar: dH no worse than torch's own bf16 path and half of Liger's error; the loss right to 1e-5."""
     hidden, weight, targets = realistic(24, 64, 1024, seed=3)
-    loss64, (grad64, *_), _ = truth(hidden, Head(weight), targets)
-    loss, (grad, *_), _ = ours(hidden, Head(weight), targets, path=path)
+    loss64, _, grad64, _ = truth(hidden, Head(weight), targets)
+    loss, _, grad, _ = ours(hidden, Head(weight), targets, path=path)
     assert abs(loss - loss64) <= 1e-5 * max(1, loss64)
     assert error(grad, grad64) <= error(torch_own(hidden, weight, targets)[1], grad64)
     # Liger's arithmetic: logits rounded to bf16, dlogits (divided by N) rounded to bf16, two bf16 products
@@ -179,12 +178,12 @@ def test_bf16_accuracy_against_the_installed_liger():
     pytest.importorskip("triton")
     ops = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
     hidden, weight, targets = realistic(12, 64, 512, seed=4)
-    loss64, (grad64, *_), _ = truth(hidden, Head(weight), targets)
+    loss64, _, grad64, _ = truth(hidden, Head(weight), targets)
     x = hidden.clone().requires_grad_()
     result = ops.LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
     liger = result[0] if isinstance(result, tuple) else result
     liger.backward()
-    loss, (grad, *_), _ = ours(hidden, Head(weight), targets)
+    loss, _, grad, _ = ours(hidden, Head(weight), targets)
     assert abs(loss - loss64) <= abs(liger.detach() - loss64)
     assert error(grad, grad64) <= 0.5 * error(x.grad, grad64)
 
@@ -194,9 +193,9 @@ def test_fp32_accuracy_of_confident_tokens():
     hidden, weight, targets = realistic(256, 64, 2048, dtype=torch.float32, low=8.0, high=14.0)
     z = hidden.double() @ weight.double().T
     targets = z.argmax(1)
-    loss64, (grad64, *_), _ = truth(hidden, Head(weight), targets, reduction="none")
+    _, loss64, grad64, _ = truth(hidden, Head(weight), targets, reduction="sum")
     assert (loss64 < 1e-3).sum() > 20
-    loss, (grad, *_), _ = ours(hidden, Head(weight), targets, reduction="none")
+    _, loss, grad, _ = ours(hidden, Head(weight), targets, reduction="sum")
     own = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
     off, own_off = (loss - loss64).abs(), (own - loss64).abs()
     assert (off <= 1e-6 * z.abs().amax(1).clamp(min=1)).all()
@@ -215,21 +214,21 @@ def test_extreme_logits_are_redone_exactly(path):
     hidden = (hidden.float() * 200 / (hidden.float() @ weight.float().T).abs().amax(1, keepdim=True)).bfloat16()
     z = hidden.double() @ weight.double().T
     targets = torch.where(torch.arange(12, device=DEVICE) % 2 == 0, z.argmax(1), z.argmin(1))
-    got = ours(hidden, Head(weight), targets, path=path, reduction="none")
-    want = truth(hidden, Head(weight), targets, reduction="none")
-    assert want[0].max() > 250 and want[0].min() < 1e-5
+    got = ours(hidden, Head(weight), targets, path=path, reduction="sum")
+    want = truth(hidden, Head(weight), targets, reduction="sum")
+    assert want[1].max() > 250 and want[1].min() < 1e-5
     check(got, want, torch.bfloat16)
 
 
 @pytest.mark.parametrize("path", all_paths)
 def test_nan_stays_in_its_row(path):
     hidden, weight, targets = realistic(6, 64, 130)
-    clean = ours(hidden, Head(weight), targets, path=path, reduction="none")
+    clean = ours(hidden, Head(weight), targets, path=path, reduction="sum")
     hidden[2, 5] = torch.nan
-    loss, (grad, *_), _ = ours(hidden, Head(weight), targets, path=path, reduction="none")
+    _, loss, grad, _ = ours(hidden, Head(weight), targets, path=path, reduction="sum")
     others = torch.arange(6, device=DEVICE) != 2
     assert loss[2].isnan() and grad[2].isnan().all()
-    assert torch.equal(loss[others], clean[0][others]) and torch.equal(grad[others], clean[1][0][others])
+    assert torch.equal(loss[others], clean[1][others]) and torch.equal(grad[others], clean[2][others])
 
 
 @pytest.mark.parametrize("path", all_paths)
@@ -269,7 +268,7 @@ def test_offsets_beyond_2_to_31(path):
     loss = linear_cross_entropy(x, far(weight), targets, path=path)
     (grad,) = torch.autograd.grad(loss, x)
     assert torch.equal(loss, plain)
-    assert error(grad, truth(hidden, Head(weight), targets)[1][0]) < 4e-3
+    assert error(grad, truth(hidden, Head(weight), targets)[2]) < 4e-3
 
 
 def guarded(shape, dtype, device="cpu", fill=None):
@@ -308,7 +307,7 @@ def test_kernels_stay_inside_their_buffers(path, monkeypatch):
     for buffer, size in buffers:
         assert buffer[:128].isnan().all() and buffer[128 + size :].isnan().all()
     assert error(sums[0].log1p().sum(), want[0]) < 1e-6
-    assert error(dh, want[1][0]) < 4e-3
+    assert error(dh, want[2]) < 4e-3
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
@@ -345,12 +344,12 @@ def test_same_bits_every_run_and_same_values_in_every_chunking(path, monkeypatch
     hidden, weight, targets = realistic(21, 32, 96)
     first = ours(hidden, Head(weight), targets, path=path)
     again = ours(hidden, Head(weight), targets, path=path)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1][0], again[1][0])
+    assert torch.equal(first[0], again[0]) and torch.equal(first[2], again[2])
     monkeypatch.setattr(lce, "_rows_per_chunk", lambda *args: 8)
     monkeypatch.setattr(lce, "CPU_TILE_ELEMENTS", 1)
     small = ours(hidden, Head(weight), targets, path=path)
     torch.testing.assert_close(first[0], small[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(first[1][0], small[1][0], rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(first[2], small[2], rtol=1e-2, atol=1e-6)
 
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
@@ -379,12 +378,11 @@ def test_backward_twice_is_refused_and_autocast_does_not_round():
         ({"targets": torch.tensor([0, 1, 2, 16])}, "targets"),
         ({"targets": torch.tensor([0, 1, 2, -1])}, "targets"),
         ({"bias": torch.zeros(15)}, "bias"),
-        ({"token_weights": torch.zeros(5)}, "token_weights"),
         ({"valid_rows": torch.tensor([0, 1, 2])}, "valid_rows"),  # one too few
         ({"targets": torch.tensor([0, -100, 2, 15]), "valid_rows": torch.tensor([0, 3, 2])}, "valid_rows"),
         ({"valid_rows": torch.tensor([0, 1, 2, 4])}, "valid_rows"),
         ({"valid_rows": torch.zeros(4)}, "valid_rows"),
-        ({"reduction": "max"}, "reduction"),
+        ({"reduction": "none"}, "reduction"),
         ({"softcap": 0.0}, "softcap"),
         ({"path": "fused"}, "path"),  # fp32
     ],
@@ -419,7 +417,7 @@ def test_plain_head_accepts_and_refuses():
     for name, extra in (("cohere", {"logit_scale": 0.3}), ("granite", {"logits_scaling": 7.0})):
         models.append(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes, **extra)).eval())
     for model in models:
-        head, reason = plain_head(model)
+        head, reason = plain_head(model.requires_grad_(False))
         assert head is not None and reason == "", reason
         with torch.no_grad():
             hidden = model.get_decoder()(ids).last_hidden_state[0]

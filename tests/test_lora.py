@@ -26,7 +26,10 @@ def tiny_model(family: str = "llama", **changes) -> nn.Module:
 def with_lora(family: str = "llama", **options) -> nn.Module:
     """A tiny model with LoRA layers whose B is not zero, so that they change the logits."""
     model = tiny_model(family)
+    rslora = options.pop("rslora", False)  # only PEFT makes such adapters
     lora.attach(model, **{"rank": 4, "alpha": 6, **options})
+    for layer in lora.lora_layers(model).values():
+        layer.rslora, layer.scale = rslora, layer.alpha / (layer.rank**0.5 if rslora else layer.rank)
     generator = torch.Generator().manual_seed(1)
     for layer in lora.lora_layers(model).values():
         layer.B.data.normal_(0, 0.3, generator=generator)
@@ -269,7 +272,7 @@ def test_nf4_weights_are_not_merged_into(tmp_path, nf4_folder):
 def two_adapters(folder: Path, model: nn.Module) -> list[str]:
     """Folders of two adapters for the model: other ranks, scales and layers."""
     for name, rank, targets in (("a", 4, "all-linear"), ("b", 6, ["q_proj", "down_proj"])):
-        lora.attach(model, rank, 2 * rank, targets=targets, rslora=name == "b")
+        lora.attach(model, rank, 2 * rank, targets=targets)
         generator = torch.Generator().manual_seed(rank)
         for layer in lora.lora_layers(model).values():
             layer.B.data.normal_(0, 0.3, generator=generator)

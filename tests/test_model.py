@@ -17,6 +17,7 @@ from tiny import CHAT_TEMPLATE, CONTEXT, save_tiny, tiny_config, tiny_model, tin
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lengthen import cli
+from lengthen.models import gguf as gguf_module
 from lengthen.models import loading as model_module
 from lengthen.models import lora
 from lengthen.models.loading import load_model, load_tokenizer
@@ -199,7 +200,7 @@ def refused(name: object, **options: object) -> UserError:
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "two words", "smollm", "~/x", ""])
 def test_a_name_that_is_nothing(name):
-    assert "no folder, and no hub id" in refused(name).message
+    assert "is neither a folder nor a hub id" in refused(name).message
 
 
 def test_a_hub_id_without_a_network():
@@ -209,13 +210,13 @@ def test_a_hub_id_without_a_network():
 def test_a_missing_gguf_file_and_another_file(tmp_path):
     assert "there is no file" in refused(tmp_path / "x.gguf").message
     (tmp_path / "weights.bin").write_bytes(b"x")
-    assert "no .gguf" in refused(tmp_path / "weights.bin").message
+    assert "not a .gguf" in refused(tmp_path / "weights.bin").message
 
 
 def test_a_damaged_gguf_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "x.gguf").write_bytes(b"no such thing")
-    assert "is no GGUF file" in refused(tmp_path / "x.gguf").message
+    assert "is not a GGUF file" in refused(tmp_path / "x.gguf").message
     (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
     assert "cannot be loaded" in refused(tmp_path / "x.gguf").message
     assert not [p for p in (tmp_path / "cache" / "self-lengthen").iterdir() if not p.name.startswith(".")]
@@ -279,7 +280,7 @@ DAMAGE = {
     "a layer lacks": (lambda f: edit(f / "config.json", num_hidden_layers=3), "hold no model.layers.2.* and 8 more"),
     "unknown type": (lambda f: edit(f / "config.json", model_type="nonsense"), "does not know the model type"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "does not know the model type"),
-    "no causal model": (lambda f: edit(f / "config.json", model_type="t5"), "no causal language model"),
+    "no causal model": (lambda f: edit(f / "config.json", model_type="t5"), "not a causal language model"),
     "own code": (_own_code, "brings its own code"),
     "gptq": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised already"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer .* cannot be loaded"),
@@ -399,7 +400,7 @@ def test_gguf_is_dequantised_to_the_bit_once(tmp_path, cache, monkeypatch):
     assert any(note == "weights: Q4_1 weights dequantised to float32, from tiny.Q4_1.gguf" for note in first.notes)
     assert first.context == CONTEXT and first.chat.eos_ids == {first.tokenizer.eos_token_id} == {2}
 
-    monkeypatch.setattr(model_module, "_convert", lambda *a: pytest.fail("converted twice"))
+    monkeypatch.setattr(gguf_module, "_convert", lambda *a: pytest.fail("converted twice"))
     again = load_model(str(path), device="cpu")
     assert torch.equal(logits(first.model), logits(again.model)) and len(said) == 1
     assert load_model(str(path), device="cpu", quantize="nf4").quantize == "nf4"
@@ -416,7 +417,7 @@ def test_gguf_vocabularies_of_single_digits_are_split_so(tmp_path, cache):
 def test_a_killed_conversion_is_made_afresh(tmp_path, cache):
     path = tmp_path / "a.gguf"
     write_gguf(path)
-    left = cache / f".a-{model_module.fingerprint(path)}-1.tmp"
+    left = cache / f".a-{gguf_module.fingerprint(path)}-1.tmp"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     (left / "adapter_config.json").write_text("{}")
@@ -436,7 +437,7 @@ def test_smollm2_is_the_file_to_the_bit_and_answers():
     loaded = load_model("smollm2", device="cpu")
     assert loaded.context == 8192 and loaded.chat.eos_ids == {2}
     assert any(note.startswith("weights: Q4_1 weights dequantised to float32") for note in loaded.notes)
-    reader = gguf.GGUFReader(model_module.demo_file())
+    reader = gguf.GGUFReader(gguf_module.demo_file())
     tensors = {t.name: t for t in reader.tensors}
     names = {"token_embd": "model.embed_tokens", "blk.7.ffn_down": "model.layers.7.mlp.down_proj"}
     names["blk.29.attn_v"] = "model.layers.29.self_attn.v_proj"

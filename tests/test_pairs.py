@@ -2,19 +2,20 @@
 
 import threading
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_train import options, record, words, write
 from tiny import tiny_tokenizer
+from trainees import record, words, write
 
 import train
+from lengthen.cli import InputFlags, ModelFlags, OutputFlags
 from lengthen.models.chat import Chat
 from lengthen.records import UserError
-from lengthen.training.checkpoint import TrainingFolder
+from lengthen.training.folder import TrainingFolder
 from lengthen.training.pairs import Pair, ahead, read_pairs, write_pairs
 from lengthen.training.parallel import Processes
+from lengthen.training.settings import PairFlags, Training
 
 KEY = {"inputs": {"a": "1"}, "max_length": 10}
 PAIRS = [Pair([1, 2, 3, 2_000_000], 2), Pair([4], 0), Pair(list(range(1000)), 999)]
@@ -75,12 +76,12 @@ def encode(tmp_path, capsys):
     """Call pairs_of as train.py does -> (pairs, stderr)."""
     write(tmp_path / "x.jsonl", [record(i) for i in range(150)])
 
-    def call(chat=None, most=2048, **changes):
-        flags = {"role": "extender", "language": "both", "seed": 0, "keep_lines": 0.8, **changes}
-        settings = {**flags, "templates": {"extend": "1"}}
+    def call(chat=None, most=2048, role="extender", seed=0):
         files = [str(tmp_path / "x.jsonl")]
+        out = OutputFlags(str(tmp_path / "out"), seed=seed)
+        training = Training(InputFlags(files), out, ModelFlags("tiny"), PairFlags(role))
+        settings = {**training.recorded(), "templates": {"extend": "1"}}
         io = {"inputs": files, "overwrite": False, "allow_partial": False}
-        args = SimpleNamespace(input=files, **flags)
         (tmp_path / "out" / "meta.json").unlink(missing_ok=True) if (tmp_path / "out").is_dir() else None
         for name in ("pairs.bin", "rejected.jsonl"):  # a folder with them but no sidecar would be refused
             if (tmp_path / "out" / name).exists():
@@ -89,7 +90,7 @@ def encode(tmp_path, capsys):
             for name in ("pairs.bin", "rejected.jsonl"):
                 if (tmp_path / name).exists():
                     (tmp_path / name).rename(tmp_path / "out" / name)
-            pairs = train.pairs_of(args, folder, chat or Chat(tiny_tokenizer()), most, Processes())
+            pairs = train.pairs_of(training, folder, chat or Chat(tiny_tokenizer()), most, Processes())
         return pairs, capsys.readouterr().err
 
     return call
@@ -171,7 +172,9 @@ def test_one_block_is_made_ahead_and_an_error_is_passed_on():
 
 def test_targets_are_counted_without_reading_the_ids(encode):
     pairs, _ = encode(role="generator")
-    expected, left_out = train.make_pairs([record(i) for i in range(150)], Chat(tiny_tokenizer()), options(), 2048)
+    expected, left_out = train.make_pairs(
+        [record(i) for i in range(150)], Chat(tiny_tokenizer()), PairFlags("generator"), 0, 2048
+    )
     assert not left_out or len(pairs) == len(expected)
     assert pairs.num_targets.tolist() == [len(p.ids) - p.num_prompt for p in expected]
     assert np.array_equal(pairs.lengths, [len(p.ids) for p in expected])

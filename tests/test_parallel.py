@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import record, write
 from tiny import save_tiny
+from trainees import record, write
 
 import train
 from lengthen.models import lora
@@ -71,12 +71,12 @@ def test_two_processes_train_what_one_does_and_go_on_where_they_were(folder, cap
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=240,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [s["steps"] for s in summaries] == [6, 6] and done.stderr.count("step 1/6 |") == 2, "one process speaks"
-    assert "resuming behind step 4 of 6" in done.stderr
+    assert "resuming after step 4 of 6" in done.stderr
     one = read_jsonl(folder / "one" / "train_log.jsonl", needs=())
     for name in ("two", "three"):
         log = read_jsonl(folder / name / "train_log.jsonl", needs=())
@@ -113,8 +113,7 @@ def test_pairs_are_shared_by_tokens():
     assert Processes(1, 2).share([5]) == []
 
 
-def test_a_step_needs_a_pair_for_each(folder):
-    args = train.parse_args(command(folder, "none", "--accumulate", "1"))
+def test_a_step_needs_a_pair_for_each():
     with pytest.raises(UserError, match="a step of 1 pair cannot be shared by 2 processes") as raised:
-        train.check_processes(args, Processes(0, 2))
+        Processes(0, 2).check(per_row=1, accumulate=1, sidecar={}, output="none")
     assert "--accumulate 2" in raised.value.hint

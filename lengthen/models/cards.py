@@ -1,4 +1,7 @@
-"""What the machine can do: the GPUs' data sheets in one table, and this computer's memory. No torch here."""
+"""What the machine can do: the GPUs' data sheets in one table, this computer's memory, and running out of it.
+
+No torch here.
+"""
 
 import os
 from typing import NamedTuple
@@ -45,3 +48,12 @@ def card_named(name: str) -> Card | None:
 def physical_memory() -> int:
     """Bytes of this computer's main memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch means that memory ran out.
+
+    Known by name, so that nobody imports torch to ask: CUDA's allocator raises torch.OutOfMemoryError, a CPU's a plain
+    RuntimeError with this text.
+    """
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -3,7 +3,7 @@
 What a user or a model wrote never becomes a control token. The tokenizer's own chat template is rendered with unique
 sentinels in place of the contents and split at its control tokens; only then do the contents go in, and the text
 between two control tokens is encoded without any (`<|im_end|>` in a prompt stays ten characters of text). A prefilled
-answer is encoded behind the assistant header and never sees the template: one that trims would eat its trailing blank
+answer is encoded after the assistant header and never sees the template: one that trims would eat its trailing blank
 line. Nor are contents trimmed: they go in as they are. No torch here.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lengthen.records import LANGUAGES, UserError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # prompts/NAME.LANGUAGE.md
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
-FIELDS = {  # what each template must hold, no more and no less
+FIELDS: dict[str, set[str]] = {  # what each template must hold, no more and no less
     "instruct": set(),
     "instruct_prefill": {"example_1", "example_2"},
     "judge": {"instruction", "words"},
@@ -48,8 +48,8 @@ def template(name: str, language: str) -> str:
     except ValueError as error:  # a lone brace, or bytes that are not UTF-8
         raise UserError(f"the prompt template {path} cannot be read: {error}", "write { and } as {{ and }}") from None
     if fields != FIELDS[name]:
-        wanted, found = (", ".join(sorted(f"{{{f}}}" for f in some)) or "none" for some in (FIELDS[name], fields))
-        raise UserError(f"the prompt template {path} must have the fields {wanted}, it has {found}")
+        wanted, there = (", ".join(sorted(f"{{{f}}}" for f in some)) or "none" for some in (FIELDS[name], fields))
+        raise UserError(f"the prompt template {path} must have the fields {wanted}, it has {there}")
     return text
 
 
@@ -70,7 +70,7 @@ def template_hashes(*names: str) -> dict[str, str]:
 
 SENTINEL = "Qz{}kVx"  # mixed case and digits: a template that changes case, or drops or doubles contents, is noticed
 SENTINELS = re.compile(SENTINEL.format(r"(\d+)"))
-# Variables that templates ask for. Without a thought: a prefilled answer cannot follow an open one.
+# Variables that templates ask for. No thinking: a prefilled answer cannot follow an unfinished thought.
 TEMPLATE_OPTIONS = {"enable_thinking": False}
 ANCHORS = ("\n", "a", "0")  # put before a text that must not be encoded as the first, and its ids cut off again
 ROUND_TRIP = "Two  spaces,\n\n\ta tab - and 12.5 things."
@@ -80,11 +80,12 @@ class Chat:
     """Renders conversations for one tokenizer; see the module's docstring.
 
     eos_ids: ids that end an answer (the tokenizer's, `extra_eos` of the model's generation config, and end_id).
-    end_id: what the template itself puts behind an answer of the assistant.
+    end_id: what the template itself puts after an answer of the assistant.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", extra_eos: Iterable[int] = ()):
-        self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        self.tokenizer: Any = tokenizer
+        self.name = tokenizer.name_or_path
         self._runs: dict[tuple[str, ...], list[str]] = {}
         if not tokenizer.chat_template:
             raise UserError(
@@ -125,7 +126,7 @@ class Chat:
 
     def encode_many(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
         """`encode` of each, in one call of the tokenizer: a fast one then uses all cores."""
-        texts: list[tuple[str, str]] = []  # of all conversations: (text, behind what)
+        texts: list[tuple[str, str]] = []  # of all conversations: (text, after what)
         gaps: list[list[int]] = []  # where the ids of each text go
         wholes: list[list[list[int]]] = []
         for messages in conversations:
@@ -137,18 +138,18 @@ class Chat:
                 if i % 2:
                     wholes[-1].append([self._controls[run]])
                 elif run:
-                    # Contents and the template's own text in one piece, so that words join as in the whole string.
-                    text = SENTINELS.sub(lambda m, said=messages: said[int(m[1])]["content"], run)
+                    # Contents and the template's own text together, so that words join as in the whole string.
+                    text = _with_contents(run, messages)
                     texts.append((text, "control" if i else "nothing"))
                     gaps.append([])
                     wholes[-1].append(gaps[-1])
         for gap, ids in zip(gaps, self._encode_all(texts), strict=True):
             gap += ids
-        return [[i for part in whole for i in part] for whole in wholes]
+        return [[i for ids in whole for i in ids] for whole in wholes]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text as an answer begins, behind the assistant's header: no control token can arise."""
-        return self._encode(self._lead + text, behind=self._header_end)
+        """Ids of plain text as an answer begins, after the assistant's header: no control token can arise."""
+        return self._encode(self._lead + text, after=self._header_end)
 
     def encode_answer(self, text: str) -> list[int]:
         """A whole answer as the model should write it, up to and including end_id."""
@@ -172,9 +173,9 @@ class Chat:
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"the chat template of {self.name} refuses the roles {', '.join(roles)}: {error}") from None
-        found = SENTINELS.findall(text)
+        sentinels = SENTINELS.findall(text)
         for i, role in enumerate(roles):
-            if found.count(str(i)) != 1:
+            if sentinels.count(str(i)) != 1:
                 raise UserError(
                     f"the chat template of {self.name} rewrites, drops or repeats what the {role} says",
                     "set a plain chat_template in the model's folder",
@@ -194,67 +195,67 @@ class Chat:
         patterns = []
         for name in sorted(self._controls, key=len, reverse=True):
             token = self.tokenizer.added_tokens_decoder.get(self._controls[name])
-            left, right = (
-                (token.lstrip, token.rstrip) if token else (False, False)
-            )  # Phi-3's take the space beside them
+            # Phi-3's take the space beside them
+            left, right = (token.lstrip, token.rstrip) if token else (False, False)
             patterns.append(r"\s*" * left + f"({re.escape(name)})" + r"\s*" * right)
-        runs, at = [], 0
+        runs: list[str] = []
+        end = 0  # of the run before
         for match in re.finditer("|".join(patterns), rendered) if patterns else ():
-            runs += [rendered[at : match.start()], match[match.lastindex]]
-            at = match.end()
-        return [*runs, rendered[at:]]
+            runs += [rendered[end : match.start()], match[match.lastindex or 0]]
+            end = match.end()
+        return [*runs, rendered[end:]]
 
     # -- the tokenizer -------------------------------------------------------------------------------------
 
     def _raw(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def _encode(self, text: str, behind: str) -> list[int]:
-        """Ids of plain text behind "nothing", a "control" token, or other "text"."""
-        return self._encode_all([(text, behind)])[0]
+    def _encode(self, text: str, after: str) -> list[int]:
+        """Ids of plain text after "nothing", a "control" token, or other "text"."""
+        return self._encode_all([(text, after)])[0]
 
     def _encode_all(self, texts: list[tuple[str, str]]) -> list[list[int]]:
-        """The same for several (text, behind what), in one call of the tokenizer."""
+        """The same for several (text, after what), in one call of the tokenizer."""
         if not texts:
             return []
-        alone = [self._is_encoded_alone(behind) for _, behind in texts]
+        alone = [self._is_encoded_alone(after) for _, after in texts]
         given = [text if plain else ANCHORS[0] + text for (text, _), plain in zip(texts, alone, strict=True)]
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             given, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
         head = [] if all(alone) else self._raw(ANCHORS[0])
-        for i, ((text, behind), plain) in enumerate(zip(texts, alone, strict=True)):
+        for i, ((text, after), plain) in enumerate(zip(texts, alone, strict=True)):
             if not text:
-                found[i] = []
+                encoded[i] = []
             elif not plain:
-                starts_alike = found[i][: len(head)] == head
-                found[i] = found[i][len(head) :] if starts_alike else self._anchored(text)
-                if found[i] is None:
-                    raise UserError(f"the tokenizer {self.name} cannot encode a text in pieces")
-            if self._control_ids.intersection(found[i]):
-                found[i] = self._without_controls(text, behind, found[i])
-        return found
+                starts_alike = encoded[i][: len(head)] == head
+                encoded[i] = encoded[i][len(head) :] if starts_alike else self._anchored(text)
+                if encoded[i] is None:
+                    raise UserError(f"the tokenizer {self.name} cannot encode a text in several calls")
+            if self._control_ids.intersection(encoded[i]):
+                encoded[i] = self._without_controls(text, after, encoded[i])
+        return encoded
 
-    def _without_controls(self, text: str, behind: str, ids: list[int]) -> list[int]:
+    def _without_controls(self, text: str, after: str, ids: list[int]) -> list[int]:
         """The ids of a text in which the tokenizer sees control tokens, as the plain text that it is."""
         stray = self._control_ids.intersection(ids)
         # `split_special_tokens` leaves added tokens alone that are not marked special, though the template may use
-        # them: cut each behind its first character and encode the pieces apart.
+        # them: cut each after its first character and encode the parts separately.
         names = "|".join(map(re.escape, sorted(self._controls, key=len, reverse=True)))
         cuts = [match.start() + 1 for match in re.finditer(names, text)]
         if not cuts and stray == {self.tokenizer.unk_token_id}:
             return ids  # a character that the vocabulary lacks
         if not cuts:
             raise UserError(f"the tokenizer {self.name} makes control tokens out of plain text")
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return self._encode(pieces[0], behind) + [i for piece in pieces[1:] for i in self._encode(piece, "text")]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return self._encode(parts[0], after) + [i for text in parts[1:] for i in self._encode(text, "text")]
 
-    def _is_encoded_alone(self, behind: str) -> bool:
+    def _is_encoded_alone(self, after: str) -> bool:
         """SentencePiece-like tokenizers put a space before each text they are given: not wanted in mid-sentence."""
-        return behind == "nothing" or not self._adds_space or (behind == "control" and self._adds_space_after_control)
+        return after == "nothing" or not self._adds_space or (after == "control" and self._adds_space_after_control)
 
     def _anchored(self, text: str) -> list[int] | None:
-        """Ids of `text` behind another text, whose own ids are cut off again; None where the two always merge."""
+        """Ids of `text` after another text, whose own ids are cut off again; None where the two always merge."""
         for anchor in ANCHORS:
             head, ids = self._raw(anchor), self._raw(anchor + text)
             if ids[: len(head)] == head:
@@ -267,7 +268,7 @@ class Chat:
 
     @cached_property
     def _adds_space_after_control(self) -> bool:
-        """Whether it does so behind every control token too, not only where a text begins ("first")."""
+        """Whether it does so after every control token too, not only where a text begins ("first")."""
         name = next(iter(self._controls))
         return self.tokenizer.encode(name + "x", add_special_tokens=False)[1:] == self._raw("x")
 
@@ -277,3 +278,8 @@ class Chat:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         if self.tokenizer.decode(head + ids, **options) != self.tokenizer.decode(head, **options) + ROUND_TRIP:
             raise UserError(f"the tokenizer {self.name} does not give a text back as it was")
+
+
+def _with_contents(run: str, messages: list[dict[str, str]]) -> str:
+    """A run of a rendered template with the messages' contents in place of their sentinels."""
+    return SENTINELS.sub(lambda match: messages[int(match[1])]["content"], run)

@@ -1,16 +1,26 @@
-"""Causal attention of pieces of prompts, each over all keys that its text has so far.
+"""Every call of FlashAttention, under one convention: packed samples, causal, with a window that counts its own token.
 
-On a GPU all pieces go through one call of FlashAttention with variable lengths: flash-attn's if it is installed, else
-the one in torch itself (its operator directly: the function around it takes other arguments in torch 2.11 than later).
-Neither is given page tables: torch 2.11 has none, and later ones are wrong with FlashAttention 2 (pytorch#194167). What
-FlashAttention does not carry goes through `dense`, piece by piece, as everything does on a CPU: fp32, softcaps without
-flash-attn, head sizes above 256 or other ones for values. Sinks need no kernel of their own: with the log of the sum of
-a query's exponentials, out * sigmoid(lse - sink) puts the sink into the sum.
+Samples are packed one after the other: q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], and the last query of a sample
+sees its last key. window = w: a query sees itself and the w - 1 keys before it, 0 = all; FlashAttention gets it as
+window_left = w - 1, window_right = 0, always with causal. Query heads share key heads in order (grouped queries).
 
-No GPU has run the two FlashAttention calls yet; tests play the part of the first with a float64 stand-in.
+    attend_pieces      no gradient: prefill of the sampler, new tokens over all keys of their text
+    flash_autograd     packed training through autograd, for the models' own layers
+    attend_saving_lse  the memory-lean layer: the output and its log-sum-exp, which `attend_backward` takes back
+    dense              one sample by torch's SDPA or, with softcaps and sinks, from its scores: any device and dtype
+
+On a GPU that is flash-attn where it is installed, else the FlashAttention inside torch, by its operator (the function
+around it has other arguments in torch 2.11 than later). Neither is given page tables: torch 2.11 has none, and later
+ones are wrong with FlashAttention 2 (pytorch#194167). What FlashAttention does not carry goes sample by sample through
+torch, as everything does on a CPU: fp32, softcaps without flash-attn, head sizes above 256 or other ones for values.
+Sinks need no kernel of their own: with the log of the sum of a query's exponentials, out * sigmoid(lse - sink) puts the
+sink into the sum.
+
+No GPU has run the FlashAttention calls yet; the tests put float64 stand-ins in their place.
 """
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,13 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES = 1024  # of a piece at a time where scores or masks are held
+QUERIES = 1024  # of a sample at a time where scores or masks are held
 
-# N pieces, Tq queries and Tk keys of all of them, n and total of one, D head size, G query heads per key head.
+# N samples, Tq queries and Tk keys of all of them, n and total of one, D head size, G query heads per key head.
+
+
+class Varlen(NamedTuple):
+    """Where N packed samples begin and end, as FlashAttention takes it."""
+
+    cu_queries: Tensor  # int32 [N + 1]: the end of a sample is the beginning of the next
+    cu_keys: Tensor
+    longest_queries: int
+    longest_keys: int
 
 
 class Bounds(NamedTuple):
-    """Where the pieces begin and end in packed queries and keys; the end of the one is the beginning of the next."""
+    """The same for new tokens over their texts, on the host as well. `attend_pieces` takes it."""
 
     queries: list[int]  # N + 1
     keys: list[int]
@@ -34,45 +53,29 @@ class Bounds(NamedTuple):
 
     @classmethod
     def make(cls, counts: list[int], totals: list[int], device: torch.device) -> "Bounds":
-        lists = [[0, *accumulate(x)] for x in (counts, totals)]
-        return cls(*lists, *(torch.tensor(x, dtype=torch.int32, device=device) for x in lists))
+        """counts: new tokens of each text; totals: keys of each, the new ones included."""
+        queries, keys = ([0, *accumulate(lengths)] for lengths in (counts, totals))
+        cu_queries, cu_keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (queries, keys))
+        return cls(queries, keys, cu_queries, cu_keys)
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Most queries and most keys of a piece."""
-        return tuple(max(b - a for a, b in zip(x, x[1:], strict=False)) for x in (self.queries, self.keys))
+        """Most queries and most keys of a sample."""
+        queries, keys = (max(b - a for a, b in zip(x, x[1:], strict=False)) for x in (self.queries, self.keys))
+        return queries, keys
+
+    @property
+    def varlen(self) -> Varlen:
+        return Varlen(self.cu_queries, self.cu_keys, *self.longest)
 
 
-def attend_pieces(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Bounds,
-    scaling: float,
-    window: int,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> [Tq, Hq, Dv]. A piece's last query sees its last key."""
-    kernel = flash_kernel(q, v, softcap)
-    if kernel:
-        out, lse = kernel(q, k, v, bounds, scaling, window, softcap)  # lse fp32 [Hq, Tq]
-        return out if sinks is None else out * torch.sigmoid(lse - sinks.float()[:, None]).T[..., None].to(out.dtype)
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    for i in range(len(bounds.queries) - 1):
-        first, last = bounds.queries[i : i + 2]
-        keys = slice(*bounds.keys[i : i + 2])
-        start = keys.stop - keys.start - (last - first)
-        for at in range(first, last, QUERIES):
-            here = slice(at, min(at + QUERIES, last))
-            seen = slice(keys.start, keys.start + start + here.stop - first)
-            some_q, some_k, some_v = (x.transpose(0, 1) for x in (q[here], k[seen], v[seen]))
-            some = dense(some_q, some_k, some_v, start + at - first, scaling, window, softcap, sinks)
-            out[here] = some.transpose(0, 1)
-    return out
+# ---------------------------------------------------------------------------------------------------------
+# The two FlashAttentions
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]  # -> out [Tq, Hq, D], log-sum-exp fp32 [Hq, Tq]
 
 
-def flash_kernel(q: Tensor, v: Tensor, softcap: float | None):
+def flash_kernel(q: Tensor, v: Tensor, softcap: float | None) -> Kernel | None:
     """The FlashAttention that can serve these inputs, or None."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -93,29 +96,188 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash_attn(q, k, v, bounds: Bounds, scaling: float, window: int, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    samples: Varlen,
+    scaling: float,
+    window: int,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
     out, lse, _ = flash_attn_varlen_func(
-        *(q, k, v, bounds.cu_queries, bounds.cu_keys, *bounds.longest),
+        *(q, k, v, *samples),
         softmax_scale=scaling,
         causal=True,
         window_size=(window - 1, 0) if window else (-1, -1),
         softcap=softcap or 0.0,
         return_attn_probs=True,
+        **({"dropout_p": dropout} if dropout else {}),
     )
     return out, lse
 
 
-def _torch_flash(q, k, v, bounds: Bounds, scaling: float, window: int, softcap: None) -> tuple[Tensor, Tensor]:
+def _torch_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    samples: Varlen,
+    scaling: float,
+    window: int,
+    softcap: None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q, k, v, bounds.cu_queries, bounds.cu_keys, *bounds.longest),
-        *(0.0, True, False),  # no dropout, causal, no debug mask
+        *(q, k, v, *samples),
+        *(dropout, True, False),  # causal, no debug mask
         scale=scaling,
         window_size_left=window - 1 if window else -1,
         window_size_right=0,
     )
     return out, lse
+
+
+def _torch_flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    samples: Varlen,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, of the shapes of q, k, v. Also of what flash-attn computed: it saves the same two."""
+    # torch's own forward pass hands out the state of a generator, which only dropout needs
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        *(dout, q, k, v, out, lse, *samples, 0.0, True),
+        *no_dropout,
+        scale=scaling,
+        window_size_left=window - 1 if window else -1,
+        window_size_right=0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training: packed samples whose queries have no earlier keys
+
+
+def flash_autograd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens: Tensor,
+    longest: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor | None:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D] with a gradient; None where no FlashAttention serves that."""
+    kernel = flash_kernel(q, v, softcap)
+    if kernel is None:
+        return None
+    return kernel(q, k, v, Varlen(cu_seq_lens, cu_seq_lens, longest, longest), scaling, window, softcap, dropout)[0]
+
+
+def attend_saving_lse(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scaling: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> (out [T, Hq, D], log-sum-exp of the scores, [Hq, T] fp32). No gradient."""
+    if q.device.type != "cpu":
+        return _torch_flash(q, k, v, Varlen(cu_seq_lens, cu_seq_lens, longest, longest), scaling, window)
+    outs, sums = [], []
+    for sample, band in _samples(cu_seq_lens, window, q):
+        of_sample = (x[sample].transpose(0, 1)[None] for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *of_sample, 0.0, band is None, attn_mask=band, scale=scaling
+        )
+        outs.append(out[0].transpose(0, 1))
+        sums.append(lse[0])
+    if len(outs) == 1:
+        return outs[0], sums[0].contiguous()
+    return torch.cat(outs), torch.cat(sums, 1)
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seq_lens: Tensor,
+    longest: int,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From what attend_saving_lse took and gave -> dq [T, Hq, D], dk and dv [T, Hkv, D]."""
+    if q.device.type != "cpu":
+        samples = Varlen(cu_seq_lens, cu_seq_lens, longest, longest)
+        return _torch_flash_backward(dout, q, k, v, out, lse, samples, scaling, window)
+    gradients, groups = [], q.shape[1] // k.shape[1]
+    for sample, band in _samples(cu_seq_lens, window, q):
+        dout_s, q_s, out_s = (x[sample].transpose(0, 1)[None] for x in (dout, q, out))
+        # torch's backward pass on a CPU has no grouped heads: keys and values are repeated, their gradients summed
+        k_s, v_s = (x[sample].repeat_interleave(groups, 1).transpose(0, 1)[None] for x in (k, v))
+        raw = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(dout_s, q_s, k_s, v_s, out_s, lse[None, :, sample], 0.0, band is None), attn_mask=band, scale=scaling
+        )
+        dq, dk, dv = (x[0].transpose(0, 1) for x in raw)  # [n, Hq, D]
+        gradients.append((dq, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2)))
+    if len(gradients) == 1:
+        return gradients[0]
+    dqs, dks, dvs = zip(*gradients, strict=True)
+    return torch.cat(dqs), torch.cat(dks), torch.cat(dvs)
+
+
+def _samples(cu_seq_lens: Tensor, window: int, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
+    """Each sample's tokens, and the mask [n, n] (0 and -inf) of a window that is shorter than the sample."""
+    bounds = cu_seq_lens.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        band, n = None, stop - start
+        if 0 < window < n:
+            seen = torch.ones(n, n, dtype=torch.bool, device=like.device).tril().triu(1 - window)
+            band = torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+        yield slice(start, stop), band
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling: new tokens over all keys of their texts
+
+
+def attend_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Bounds,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> [Tq, Hq, Dv]. sinks: logits [Hq], a key that gives nothing."""
+    kernel = flash_kernel(q, v, softcap)
+    if kernel:
+        out, lse = kernel(q, k, v, bounds.varlen, scaling, window, softcap)  # lse fp32 [Hq, Tq]
+        return out if sinks is None else out * torch.sigmoid(lse - sinks.float()[:, None]).T[..., None].to(out.dtype)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    for i in range(len(bounds.queries) - 1):
+        first, last = bounds.queries[i : i + 2]
+        keys = slice(*bounds.keys[i : i + 2])
+        earlier = keys.stop - keys.start - (last - first)  # keys of the text before its new tokens
+        for start in range(first, last, QUERIES):
+            new = slice(start, min(start + QUERIES, last))
+            seen = slice(keys.start, keys.start + earlier + new.stop - first)
+            q_new, k_seen, v_seen = (x.transpose(0, 1) for x in (q[new], k[seen], v[seen]))
+            here = dense(q_new, k_seen, v_seen, earlier + start - first, scaling, window, softcap, sinks)
+            out[new] = here.transpose(0, 1)
+    return out
 
 
 def dense(
@@ -134,11 +296,11 @@ def dense(
         return F.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
         )[0]
-    at = torch.arange(start, total, device=q.device)[:, None]
+    query = torch.arange(start, total, device=q.device)[:, None]
     key = torch.arange(total, device=q.device)[None]
-    seen = key <= at
+    seen = key <= query
     if window:
-        seen &= key > at - window
+        seen &= key > query - window
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]

