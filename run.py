@@ -46,6 +46,7 @@ from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
 from lengthen.steps import Step, as_shell, execute, moved
+from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
 # where it differs, and trained on as many target tokens. (The constant writer is in every scores.json.)
@@ -86,18 +87,6 @@ class LoopFlags:
     control_words: int = flag(4000, "length that told and eos-ban aim at, words", at_least(1))
 
 
-# Until train.py declares its flags as dataclasses
-@dataclass(frozen=True)
-class TrainFlags:
-    max_length: int = flag(0, "longest pair, tokens; 0 = 16384 generator, 32768 extender", at_least(0))
-    keep_lines: float = flag(0.8, "share of a draft's lines the Extender sees", cli.between(0.01, 1))
-    no_line_removal: bool = flag(False, "control: show the Extender whole drafts")
-    rank: int = flag(8, "rank of each layer's update", at_least(1))
-    alpha: float = flag(16, "the update is scaled by alpha / rank", at_least(0.001, float))
-    epochs: int = flag(4, "passes over the pairs", at_least(1))
-    learning_rate: float = flag(1e-4, "its peak, after the warm-up", at_least(0, float))
-
-
 @dataclass(frozen=True)
 class Stage:
     """One stage as the loop calls it. Its flags are declared in its own script; here they are only passed on."""
@@ -114,7 +103,12 @@ STAGES = {
     ),
     "responses": Stage(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
     "extend": Stage(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
-    "train": Stage(("train.py",), "", (TrainFlags,), ("role", "budget_of", "plan", "merge_to")),
+    "train": Stage(
+        ("train.py",),
+        "",
+        (PairFlags, LoraFlags, OptimizerFlags, MemoryFlags, RuntimeFlags),
+        ("role", "budget_of", "plan", "merge_to"),
+    ),
     # The answers of the last Generator: drafts that nobody extends, so all of them are kept.
     "answers": Stage(
         ("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags), ("samples", "no_length_bias")
