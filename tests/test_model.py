@@ -86,6 +86,7 @@ def test_dtype_is_as_asked_for(tiny):
     assert any(note.startswith("dtype: bfloat16 (as asked for)") for note in loaded.notes)
 
 
+@pytest.mark.usefixtures("same_nf4_on_every_cpu")
 def test_nf4_on_the_cpu_computes_with_the_weights_that_bitsandbytes_stored(aligned):
     loaded = load_model(str(aligned), device="cpu", quantize="nf4")
     exact = AutoModelForCausalLM.from_pretrained(aligned)
