@@ -115,6 +115,12 @@ def test_every_file_of_ours_that_is_named_exists(path):
             assert "{" in file or list(ROOT.glob(file)), f"{name(path)}: {file}"
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_every_name_said_to_be_in_a_file_is_there(path):
+    for what, file in re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", text_of(path)):
+        assert re.search(rf"^(def|class) {what}\b|^{what}\b.* = ", text_of(ROOT / file), re.M), f"{what} in {file}"
+
+
 def test_the_readme_keeps_its_size():
     lines = text_of(README).splitlines()
     assert len(lines) <= 200
