@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cold
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -42,7 +44,7 @@ class Browser:
 
     def __exit__(self, *_: Any) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(cold.HANG)
         os.close(self.reads)
         os.close(self.writes)
         self.profile.cleanup()
@@ -57,7 +59,7 @@ class Browser:
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
 
-    def call(self, method: str, session: str = "", seconds: float = 60.0, **params: Any) -> dict:
+    def call(self, method: str, session: str = "", seconds: float = cold.HANG, **params: Any) -> dict:
         self.number += 1
         message = {"id": self.number, "method": method, "params": params, **({"sessionId": session} if session else {})}
         os.write(self.writes, json.dumps(message).encode() + b"\0")
@@ -88,7 +90,6 @@ class Page:
             self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.documentElement?.dataset.ready")
-        self.ready_ms = int(self.run("document.documentElement.dataset.ready"))
 
     def call(self, method: str, **params: Any) -> dict:
         return self.browser.call(method, self.session, **params)
@@ -107,7 +108,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 30.0) -> None:
+    def wait(self, condition: str, seconds: float = cold.HANG) -> None:
         until = time.monotonic() + seconds
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < until, f"not within {seconds} s: {condition}; {self.complaints()}"

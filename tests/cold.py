@@ -49,6 +49,9 @@ class Started:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def running(self) -> bool:
+        return self._process.is_alive()
+
     def text(self) -> tuple[str, str]:
         """What it has written so far -> (stdout, stderr)."""
         for file in self._files:

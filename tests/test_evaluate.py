@@ -4,11 +4,10 @@ import json
 import math
 import random
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
+import cold
 import numpy
 import pytest
 
@@ -199,8 +198,7 @@ def test_ready_made_answers_are_scored_without_torch(tmp_path):
         "import sys, evaluate; evaluate.main(sys.argv[1:]); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
-    command = [sys.executable, "-c", code, "score", str(ready_made(tmp_path)), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = cold.interpreter("-c", code, "score", ready_made(tmp_path), "--output", tmp_path / "out")
     assert done.stderr.splitlines()[-1] == "[]"
     scores = json.loads(done.stdout.splitlines()[-1])
     assert len(done.stdout.splitlines()) == 1

@@ -30,10 +30,9 @@ ONE_ROOM = [
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
     *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.stage", "lengthen.tasks"),
-    "lengthen.sampling.request",
-    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families"),
+    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.sampling.request"),
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
-    "train",
+    *("generate", "extend", "train", "evaluate", "run"),
 }
 FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
 TORCH = {

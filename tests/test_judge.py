@@ -5,13 +5,10 @@ python -m pytest tests/test_judge.py        (the servers are on this machine's l
 
 import itertools
 import json
-import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -23,7 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import cold
 import pytest
+from linear import assert_linear
 
 import evaluate
 from lengthen import cli
@@ -192,10 +191,14 @@ NESTED = '{"a":' * 4000
     ],
 )
 def test_verdicts(kind, text, expected):
-    start = time.monotonic()
     verdict, reason = read_verdict(Question("", kind, "en", "q", ("a", "b")), text)
     assert (verdict or reason) == expected and bool(verdict) != bool(reason)
-    assert time.monotonic() - start < 10  # whatever a reply is made of
+
+
+@pytest.mark.parametrize("unit", ["[", '{"a":', '"', "\\"])
+def test_a_verdict_is_read_in_linear_time(unit):
+    question = Question("", "quality", "en", "q", ("a",))
+    assert_linear(lambda text: read_verdict(question, text), lambda size: unit * size + GOOD, 5000)
 
 
 def test_a_verdict_copied_out_of_the_prompt_is_none():
@@ -322,7 +325,7 @@ def test_torch_is_not_loaded_for_an_endpoint(tmp_path, serve):
     fake = serve(lambda r: GOOD)
     code = "import sys, evaluate; evaluate.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     argv = ["score", str(answers(tmp_path, ["a"])), "--output", str(tmp_path / "out"), "--judge", fake.url]
-    subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, check=True, capture_output=True)
+    assert cold.interpreter("-c", code, *argv).returncode == 0
     assert len(judged(tmp_path / "out")) == 1
 
 
@@ -407,7 +410,7 @@ def test_no_usable_verdict_at_all_is_exit_code_3(tmp_path, serve, capsys):
 
 
 def hang(_: dict) -> tuple:
-    time.sleep(0.6)
+    time.sleep(3)
     return 200, {}, b"{}"
 
 
@@ -434,7 +437,7 @@ def test_a_server_in_trouble_loses_nothing_and_is_asked_again_later(tmp_path, se
     well, (answer, why) = [False], TROUBLES[trouble]
     fake = serve(lambda r: GOOD if "plain" in prompt_of(r) or well[0] else answer(r))
     path, out = answers(tmp_path, ["plain", "b", "c"]), tmp_path / "out"
-    flags = ["--judge", fake.url, "--judge-timeout", "0.3" if trouble == "time-out" else "20"]
+    flags = ["--judge", fake.url, "--judge-timeout", "1" if trouble == "time-out" else "600"]
     with pytest.raises(LowYield, match=f"2 of 3 judgements are missing .2 x .*{why}") as caught:
         evaluated(path, out, *flags)
     assert "run the same command again" in caught.value.hint
@@ -479,12 +482,14 @@ def test_waits_as_long_as_it_is_told(tmp_path, serve):
     fake = serve(lambda r: GOOD if len(fake.asked) > 1 else (429, {"Retry-After": "1"}, b""))
     start = time.monotonic()
     evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
-    assert len(fake.asked) == 2 and 1 <= time.monotonic() - start < 30  # a busy machine is no failure
+    assert len(fake.asked) == 2 and time.monotonic() - start >= 1
 
 
-def test_retry_after():
+def test_retry_after(monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(endpoint.time, "time", lambda: now)
     assert endpoint.retry_after("7") == 7 and endpoint.retry_after("0.5") == 0.5
-    assert endpoint.retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
+    assert endpoint.retry_after(formatdate(now + 30, usegmt=True)) == pytest.approx(30, abs=1)  # whole seconds
     assert endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and endpoint.retry_after("-3") == 0
     assert [endpoint.retry_after(v) for v in (None, "", "soon", "Wed, 99 Oct 2015")] == [None] * 4
 
@@ -529,7 +534,7 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
                 died = True
         for thread in threading.enumerate():  # a process that dies takes its connections along
             if thread.name.endswith("(_work)"):
-                thread.join(10)
+                thread.join(cold.HANG)
                 assert not thread.is_alive()
         path = out / "judgements.jsonl"
         asked, on_disk = len(fake.asked), path.read_text().count("\n") if path.exists() else 0
@@ -543,23 +548,20 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
 
 
 def test_ctrl_c_does_not_wait_for_the_server(tmp_path, serve):
-    fake = serve(lambda r: GOOD if "plain" in prompt_of(r) else (time.sleep(20), GOOD)[1])
+    ended = threading.Event()
+    fake = serve(lambda r: GOOD if "plain" in prompt_of(r) else (ended.wait(cold.HANG), GOOD)[1])
     path, out = answers(tmp_path, ["plain", "b", "c"]), tmp_path / "out"
-    command = [sys.executable, "evaluate.py", "score", str(path), "--output", str(out), "--judge", fake.url]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not (len(fake.asked) == 3 and judged(out)):
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and b"Traceback" not in err and time.monotonic() - start < 15  # not 20
+    flags = ["--judge", fake.url, "--judge-timeout", str(cold.HANG)]
+    started = cold.Started("evaluate.py", "score", path, "--output", out, *flags)
+    try:
+        while not (len(fake.asked) == 3 and judged(out)):
+            assert started.running(), started.text()
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        done = started.wait()  # the server answers only after it
+    finally:
+        ended.set()
+    assert done.returncode == 130 and "Traceback" not in done.stderr
     assert len(judged(out)) == 1
 
 

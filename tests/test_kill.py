@@ -5,29 +5,16 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
+import cold
 import pytest
 
 from lengthen import records
 
 POINTS = ("after-the-first-line", "inside-the-fourth-line", "before-the-last-rename")
-# Forks of a process that has only imported: quick, and no threads yet.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "torch",
-        "transformers.models.llama.modeling_llama",
-        "lengthen.sampling.engine",
-        "lengthen.models.loading",
-        "generate",
-        "extend",
-        "evaluate",
-    ]
-)
 
 
 def run_stage(name: str, argv: list[str], point: str = "") -> None:
@@ -63,9 +50,9 @@ def run_stage(name: str, argv: list[str], point: str = "") -> None:
 
 
 def run(name: str, argv: list[str], point: str = "") -> int:
-    process = SERVER.Process(target=run_stage, args=(name, argv, point))
+    process = cold.SERVER.Process(target=run_stage, args=(name, argv, point))
     process.start()
-    process.join(3600)  # a limit against a hang, not a measure of speed
+    process.join(cold.HANG)
     return process.exitcode
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cold
 import pytest
 import torch
 from tiny import save_tiny
@@ -71,7 +72,7 @@ def test_two_processes_train_what_one_does_and_go_on_where_they_were(folder, cap
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=3600,
+        timeout=cold.HANG,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

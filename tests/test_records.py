@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import cold
 import pytest
 
 from lengthen import records
@@ -269,8 +268,7 @@ from lengthen.jobs import Job, read_sidecar
 with Job("responses", {str(j.output)!r}, settings={{"a": 1}}):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert process.returncode == -signal.SIGKILL
+    assert cold.run("-c", code).returncode == -signal.SIGKILL
     with job(tmp_path):
         pass
 
@@ -391,8 +389,7 @@ records._replace = deadly
 with test_records.job(Path({str(tmp_path)!r})) as j:
     test_records.fill(j)
 """
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert process.returncode == -signal.SIGKILL
+    assert cold.run("-c", code).returncode == -signal.SIGKILL
     with job(tmp_path) as j:
         fill(j)
     assert {r["id"] for r in read_jsonl(j.output)} == {str(i) for i in range(2, 12)}

@@ -9,13 +9,12 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
-import time
 import unicodedata
 import zlib
 from pathlib import Path
 
+import cold
 import numpy
 import pytest
 from browser import CHROMIUM, Browser, Page
@@ -440,16 +439,12 @@ def test_texts_beyond_the_limit_become_a_seeded_subset(run, monkeypatch, tmp_pat
 
 
 def test_the_command(run):
-    def call(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "evaluate.py", "report", str(folder)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = call(run)
+    done = cold.run("evaluate.py", "report", run)
     told = json.loads(done.stdout)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and str(run / "report.html") in done.stderr
     assert told == {"stage": "report", "report": str(run / "report.html"), "bytes": told["bytes"]}
     assert told["bytes"] == (run / "report.html").stat().st_size
-    failed = call(run / "nothing")
+    failed = cold.run("evaluate.py", "report", run / "nothing")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "hint:" in failed.stderr
 
 
@@ -648,7 +643,8 @@ def test_old_browsers_and_paper(browser, run):
 
 @needs_browser
 def test_ten_thousand_samples_stay_small_and_open_at_once(browser, tmp_path):
-    """15 MB and 2 s are the bars; texts as long as the demo's, 900 words a sample, of which not all fit."""
+    """15 MB is the bar, and of the texts only the blocks are unpacked that hold what is on the screen; a search needs
+    them all. Texts as long as the demo's, 900 words a sample, of which not all fit."""
     folder = tmp_path / "large" / "iter_1"
     folder.mkdir(parents=True)
     chance = random.Random(5)
@@ -668,15 +664,12 @@ def test_ten_thousand_samples_stay_small_and_open_at_once(browser, tmp_path):
     assert path.stat().st_size <= 15_000_000
     data, _ = embedded(path)
     assert data["samples"]["total"] == 10_000 and len(data["samples"]["rows"]) > 2_000
-    times = []
-    while len(times) < 3 and not (times and min(times) < 2000):  # the machine may be busy: the best of three
-        page = browser.open(path)
-        assert page.complaints() == []
-        lead = page.run("document.querySelector('#samples .lead').textContent")
-        assert f"a random {len(data['samples']['rows']):,} of 10,000 texts (seed 0)" in lead
-        times.append(page.ready_ms)
-    assert min(times) < 2000, times
-    started = time.monotonic()
+    page = browser.open(path)
+    assert page.complaints() == []
+    lead = page.run("document.querySelector('#samples .lead').textContent")
+    assert f"a random {len(data['samples']['rows']):,} of 10,000 texts (seed 0)" in lead
+    unpacked, blocks = page.run("[opened.size, blocks.length]")
+    assert 0 < unpacked < blocks / 4, (unpacked, blocks)
     assert re.fullmatch(r"1 to 10 of [\d,]+ texts", search(page, lexicon[0]))
-    assert time.monotonic() - started < 5  # all blocks are opened for it, once
+    assert page.run("opened.size") == blocks
     page.close()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cold
 import pytest
 
 import run
@@ -268,7 +269,7 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
 
 def test_dry_run_prints_a_script_that_runs_the_same_commands_when_pasted(tmp_path):
     argv = ["--run", "runs/a b", "--instructions.seeds", "it's.jsonl", "--dry-run"]
-    process = subprocess.run([sys.executable, str(ROOT / "run.py"), *argv], cwd=ROOT, capture_output=True, text=True)
+    process = cold.run("run.py", *argv)
     assert process.returncode == 0 and not (ROOT / "runs" / "a b").exists()
     # Paste it into a shell in which `python` only says what it was given.
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$#" "$@"\n')
@@ -286,12 +287,7 @@ def test_demand_window_upside_down_is_an_error():
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "run.py", "--model", str(tmp_path / "no model"), "--run", str(tmp_path / "r")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    process = cold.run("run.py", "--model", tmp_path / "no model", "--run", tmp_path / "r")
     assert process.returncode == 2
     assert "error:" in process.stderr and "Traceback" not in process.stderr
     assert "iter_1 instructions ended with exit code 2" in process.stderr.replace("\n", " ")
@@ -314,7 +310,7 @@ def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     wait_until(lambda: output.exists())
     send = os.killpg if sent == signal.SIGINT else os.kill  # Ctrl-C reaches all that the terminal runs
     send(process.pid, sent)
-    assert process.wait(HANG) == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
+    assert process.wait(cold.HANG) == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[sent]
     log = (tmp_path / "r" / "run.log").read_text()
     assert "iter_1 instructions\n$ python generate.py instructions" in log
     assert sent == signal.SIGKILL or "iter_1 instructions: exit code 130 after" in log
@@ -329,11 +325,8 @@ def test_killing_run_stops_its_stage_too(tmp_path, sent, writer):
     wait_until(free)
 
 
-HANG = 3600  # seconds: for what would never end, not for a busy machine
-
-
 def wait_until(condition) -> None:
-    end = time.monotonic() + HANG
+    end = time.monotonic() + cold.HANG
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)

@@ -1,10 +1,7 @@
 """train.py: packing, masks, accumulation, resume; oracles: transformers, PEFT.  python -m pytest tests/test_train.py"""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cold
@@ -373,10 +370,8 @@ def test_killed_and_run_again_is_the_unbroken_run(run, tmp_path, module, name, n
     argv += ["--output", str(tmp_path / "out"), "--learning-rate", "5e-3", "--rank", "4", "--alpha", "8"]
     argv += ["--save-every", "2", *flags]
     code = KILLER.format(root=str(ROOT), tests=str(ROOT / "tests"), module=module, name=name, nth=nth, argv=argv)
-    killed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = cold.run("-c", code)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     _, log, err = run(*flags)
     assert "resuming after step" in err
