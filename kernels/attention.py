@@ -199,7 +199,7 @@ def paged_attention(
 ) -> Tensor:
     """q [B, Q, Hq, D] against the pages of each text -> [B, Q, Hq, Dv] in q's dtype. Nothing is read on the host.
 
-    table: int32 [B, W], the pages of each text in order; entries behind its last page are not looked at (-1, say).
+    table: int32 [B, W], the pages of each text in order; entries after its last page are not looked at (-1, say).
     lengths: int32 [B], keys of each text, those of its Q queries included; at most W * S. The kernels take every bound
     from it on the device: a graph captured with short texts serves long ones.
     window: keys a query sees, its own included, 0 = all. softcap: bound c of the scores, or None. sinks: [Hq] or None.

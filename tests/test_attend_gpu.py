@@ -65,8 +65,8 @@ def write_hopefully(model, requests, **options) -> dict:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_generate_token_by_token(block_tables, family):
-    """8 ragged prompts through 4 rows in pages of 16; windows (24) are shorter than most texts, prompts come in pieces
-    of at most 30 tokens, so that later pieces read their keys out of the pages."""
+    """8 ragged prompts through 4 rows in pages of 16; windows (24) are shorter than most texts, prompts come in chunks
+    of at most 30 tokens, so that later chunks read their keys out of the pages."""
     model, prompts = tiny_model(family), make_prompts(8)
     samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
     assert isinstance(samples[None].cache, BlockTableCache)
@@ -143,7 +143,7 @@ def test_fp8_pages_are_a_model_that_rounds_its_keys_and_values(block_tables, fam
 
 
 def test_fp8_texts_do_not_depend_on_their_neighbours(block_tables):
-    """Shared prompts, copied pages, preemption, pieces, guesses, bursts: each text is what it is alone."""
+    """Shared prompts, copied pages, preemption, chunks, drafts, bursts: each text is what it is alone."""
     model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
     requests = [
         Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)

@@ -247,7 +247,7 @@ def test_temperature_zero_and_top_k_one_are_greedy_beside_sampled_rows():
 
 
 def test_texts_depend_on_the_seed_alone():
-    """Other rows, order, page size, prompt pieces, company: the same tokens. Another seed: other tokens."""
+    """Other rows, order, page size, prefill chunks, company: the same tokens. Another seed: other tokens."""
     model, prompts = tiny_model("qwen2"), make_prompts(9)
     recipe = Sampling(max_new_tokens=30)
     requests = [Request(i, p, 1000 + i, recipe) for i, p in enumerate(prompts)]
@@ -292,7 +292,7 @@ def test_a_prompt_that_ran_before_is_remembered(family):
     prompts = [head, head, head + list(range(200, 260)), head[:50] + list(range(300, 400)), list(range(30))]
     requests = [Request(i, p, i, Sampling(max_new_tokens=20)) for i, p in enumerate(prompts)]
     sampler = make_sampler(model)
-    for request in requests:  # one behind the other: none is running when the next comes
+    for request in requests:  # one after the other: none is running when the next comes
         sampler.add(request)
         (sample,) = sampler.run()
         assert sample.token_ids == write(model, [request])[request.key].token_ids
@@ -326,7 +326,7 @@ def test_stop_strings_are_cut_wherever_tokens_split_them():
     (sample,) = scripted(model, [ids], stop=("\nInstruction 4", "never"))
     assert (sample.finish, sample.text) == ("stop", "the river runs")
     assert "\nInstruction 4" in TOKENIZER.decode(sample.token_ids)
-    assert "\nInstruction 4" not in TOKENIZER.decode(sample.token_ids[:-1])  # no token behind the one that completes it
+    assert "\nInstruction 4" not in TOKENIZER.decode(sample.token_ids[:-1])  # no token after the one that completes it
 
 
 def test_the_stop_string_that_is_complete_first_wins():
@@ -663,4 +663,21 @@ def test_a_wrong_answer_of_the_hook_is_noticed():
 
     attention.forward = bent
     with pytest.raises(UserError, match="differ from the model's own"):
+        make_sampler(model)
+
+
+def test_a_model_that_does_not_hand_the_batch_down_is_refused():
+    """By its attention, or at its door: never an attention that mixes the texts of a batch."""
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+    attention.forward = lambda hidden_states, lengthen_batch=None, **kwargs: plain(hidden_states, **kwargs)
+    with pytest.raises(UserError, match="does not hand keyword arguments"):
+        make_sampler(model)
+    model = tiny_model()
+    whole = model.forward
+    model.forward = lambda input_ids, position_ids=None, use_cache=None, logits_to_keep=0: whole(
+        input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep
+    )
+    with pytest.raises(UserError, match="does not hand keyword arguments"):
         make_sampler(model)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.attention import Pages
 from lengthen.models.flash import dense
+from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
 STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
@@ -95,54 +96,33 @@ class StreamedBatch:
     groups: list[Group]
     prefill: list[Prefill]
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        window: int,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Stores k [T, Hkv, D] and v [T, Hkv, Dv], then q [T, Hq, D] -> [T, Hq, Dv]. window 0 = none."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        """As batch.Batch has it."""
         keys, values = self.layers[layer][:2]
-        keys[self.page, :, :, self.slot] = k
-        values[self.page, :, self.slot] = v
+        keys[self.page, :, :, self.slot] = k  # [T, Hkv, D]
+        values[self.page, :, self.slot] = v  # [T, Hkv, Dv]
         if len(self.groups) == 1 and not self.prefill:  # the common case: no result has to be put in its place
-            return _decode(q, keys, values, self.groups[0], scaling, window, softcap, sinks)
+            return _decode(q, keys, values, self.groups[0], rule)
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for group in self.groups:
-            some = q[: self.decode_tokens]
-            out[group.packed] = _decode(some, keys, values, group, scaling, window, softcap, sinks)
+            out[group.packed] = _decode(q[: self.decode_tokens], keys, values, group, rule)
         for chunk in self.prefill:
             here = slice(chunk.first, chunk.first + chunk.count)
             if chunk.start == 0:
                 all_k, all_v = k[here].transpose(0, 1), v[here].transpose(0, 1)
             else:  # the earlier chunks of this text lie in its pages
                 total = chunk.start + chunk.count
-                all_k = keys[chunk.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
+                all_k = keys[chunk.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]  # [Hkv, total, D]
                 all_v = values[chunk.pages].transpose(0, 1).flatten(1, 2)[:, :total]
-            some = q[here].transpose(0, 1)
-            out[here] = dense(some, all_k, all_v, chunk.start, scaling, window, softcap, sinks).transpose(0, 1)
+            out[here] = dense(q[here].transpose(0, 1), all_k, all_v, chunk.start, *rule).transpose(0, 1)
         return out
 
 
-def _decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group: Group,
-    scaling: float,
-    window: int,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _decode(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: Rule) -> Tensor:
     """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
     P, B, Q, (Hq, D) = len(group.owner), len(group.lengths), group.queries, q.shape[1:]
     Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
-    G, owner = Hq // Hkv, group.owner
+    G, owner, (scaling, window, softcap, sinks) = Hq // Hkv, group.owner, rule
     if group.pages is None:
         keys, values = keys[:P], values[:P]
     else:
@@ -150,7 +130,7 @@ def _decode(
     # 1) every page meets its owner's queries. Unowned pages get the last text's, and are masked.
     if group.spread is not None:
         q = q.index_select(0, group.spread)
-    q = q.view(B, Q, Hkv, G, D).transpose(1, 2)
+    q = q.view(B, Q, Hkv, G, D).transpose(1, 2)  # [B, Hkv, Q, G, D]
     asked = (q * scaling).reshape(B, -1).index_select(0, group.asker).view(P * Hkv, Q * G, D)
     scores = torch.bmm(asked, keys.view(P * Hkv, D, S)).float()
     if softcap:

@@ -10,12 +10,14 @@ On a CPU the same code runs on the kernels' torch references: slower than stream
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import Pages, paged_attention, read_pool, store_pages
 from lengthen.models.flash import Bounds, attend_pieces
+from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
 # B decoding texts, T packed tokens, S tokens in a page, D head size, Hq query heads, Hkv key heads,
@@ -39,31 +41,16 @@ class TableBatch:
     bounds: Bounds | None = None  # of the prefill chunks; None = there are none
     stored: tuple[Tensor, Tensor] | None = None  # int64 pages and slots of all their keys; None = all are new
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        window: int,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Stores k [T, Hkv, D] and v [T, Hkv, Dv], then q [T, Hq, D] -> [T, Hq, Dv]. window 0 = none."""
-        n, pages = self.decode_tokens, self.layers[layer]
-        store_pages(k, v, pages, self.slots)
-        results = []
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        """As batch.Batch has it."""
+        n, pages, (scaling, window, softcap, sinks) = self.decode_tokens, self.layers[layer], rule
+        store_pages(k, v, pages, self.slots)  # first: a token sees its own key
+        results = []  # decoding texts, then prefill chunks: packed order
         if n:
             queries = q[:n] if self.spread is None else q.index_select(0, self.spread)
             queries = queries.unflatten(0, (len(self.lengths), -1))  # [B, Q, Hq, D]
-            out = paged_attention(
-                *(queries, pages, self.table, self.lengths),
-                scale=scaling,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-            ).flatten(0, 1)
+            options: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap, "sinks": sinks}
+            out = paged_attention(queries, pages, self.table, self.lengths, **options).flatten(0, 1)
             results.append(out if self.gather is None else out.index_select(0, self.gather))
         if self.bounds:
             if self.stored:
@@ -71,8 +58,8 @@ class TableBatch:
                 pools = ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
                 k, v = (read_pool(*pool, (page, slice(None), slot)).to(q.dtype) for pool in pools)  # [keys, Hkv, D]
             else:
-                k, v = k[n:], v[n:]
-            results.append(attend_pieces(q[n:], k, v, self.bounds, scaling, window, softcap, sinks))
+                k, v = k[n:], v[n:]  # [Tk, Hkv, D]: whole prompts, all keys are in this batch
+            results.append(attend_pieces(q[n:], k, v, self.bounds, *rule))
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -93,9 +80,9 @@ def make_batch(
         pages[p // S] * S + p % S for pages, start, count in (*decode, *prefill) for p in range(start, start + count)
     ]
     width = max((len(pages) for pages, _, _ in decode), default=1)
-    table = [pages + [-1] * (width - len(pages)) for pages, _, _ in decode]
+    table = [pages + [-1] * (width - len(pages)) for pages, _, _ in decode]  # [B, W]
     Q = max((count for _, _, count in decode), default=1)
-    lengths = [start + count for _, start, count in decode]
+    lengths = [start + count for _, start, count in decode]  # the new tokens included
     decode_tokens = sum(count for _, _, count in decode)
     batch = TableBatch(layers, ints(slots), ints(table).view(-1, width), ints(lengths), decode_tokens)
     if Q > 1:
@@ -103,7 +90,7 @@ def make_batch(
         gather: list[int] = []
         end = 0
         for row, (_, _, count) in enumerate(decode):
-            spread += [end] * (Q - count) + list(range(end, end + count))
+            spread += [end] * (Q - count) + list(range(end, end + count))  # the kernel has the newest last
             gather += range(row * Q + Q - count, row * Q + Q)
             end += count
         batch.spread, batch.gather = ints(spread, torch.int64), ints(gather, torch.int64)

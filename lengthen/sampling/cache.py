@@ -11,7 +11,6 @@ The memory is num_pages * page_tokens * bytes_per_token; on a CPU the system com
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from kernels.attention import Pages
 from lengthen.records import UserError
 from lengthen.sampling import attend_cpu, attend_gpu
+from lengthen.sampling.batch import Batch
 from lengthen.sampling.pages import Chunk, PagePool
 from lengthen.sampling.prefix_cache import CopiedPages, PrefixPages, SharedPages
 
@@ -37,27 +37,6 @@ class LayerShape:
 
 
 Shapes = Mapping[int, LayerShape]  # by layer
-
-
-class Batch(Protocol):
-    """One forward pass of packed tokens, as its attention sees it."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        window: int,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], positions applied -> [T, Hq, Dv].
-
-        `window`: keys a token sees, itself included, 0 = all. `softcap`: tanh bound of the scores. `sinks` [Hq]: a
-        learned score per query head that takes weight and gives nothing.
-        """
 
 
 class PagedCache(PagePool, ABC):
@@ -93,7 +72,7 @@ class PagedCache(PagePool, ABC):
         assert isinstance(theirs, PagedCache)
         for layer in self.layers:
             for ours, others in zip(self._tensors(layer), theirs._tensors(layer), strict=True):
-                ours[list(target)] = others[list(source)]
+                ours[list(target)] = others[list(source)]  # a gather, then a scatter: overlapping pages are safe
 
     def _tensors(self, layer: int) -> list[Tensor]:
         """All that a layer's pages hold, page by page; fp8 as bytes, which is what torch can index."""
@@ -101,25 +80,25 @@ class PagedCache(PagePool, ABC):
         return [pool.view(torch.uint8) if pool.dtype == FP8 else pool for pool in pools]
 
     def close(self) -> None:
-        self.layers.clear()
+        self.layers.clear()  # the tensors go with the last reference
 
 
 class StreamedCache(PagedCache):
     """Keys [P, Hkv, D, S], values [P, Hkv, S, D]. Pages below `clean` hold finite numbers: where all are streamed, a
     masked nan would still poison a sum."""
 
-    least_page_tokens = 4
+    least_page_tokens = 4  # small, so that the probe crosses pages
     clean = 0
 
     def _allocate(self, shape: LayerShape) -> Pages:
-        if self.dtype == FP8:
+        if self.dtype == FP8:  # its products are computed by torch on a CPU, which multiplies no fp8
             raise UserError("keys and values in fp8 are for a GPU, this is a CPU", "--kv-cache auto")
         P, S, device, dtype = self.num_pages, self.page_tokens, self.device, self.dtype
-        keys = torch.empty(P, shape.heads, shape.key_dim, S, device=device, dtype=dtype)
+        keys = torch.empty(P, shape.heads, shape.key_dim, S, device=device, dtype=dtype)  # [P, Hkv, D, S]
         return Pages(keys, torch.empty(P, shape.heads, S, shape.value_dim, device=device, dtype=dtype))
 
     def take(self) -> int:
-        page = super().take()
+        page = super().take()  # the lowest free one, so what is clean is a range from 0
         if page >= self.clean:
             end = min(self.num_pages, page + CLEARED)
             for pages in self.layers.values():
@@ -137,11 +116,12 @@ class StreamedCache(PagedCache):
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Moves pages down when more than an eighth of the streamed range is holes."""
-        used = sorted(page for table in tables for page in table)
+        used = sorted(page for table in tables for page in table)  # one owner each: no page comes twice
+        # Up to there masking the holes costs less than moving pages; the +1 spares pools of a few pages.
         if not used or used[-1] + 1 <= len(used) + len(used) // 8 + 1:
             return
         holes = sorted(set(range(len(used))) - set(used))
-        high = [page for page in used if page >= len(used)]
+        high = [page for page in used if page >= len(used)]  # as many as there are holes
         self.copy(high, holes)
         moved = dict(zip(high, holes, strict=True))
         for table in tables:
@@ -154,7 +134,7 @@ class BlockTableCache(PagedCache):
     """Keys [P, Hkv, S, D], values [P, Hkv, S, Dv], as kernels/attention.py wants them, with its scales for fp8. Pages
     may hold anything before their use, also nan."""
 
-    least_page_tokens = 16
+    least_page_tokens = 16  # of a kernel: the least block of a matrix product
 
     def _allocate(self, shape: LayerShape) -> Pages:
         P, H, S, device = self.num_pages, shape.heads, self.page_tokens, self.device

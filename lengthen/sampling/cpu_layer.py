@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lengthen.models.cards import physical_memory
 from lengthen.models.families import REBUILT_LAYERS
-from lengthen.sampling.cache import Batch
+from lengthen.sampling.batch import Batch, Rule
 
 BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
 ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
@@ -43,7 +43,7 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Produ
     weight: Tensor = torch.cat(tuple(layer.weight for layer in layers))
     if norm is not None:
         assert isinstance(norm.weight, Tensor)
-        weight = weight * norm.weight
+        weight = weight * norm.weight  # [out, in] * [in]: norm(x) W^T = unit(x) (W * norm)^T
     biases: list[Tensor] = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
     if torch.backends.mkl.is_available():
@@ -63,10 +63,10 @@ class Layer:
 
     def __init__(self, layer: Any, window: int, rope: "Rope"):
         attention, mlp = layer.self_attn, layer.mlp
-        self.index, self.scaling, self.window, self.rope = attention.layer_idx, attention.scaling, window, rope
+        self.index, self.rule, self.rope = attention.layer_idx, Rule(attention.scaling, window), rope
         self.head, self.heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
         self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
-        self.values = attention.v_proj.out_features // self.head
+        self.values = attention.v_proj.out_features // self.head  # Hkv
         self.out = product([attention.o_proj])
         self.gate_up = product([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
         self.down, self.activation = product([mlp.down_proj]), mlp.act_fn
@@ -79,17 +79,17 @@ class Layer:
         """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]. Called as the model calls its own layer."""
         keys = self.heads + self.values  # where the keys end, counted in heads
         qkv = self.qkv(unit(x[0], self.eps[0])).view(x.shape[1], -1, self.head)
-        qk = qkv[:, :keys]
+        qk = qkv[:, :keys]  # [T, Hq + Hkv, D]: both get the same rotation
         if self.head_norms:  # Qwen3
             parts = zip(self.head_norms, qk.split([self.heads, keys - self.heads], 1), strict=True)
             qk = torch.cat([unit(part, norm.variance_epsilon) * norm.weight for norm, part in parts], 1)
         cos, sin = self.rope(position_embeddings)
-        half = self.head // 2
+        half = self.head // 2  # rotate_half of transformers, with the sign in sin
         qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], -1), sin)
         q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:]
-        out = lengthen_batch.attend(self.index, q, k, v, self.scaling, self.window)
-        h = x + self.out(out.flatten(1))
-        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)
+        out = lengthen_batch.attend(self.index, q, k, v, self.rule)
+        h = x + self.out(out.flatten(1))  # [1, T, H]
+        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)  # [1, T, I] each
         return h + self.down(self.activation(gate) * up)
 
 
@@ -101,6 +101,7 @@ class Rope:
         self.made: tuple[Tensor, Tensor]
 
     def __call__(self, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        # The model computes cos and sin once a pass and hands the same tuple to every layer.
         if self.source is not source:
             cos, sin = (x[0, :, None] for x in source)
             half = sin.shape[-1] // 2
@@ -133,7 +134,7 @@ def forwards(model: nn.Module, windows: dict[int, int]) -> list[tuple[nn.Module,
         if module in covered or "forward" in vars(module) or not fp32_on_cpu(module):  # replaced by others: stays
             continue
         if known(module):
-            covered.update(module.modules())
+            covered.update(module.modules())  # what is inside is never called by its own forward
             attention: Any = module.self_attn
             replaced.append((module, Layer(module, windows[attention.layer_idx], rope)))
         elif type(module) is nn.Linear:

@@ -38,7 +38,7 @@ class Drawer:
 
         One read of the device, at the end.
         """
-        logits[:, self.vocabulary :] = float("-inf")
+        logits[:, self.vocabulary :] = float("-inf")  # [n, V]
         settings, counts = [row.request.sampling for row, _ in draws], self._update(draws)
         as_floats = torch.tensor([(s.temperature, s.top_p, s.repetition_penalty) for s in settings], device=self.device)
         as_ints = torch.tensor(
@@ -78,12 +78,12 @@ class Drawer:
         self._widen(max(counts))
         if writes:
             slots, columns, tokens = torch.tensor(writes, device=self.device).T
-            self.seen[slots, columns] = tokens
+            self.seen[slots, columns] = tokens  # one write for all rows
         return counts
 
     def _write_line(self, row: Row) -> None:
         """All of a row's distinct ids, into a line that was another's."""
-        ids = sorted(row.distinct)
+        ids = sorted(row.distinct)  # any order does: the penalty is the same for all
         row.unwritten = []
         self._widen(len(ids))
         self.seen[row.slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.device)
@@ -91,7 +91,7 @@ class Drawer:
 
     def _widen(self, columns: int) -> None:
         while columns > self.seen.shape[1]:
-            self.seen = torch.cat([self.seen, torch.zeros_like(self.seen)], 1)
+            self.seen = torch.cat([self.seen, torch.zeros_like(self.seen)], 1)  # doubled: rare
 
 
 def too_early(row: Row, drafts: int) -> bool:
@@ -115,8 +115,8 @@ def penalise(logits: Tensor, seen: Tensor, counts: Tensor, penalty: Tensor) -> N
     """
     valid = torch.arange(seen.shape[1], device=seen.device) < counts[:, None]
     seen = torch.where(valid, seen, seen[:, :1])
-    values = logits.gather(1, seen)
-    factor = penalty[:, None]
+    values = logits.gather(1, seen)  # [n, W]
+    factor = penalty[:, None]  # [n, 1]
     changed = torch.where(values > 0, values / factor, values * factor)
     logits.scatter_(1, seen, torch.where(counts[:, None] > 0, changed, values))
 
@@ -158,15 +158,15 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """One token per row, [n] int64. logits [n, V] fp32, penalised; the others [n], temperature, top_p fp32."""
     greedy = (temperature < GREEDY) | (top_k == 1)
-    if greedy.all():
+    if greedy.all():  # no noise, no sorting
         return logits.argmax(-1)
     V = logits.shape[1]
     values, ids = top_candidates(logits)
     scores, kept, whole = keep(values, temperature, top_k, top_p)
-    short = ~whole & ~greedy & (values.shape[1] < V)
+    short = ~whole & ~greedy & (values.shape[1] < V)  # rows that need more than the candidates
     tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
     for few in short.nonzero()[:, 0].split(32):  # rare: top-k off or very large, or more than 64 ties
-        values, ids = logits[few].sort(descending=True)
+        values, ids = logits[few].sort(descending=True)  # [few, V] each
         scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
         tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
     return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
@@ -179,15 +179,15 @@ def keep(values: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> t
     not so if the lowest candidate ties with the k-th (or top-k is off), for then others like it were never looked at.
     """
     C = values.shape[1]
-    scores = values / temperature.clamp(min=GREEDY)[:, None]
+    scores = values / temperature.clamp(min=GREEDY)[:, None]  # [n, C]; a greedy row takes the highest anyway
     last = torch.where(top_k == 0, C, top_k).clamp(max=C)[:, None] - 1
     kept = scores >= scores.gather(1, last)  # `>=`: ties at the edge stay
     whole = ~kept[:, -1]
     # Hugging Face sums from the least likely up and removes while the sum is <= 1 - p; the best always stays.
     probabilities = scores.masked_fill(~kept, float("-inf")).softmax(-1)
-    tail = probabilities.flip(1).cumsum(1).flip(1)
+    tail = probabilities.flip(1).cumsum(1).flip(1)  # of a candidate and all less likely ones
     nucleus = (tail > 1 - top_p[:, None]) | (top_p[:, None] >= 1)
-    nucleus[:, 0] = True
+    nucleus[:, 0] = True  # [n, C]
     return scores, kept & nucleus, whole
 
 

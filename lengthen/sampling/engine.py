@@ -29,12 +29,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.linear_cross_entropy import plain_head
+from lengthen.models.cards import out_of_memory
 from lengthen.sampling.cache import BlockTableCache, bytes_per_token
 from lengthen.sampling.draw import Drawer
 from lengthen.sampling.graphs import DecodeGraphs
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS
-from lengthen.sampling.memory import kv_room, make_caches, out_of_memory
+from lengthen.sampling.memory import kv_room, make_caches
 from lengthen.sampling.meter import Meter, Progress, weight_bytes
 from lengthen.sampling.request import Request, Sample
 from lengthen.sampling.scheduler import Row, Scheduler, Step
@@ -71,11 +72,11 @@ class Sampler:
         self.notes: list[str] = []
         self.hook = Hook(model)
         self.device, cuda = self.hook.device, self.hook.device.type == "cuda"
-        # a CPU computes: more rows gain nothing. A GPU reads: each row more is nearly free, until the pages run out
+        # A CPU is busy with 48 rows; a GPU reads the weights for any number, until the pages run out.
         max_rows = max_rows or (256 if cuda else 48)
         chunk, page_tokens = prefill_tokens or (8192 if cuda else 512), page_tokens or (256 if cuda else 64)
-        config = model.config.get_text_config()
-        vocabulary = min(len(tokenizer), config.vocab_size)
+        config = model.config.get_text_config()  # of multimodal models the part that writes
+        vocabulary = min(len(tokenizer), config.vocab_size)  # a padded head has ids without a text
         context = self._within_rope(context)
 
         # 1) the cache: sized by what is free, and never larger than all rows at full length could fill
@@ -113,11 +114,11 @@ class Sampler:
         head, why = plain_head(model)
         if head is None:
             self.notes.append(f"log-probabilities come from whole logits: {why}")
-        self.scores = Scores(self._forward, self.scheduler, head, config.vocab_size, self.device)
-        self.finished: deque[Sample] = deque()
-        self.stats = self.scheduler.stats
+        self.scores = Scores(self.scheduler, head, config.vocab_size, self.device)
+        self.finished: deque[Sample] = deque()  # ready for `run` to yield
+        self.stats = self.scheduler.stats  # one set of counts for people
         self.stats["seconds"] = 0.0
-        self.meter, self.weight_bytes = Meter(), weight_bytes(model)
+        self.meter, self.weight_bytes = Meter(), weight_bytes(model)  # bytes that every pass reads
 
     def __enter__(self) -> "Sampler":
         return self
@@ -128,7 +129,7 @@ class Sampler:
     def close(self) -> None:
         """Gives the memory of keys and values and of the weights' copies back."""
         self.hook.replaced.clear()
-        self.graphs = None
+        self.graphs = None  # they hold buffers, and the memory of their captures
         self.scheduler.prefixes.close()
         self.cache.close()
 
@@ -168,7 +169,7 @@ class Sampler:
             try:
                 self.step()
             except KeyboardInterrupt:
-                interrupted = True
+                interrupted = True  # no further step
         if interrupted:
             raise KeyboardInterrupt
 
@@ -178,7 +179,7 @@ class Sampler:
         pairs: (prompt ids, continuation ids). Returns one fp32 tensor [len(continuation)] on the CPU per pair. Pairs
         that differ in their last token only (a judge's yes and no) share one pass. Also while `run` is being read.
         """
-        return self.scores.logprobs(pairs)
+        return self.scores.logprobs(pairs, self._forward)
 
     def progress(self) -> Progress:
         """Where it stands."""
@@ -213,7 +214,7 @@ class Sampler:
         """Schedule -> forward -> draw -> advance. Returns the rows that took part."""
         if self.graphs and (burst := self.graphs.in_flight):  # the device is ahead of what the host knows
             return self._burst([row for row in self.scheduler.rows if row.slot in burst.slots])
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule()  # who, and how many tokens
         if self.graphs and step.decodes_only and self.graphs.serves([row for row, _ in step.decode]):
             return self._burst([row for row, _ in step.decode])
         draws, keep = step.draws()
@@ -222,7 +223,7 @@ class Sampler:
         except RuntimeError as error:
             return self._back_off(error)
         step.mark_computed()
-        self.stats["steps"] += 1
+        self.stats["steps"] += 1  # a forward pass
         tokens = self.drawer.draw(draws, logits) if draws else []
         for i, (row, drafts) in enumerate(draws):
             if not drafts:  # the first of the row's draws: with it those after its drafts
@@ -258,6 +259,7 @@ class Sampler:
         decode, prefill = ([(row.pages, row.computed, count) for row, count in x] for x in (step.decode, step.prefill))
         ids = [t for row, count in work for t in (*row.ids[row.computed : row.computed + count], *row.draft)]
         positions = [p for row, count in work for p in range(row.computed, row.computed + count)]
+        # A pass that draws nothing asks for the logits of its first token: no head is given an empty input.
         tokens, places, last = (torch.tensor(x, device=self.device) for x in (ids, positions, keep or [0]))
         out = self.hook.forward(self.cache.batch(decode, prefill), tokens, places, last, hidden)[: len(keep)]
         return out if hidden else out.float()
@@ -272,8 +274,8 @@ class Sampler:
         """After an out-of-memory error: smaller steps, and no row took part in this one. Raises what it cannot help."""
         if not out_of_memory(error):
             raise error
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # fragments of the failed pass
         if not (note := self.scheduler.back_off()):
             raise error
-        self.notes.append(note)
-        return []
+        self.notes.append(note)  # the next step tries again, smaller
+        return []  # nothing was computed

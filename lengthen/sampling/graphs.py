@@ -225,7 +225,7 @@ class DecodeGraphs:
         for row in rows:
             owner, known = self.marked.get(row.slot, (None, 0))
             if owner is not row:
-                clear.append(row.slot)
+                clear.append(row.slot)  # another text used this mask
             new = row.distinct if owner is not row else row.ids[known:]
             bits += [row.slot * self.width + token for token in new]
             self.marked[row.slot] = row, len(row.ids)
@@ -235,7 +235,7 @@ class DecodeGraphs:
             ints.append((*state, s.min_new_tokens, signed(row.request.seed), s.top_k, row.slot))
             floats.append((s.temperature, s.top_p, s.repetition_penalty))
             table.append(self._padded(row))
-        excess = size - len(rows)
+        excess = size - len(rows)  # lines of the bucket without a row
         ints += [(0, 0, 0, 0, 0, 0, 1, self.rows)] * excess
         floats += [(0.0, 1.0, 1.0)] * excess
         table += [self._padded(None)] * excess
@@ -270,7 +270,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self._step(size)
-        self.pool = graph.pool()
+        self.pool = graph.pool()  # graphs run one at a time: they may share it
         return graph
 
     def _say(self) -> None:
@@ -284,24 +284,24 @@ class DecodeGraphs:
         table, S = self.table[:size], self.cache.page_tokens
 
         # 1) the forward pass over the newest tokens
-        active = position < end
+        active = position < end  # a row at its limit, or in excess, stands still
         page = table.gather(1, (position // S).clamp(max=table.shape[1] - 1)[:, None])[:, 0]
         slots = torch.where(active, page * S + position % S, -1).int()
-        lengths = torch.where(active, position + 1, 0).int()
-        batch = TableBatch(self.cache.layers, slots, table, lengths, size)
+        lengths = torch.where(active, position + 1, 0).int()  # keys, the new one included
+        batch = TableBatch(self.cache.layers, slots, table, lengths, size)  # Q = 1: no drafts
         logits = self.hook.forward(batch, token, position, self.every[:size]).float()
 
         # 2) what must not be drawn, and the repetition penalty: as draw.Drawer and draw.penalise
         logits[:, self.vocabulary :].fill_(float("-inf"))
         ends = logits.index_select(1, self.ends).masked_fill((written < least)[:, None], float("-inf"))
         logits.index_copy_(1, self.ends, ends)
-        factor = penalty[:, None]
+        factor = penalty[:, None]  # [size, 1]
         changed = torch.where(logits > 0, logits / factor, logits * factor)
         logits = torch.where(self.seen.index_select(0, line), changed, logits)
 
         # 3) the draw: draw.draw without its rare path
-        greedy = (temperature < GREEDY) | (top_k == 1)
-        values, ids = top_candidates(logits)
+        greedy = (temperature < GREEDY) | (top_k == 1)  # [size]
+        values, ids = top_candidates(logits)  # [size, C] each
         scores, kept, whole = keep(values, temperature, top_k, top_p)
         drawn = ids.gather(1, race(scores, kept, ids, seeds, written))[:, 0]
         drawn = torch.where(greedy, logits.argmax(-1), drawn)
@@ -313,7 +313,7 @@ class DecodeGraphs:
         # 4) the next step's input
         self.out[:, :size].index_copy_(0, self.step, torch.where(short, -1, drawn)[None])
         self.seen.view(-1).index_fill_(0, line * self.width + drawn, True)
-        token.copy_(drawn)
-        position += 1
-        written += 1
+        token.copy_(drawn)  # in place: a view of the buffer
+        position += 1  # of the token just drawn
+        written += 1  # its place in the output: what the noise is hashed from
         self.step += 1

@@ -21,7 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from lengthen.models.flash import dense
 from lengthen.records import UserError
 from lengthen.sampling import cpu_layer
-from lengthen.sampling.cache import Batch, LayerShape, make_cache
+from lengthen.sampling.batch import Batch, Rule
+from lengthen.sampling.cache import LayerShape, make_cache
 
 NAME = "lengthen_paged"  # key in transformers' registry
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types that can be carried
@@ -59,7 +60,7 @@ def attend(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
-    return lengthen_batch.attend(layer, q, k, v, scaling, sliding_window or 0, softcap, s_aux)[None], None
+    return lengthen_batch.attend(layer, q, k, v, Rule(scaling, sliding_window or 0, softcap, s_aux))[None], None
 
 
 AttentionInterface.register(NAME, attend)
@@ -71,20 +72,10 @@ class ProbeBatch:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        window: int,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], window)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return dense(q, k, v, 0, scaling, window, softcap, sinks).transpose(0, 1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], rule.window)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, T, D], as `dense` wants them
+        return dense(q, k, v, 0, *rule).transpose(0, 1)
 
 
 class Hook:
@@ -105,7 +96,7 @@ class Hook:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The model's attention is `attend`; afterwards the model is its own again."""
-        before = [c._attn_implementation for c in self.configs]
+        before = [c._attn_implementation for c in self.configs]  # nested configs may differ
         for config in self.configs:
             config._attn_implementation = NAME
         for module, forward in self.replaced:
@@ -114,7 +105,7 @@ class Hook:
             yield
         finally:
             for module, _ in self.replaced:
-                del module.forward
+                del module.forward  # its class's own is visible again
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation = name
 
@@ -146,9 +137,9 @@ class Hook:
         if not getattr(self.model, "_supports_attention_backend", False):
             self._refuse("its attention does not go through transformers' attention interface")
         every = torch.arange(PROBE, device=self.device)
-        ids = (every * 7919 + 11) % config.vocab_size
-        own = self.model(input_ids=ids[None], use_cache=False).logits[0]
-        batch = ProbeBatch()
+        ids = (every * 7919 + 11) % config.vocab_size  # spread over the vocabulary, all different
+        own = self.model(input_ids=ids[None], use_cache=False).logits[0]  # [PROBE, V]
+        batch = ProbeBatch()  # no pages yet: their shapes are what it finds out
         try:
             packed = self.forward(batch, ids, every, every)
         except (NotHandedDown, TypeError) as error:
@@ -176,7 +167,7 @@ class Hook:
         """The logits [PROBE, V] of the probe's tokens: a prefill chunk, then token by token, through pages."""
         cache = make_cache(shapes, 3, 0, self.device, self.dtype)
         table, every = [cache.take() for _ in range(3)], torch.arange(PROBE, device=self.device)
-        chunk = cache.batch([], [(table, 0, SPLIT)])
+        chunk = cache.batch([], [(table, 0, SPLIT)])  # on a CPU over two pages
         logits = [self.forward(chunk, ids[:SPLIT], every[:SPLIT], every[:SPLIT])]
         for i in range(SPLIT, PROBE):
             one = slice(i, i + 1)
@@ -186,6 +177,6 @@ class Hook:
     def _differs(self, what: str, logits: Tensor, own: Tensor) -> str:
         """Why the logits are not the model's own, "" = they are."""
         bound = BOUNDS.get(own.dtype, BOUND_16_BITS) * own.float().abs().max().clamp(min=1)
-        error = (logits.float() - own.float()).abs().max()
+        error = (logits.float() - own.float()).abs().max()  # bf16 rounds each logit to 3 digits
         why = f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})"
         return "" if error <= bound else why

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lengthen.models.cards import physical_memory
+from lengthen.models.cards import out_of_memory, physical_memory
 from lengthen.records import UserError
 from lengthen.sampling.cache import PagedCache, bytes_per_token, make_cache
 from lengthen.sampling.draw import draw
@@ -17,11 +17,6 @@ PREFIX_SHARE = 8  # the prefix cache gets an eighth of the pages, or as many mor
 HINT = "a smaller model, or --quantize nf4"
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Also a CPU's, which torch knows by its message only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def kv_room(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, context: int, rows: int) -> tuple[int, int]:
     """(tokens that there is room for, prompt tokens in a step): `chunk`, or fewer if these do not fit.
 
@@ -30,7 +25,7 @@ def kv_room(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, contex
     room = physical_memory() // CPU_SHARE
     if hook.device.type == "cuda":
         taken, chunk = warm_up(hook, dtype, page_tokens, chunk, context, rows)
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what the warm-up gave back is free for the pages
         room = max(0, int((torch.cuda.mem_get_info(hook.device)[0] - taken) * CUDA_SHARE))
     return room // bytes_per_token(hook.shapes, dtype), chunk
 
@@ -49,7 +44,7 @@ def warm_up(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, contex
                 raise
             if chunk <= LEAST_CHUNK:
                 raise UserError("the model leaves no memory to compute with", HINT) from None
-        chunk = max(LEAST_CHUNK, chunk // 2)
+        chunk = max(LEAST_CHUNK, chunk // 2)  # a step halves with its prompt tokens
 
 
 def _largest_step(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, rows: int) -> int:
@@ -60,10 +55,10 @@ def _largest_step(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, 
     before = torch.cuda.memory_allocated(device) if cuda else 0
     cache = make_cache(hook.shapes, -(-chunk // page_tokens), page_tokens, device, dtype)
     every = torch.arange(chunk, device=device)
-    last = every[-1:].expand(rows)
+    last = every[-1:].expand(rows)  # logits of as many rows as may ever draw at once
     batch = cache.batch([], [(list(range(cache.num_pages)), 0, chunk)])
     logits: Tensor = hook.forward(batch, torch.zeros_like(every), every, last).float()
-    share = torch.full((rows,), 0.8, device=device)
+    share = torch.full((rows,), 0.8, device=device)  # both temperature and top-p
     draw(logits, share, last.clamp(max=20), share, seeds=last, positions=last)  # settings that rank candidates
     return torch.cuda.max_memory_allocated(device) - before if cuda else 0
 
@@ -80,7 +75,7 @@ def make_caches(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            pages = pages * 9 // 10
+            pages = pages * 9 // 10  # a tenth less, until it fits
             continue
         if pages < asked:
             room, wish = pages * page_tokens, asked * page_tokens

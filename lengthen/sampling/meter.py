@@ -35,7 +35,7 @@ def bandwidth(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * source.numel() * source.itemsize / best
+    return 2 * source.numel() * source.itemsize / best  # read once, written once
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -44,7 +44,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     own = {id(p): p.numel() * p.itemsize for p in model.parameters()}
     # A tied table is the head, too, which is read whole.
     if getattr(head, "weight", None) is not table.weight:
-        own.pop(id(table.weight), None)
+        own.pop(id(table.weight), None)  # looked up, not read
     return sum(own.values())
 
 
@@ -56,7 +56,7 @@ class Meter:
 
     def add(self, seconds: float, read: int, tokens: float) -> None:
         """A step, or several: how long it took, bytes it had to read, tokens it wrote."""
-        fade = math.exp(-seconds / MEMORY)
+        fade = math.exp(-seconds / MEMORY)  # rates look back MEMORY seconds, however long a step is
         self.seconds = self.seconds * fade + seconds
         self.bytes = self.bytes * fade + read
         self.tokens = self.tokens * fade + tokens

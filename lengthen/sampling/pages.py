@@ -25,7 +25,7 @@ class PagePool:
 
     def take(self) -> int:
         """A free page, held once. IndexError where none is free."""
-        page = heapq.heappop(self.free)
+        page = heapq.heappop(self.free)  # the lowest: a CPU streams the range up to the highest page in use
         self.holders[page] = 1
         return page
 
@@ -38,9 +38,9 @@ class PagePool:
         """One holder less for each of these pages; empties the list."""
         for page in pages:
             self.holders[page] -= 1
-            if not self.holders[page]:
+            if not self.holders[page]:  # the last holder
                 heapq.heappush(self.free, page)
-        pages.clear()
+        pages.clear()  # the caller's block table: nobody reads these pages through it again
 
     def copy(self, source: Sequence[int], target: Sequence[int], of: "PagePool | None" = None) -> None:
         """Contents of pages into others; `of`: the pool of the source where it is another. Here there are none."""

@@ -58,13 +58,13 @@ class SharedPages:
         return list(pages)
 
     def shareable(self, tokens: int) -> int:
-        return tokens // self.pool.page_tokens
+        return tokens // self.pool.page_tokens  # the page that is known in part will be written to
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         self.pool.copy(source, target)
 
     def make_free(self, forget: Callable[[], bool]) -> bool:
-        while not self.pool.free and forget():
+        while not self.pool.free and forget():  # what a running text holds too is not free when it is forgotten
             pass
         return bool(self.pool.free)
 
@@ -76,12 +76,12 @@ class CopiedPages:
         self.pool, self.texts, self.room = pool, texts, pool.num_pages
 
     def keep(self, pages: Sequence[int]) -> list[int]:
-        copies = [self.pool.take() for _ in pages]
+        copies = [self.pool.take() for _ in pages]  # there is room: the tree forgot as many before
         self.pool.copy(pages, copies, self.texts)
         return copies
 
     def shareable(self, tokens: int) -> int:
-        return 0
+        return 0  # none: a streamed page has one owner
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         self.texts.copy(source, target, self.pool)
@@ -112,9 +112,10 @@ class PrefixCache:
         path: list[Node] = []
         known, limit = 0, len(ids) - 1
         while node and known < limit:
-            rest = tuple(ids[known : min(known + page_tokens, limit)])
+            rest = tuple(ids[known : min(known + page_tokens, limit)])  # of this page, at most
             child, same = node.children.get(rest), len(rest)
             if child is None:
+                # No page with just these tokens: the child that begins like them, up to where it differs.
                 near = islice(reversed(node.children.values()), NEAR)
                 child = max(near, key=lambda other: common_prefix(other.tokens, rest), default=None)
                 same = common_prefix(child.tokens, rest) if child else 0
@@ -123,19 +124,20 @@ class PrefixCache:
             path.append(child)
             known += same
             node = child if same == page_tokens else None  # a page that matches in part is where the match ends
-        self._touch(path)
+        self._touch(path)  # parents after children: a leaf is always the oldest
         return [node.page for node in path], known
 
     def keep(self, ids: Sequence[int], pages: Sequence[int]) -> None:
         """Remembers a computed prompt, whose keys and values lie in these pages of a text."""
         page_tokens, count = self.pages.pool.page_tokens, self.pages.pool.pages_for(len(ids))
-        if count > self.pages.room:
+        if count > self.pages.room:  # it would forget its own beginning
             return
         node, path, new = self.root, [], []
         for nth in range(count):
             tokens = tuple(ids[nth * page_tokens : (nth + 1) * page_tokens])
             child = node.children.get(tokens)
             if child is None:
+                # Full: the oldest leaf goes, which is never on this path.
                 if len(self.order) == self.pages.room:
                     self._forget()
                 child = node.children[tokens] = Node(tokens, node)
@@ -151,7 +153,7 @@ class PrefixCache:
 
     def attach(self, pages: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
         """(pages that a text of these first tokens now holds too, pages to `copy`, which stay until `detach`)."""
-        self.pages.pool.share(pages)
+        self.pages.pool.share(pages)  # also those to copy: making room for the copies must not free them
         shared = self.pages.shareable(tokens)
         return list(pages[:shared]), list(pages[shared:])
 
@@ -182,7 +184,7 @@ class PrefixCache:
             return False
         oldest, _ = self.order.popitem(last=False)
         assert oldest.parent and not oldest.children, "a parent is used whenever its child is"
-        del oldest.parent.children[oldest.tokens]
+        del oldest.parent.children[oldest.tokens]  # nothing finds it any more
         self.pages.pool.give_back([oldest.page])
         return True
 

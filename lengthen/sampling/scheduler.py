@@ -94,7 +94,7 @@ class Step:
         keep: list[int] = []
         end = 0
         for row, count in self.work:
-            end += count
+            end += count  # packed index after the row
             if row.computed + count >= len(row.ids):
                 drafts = len(row.draft)
                 draws += [(row, i) for i in range(drafts + 1)]
@@ -149,7 +149,7 @@ class Lengths:
 
     def learn(self, request: Request, written: int) -> None:
         self.finished += 1
-        recent = min(self.finished + 1, RECENT)
+        recent = min(self.finished + 1, RECENT)  # a plain mean at first, later one that forgets
         self.mean_output += (written - self.mean_output) / recent
         if request.expected_tokens:
             self.mean_excess += (written / request.expected_tokens - self.mean_excess) / recent
@@ -186,7 +186,7 @@ class Scheduler:
     ):
         self.pool, self.prefixes, self.context, self.prefill_tokens = pool, prefixes, context, prefill_tokens
         self.special, self.drafts = special or {}, drafts
-        self.queue, self.lengths, self.added = Queue(), Lengths(), 0
+        self.queue, self.lengths, self.added = Queue(), Lengths(), 0  # added: requests so far, their order
         self.rows: list[Row] = []  # in the order of their admission, oldest first
         self.slots = list(range(max_rows))  # those that are free
         self.stats: dict[str, float] = dict.fromkeys(
@@ -198,7 +198,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request whose prompt fits the context."""
         self.queue.push(Waiting(1, -request.expected_tokens, self.added, request))
-        self.added += 1
+        self.added += 1  # ties of the queue go by order
 
     def schedule(self) -> Step:
         """The next step, empty if nothing waits or runs: admits rows, gives all their pages, makes drafts."""
@@ -219,12 +219,12 @@ class Scheduler:
         what counts as computed: they are written over and never read.
         """
         draft, row.draft = row.draft, []
-        if not row.written:
+        if not row.written:  # its first draw: the prompt is computed
             self.prefixes.keep(row.request.prompt_ids, row.pages)
         end, accepted = None, -1
         for token in tokens:
             accepted += 1
-            row.ids.append(token)
+            row.ids.append(token)  # the list that the lookup reads, too
             if token not in row.distinct:
                 row.distinct.add(token)
                 row.unwritten.append(token)
@@ -237,7 +237,7 @@ class Scheduler:
         if end:
             self.finish(row)
         else:
-            row.computed = len(row.ids) - 1
+            row.computed = len(row.ids) - 1  # the newest token is drawn, not computed
         return end
 
     def finish(self, row: Row) -> None:
@@ -264,7 +264,7 @@ class Scheduler:
             if self.pool.free or self.prefixes.make_free():
                 row.pages.append(self.pool.take())
             else:
-                youngest = self.rows[-1]
+                youngest = self.rows[-1]  # least to compute again; and the oldest always goes on
                 self.preempt(youngest)
                 if youngest is row:
                     return False
@@ -292,8 +292,8 @@ class Scheduler:
     def _release(self, row: Row) -> None:
         self.rows.remove(row)
         self.pool.give_back(row.pages)
-        self.slots.append(row.slot)
-        row.computed, row.slot, row.draft = 0, -1, []
+        self.slots.append(row.slot)  # taken again by the next row
+        row.computed, row.slot, row.draft = 0, -1, []  # its tokens stay: they are computed again, not drawn
 
     # -- admission
 
@@ -301,16 +301,18 @@ class Scheduler:
         """Moves requests from the queue into free rows, as far as the pages are likely to last."""
         if not self.queue or not self.slots:
             return
+        # Optimistic: by expected lengths. Reserving the longest possible ones would leave most pages empty.
         reserved = sum(map(self._expected_pages, self.rows))
         while self.queue and self.slots:
             entry = self.queue.pop()
             row = entry.waiting if isinstance(entry.waiting, Row) else self._start(entry.waiting, entry.order)
-            needed = self._expected_pages(row)
+            needed = self._expected_pages(row)  # all of them: it has none
+            # With no row running the next is admitted whatever it needs: a single text always fits.
             if self.rows and needed + reserved > len(self.pool.free):
-                self.queue.push(entry)
+                self.queue.push(entry)  # it stays the next: nobody overtakes it, however short
                 break
             reserved += needed
-            self.rows.append(row)
+            self.rows.append(row)  # the youngest from now on
             row.slot = self.slots.pop()
 
     def _start(self, request: Request, order: int) -> Row:
@@ -345,7 +347,7 @@ class Scheduler:
                 continue
             if budget and not row.computed and not self._attach_prefix(row, computing):
                 continue
-            todo = len(row.ids) - row.computed
+            todo = len(row.ids) - row.computed  # 1 in decoding
             count = 1 if todo == 1 else min(todo, budget)
             if row.slot < 0 or not count or not self.grow(row, row.computed + count):
                 continue
@@ -353,8 +355,9 @@ class Scheduler:
                 decode.append(row)
             else:
                 prefill.append((row, count))
+            # Also a chunk of one token, when the budget has just that left.
             if todo > 1:
-                budget -= count
+                budget -= count  # a decoding row costs none: its token is due in any case
                 computing.append(row)
         return decode, prefill
 
@@ -372,7 +375,7 @@ class Scheduler:
             row.pages += own
             if self.grow(row, shared):
                 self.prefixes.copy(copied, row.pages[len(own) : len(pages)])
-                row.computed = shared
+                row.computed = shared  # less than all: the last token is computed, for its logits
                 self.stats["shared_tokens"] += shared
             self.prefixes.detach(copied)
         return True
@@ -380,16 +383,17 @@ class Scheduler:
     def _draft(self, rows: Sequence[Row], tokens: int, costs: DraftCosts) -> None:
         """Gives drafts to the rows of a step that has `tokens` tokens without them, where they are worth their time."""
         drafts, chances = [], []
-        bar = tokens / (costs.free_tokens + tokens)
+        bar = tokens / (costs.free_tokens + tokens)  # tokens per unit of time without drafts
         for row in rows:
             row.lookup = row.lookup or Lookup(row.ids)
-            row.lookup.learn()
+            row.lookup.learn()  # also of tokens that no draft was made for
             worth = row.lookup.chances(1)[0] > bar
             # The last token of a text is drawn, never computed: no draft reaches it.
             drafts.append(row.lookup.guess(min(LONGEST, row.limit - len(row.ids) - 1)) if worth else [])
             chances.append(row.lookup.chances(len(drafts[-1])))
-        counts = allot(chances, tokens, costs.free_tokens)
+        counts = allot(chances, tokens, costs.free_tokens)  # drafts of each row
         right = sum(sum(some[:count]) for some, count in zip(chances, counts, strict=True))
+        # Few right drafts: not worth a pass that is not a captured graph.
         if right <= costs.hurdle * len(rows):
             return
         for row, draft, count in zip(rows, drafts, counts, strict=True):

@@ -22,9 +22,9 @@ class Stopping:
         "eos" and "stop": without the token or the string that ended it. "length" and "repetition": all of it but half a
         character at its end.
         """
-        token = row.ids[-1]
+        token = row.ids[-1]  # the newest
         if token in self.eos_ids:
-            return "eos", self.text(row, row.output[:-1])
+            return "eos", self.text(row, row.output[:-1])  # the token stays in the sample, not in its text
         if token in row.stop_ids:
             return "stop", self.text(row, row.output[:-1])
         if row.stop_texts and (text := self._before_stop(row)) is not None:
@@ -40,7 +40,7 @@ class Stopping:
         """The output as it continues the prompt: decoded after the prompt's last ids, for some tokenizers drop a
         leading space of whatever they are given."""
         lead = row.request.prompt_ids[-LEAD:]
-        before, both = self._decode(lead), self._decode(lead + output)
+        before, both = self._decode(lead), self._decode(lead + output)  # the difference is the output
         return both[len(before) :] if both.startswith(before) else self._decode(output)
 
     def _before_stop(self, row: Row) -> str | None:
@@ -65,7 +65,7 @@ class Stopping:
 def loops(ids: Sequence[int], start: int) -> bool:
     """Whether ids[start:] ends in a block of at most LOOP_BLOCK tokens, LOOP_TIMES times in a row."""
     for block in range(1, min(LOOP_BLOCK, (len(ids) - start) // LOOP_TIMES) + 1):
-        span = block * (LOOP_TIMES - 1)
+        span = block * (LOOP_TIMES - 1)  # a loop equals itself, one block earlier
         if ids[-1] == ids[-1 - block] and ids[-span:] == ids[-span - block : -block]:
             return True
     return False
