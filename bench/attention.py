@@ -6,7 +6,7 @@
 One layer, keys and values in bf16 (fp32 on a CPU), page 256. Per number of texts and length: microseconds (median of
 --repeats), and the bytes of all keys and values divided by that time, as a share of what copying 1 GB reaches on the
 same card: 100 % is a kernel that waits for memory only. "ragged": the lengths run from an eighth of the given one to
-twice it, evenly, so that their sum is about the same. The cache is overwritten in front of each run.
+twice it, evenly, so that their sum is about the same. The cache is overwritten before each run.
 Methods: ours; ours on fp8 pages (half the bytes: its share counts those); ours verifying 4 drafted tokens; flash-attn's
 flash_attn_with_kvcache if installed; gathering the pages and torch's SDPA. The table goes to stderr, one JSON line to
 stdout.
@@ -74,7 +74,7 @@ def methods(shape: tuple, case: tuple[Pages, Tensor, Tensor]) -> dict[str, tuple
 
 
 def seconds(work: Callable, cuda: bool, repeats: int) -> float:
-    """Median of `repeats` runs behind two that warm up. On a GPU the cache is overwritten in front of each."""
+    """Median of `repeats` runs after two that warm up. On a GPU the cache is overwritten before each."""
     times, other = [], torch.empty(64 << 20, device="cuda") if cuda else None
     for i in range(repeats + 2):
         if cuda:

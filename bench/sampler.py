@@ -10,7 +10,7 @@
    median of the turns' ratios of rate. The texts differ (other random numbers), so do the totals a little.
 5. Beside it: the machine's matrix-product ceiling (a large product), and what part of it each of them reaches,
    counting 2 operations per parameter of the linear layers and useful token (attention not counted).
-6. --lookup instead: the sampler with and without guesses out of the text (sampling/lookup.py), --rows texts at once
+6. --lookup instead: the sampler with and without draft tokens (sampling/lookup.py), --rows texts at once
    (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our
    LICENSE to be repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this
    model wrote). A run is one seed with and without, in turns; the speed-up is the median of the runs' ratios of time.
@@ -254,7 +254,7 @@ def bench_lookup(args: argparse.Namespace, loaded: LoadedModel, say: Callable) -
         "Extender": (extender_prompts(loaded, count, rows, args.max_new_tokens), {"repetition_penalty": 1.1}),
     }
     table = Table(title=f"{args.model}, {count} prompts, {rows} at once, <= {args.max_new_tokens} tokens")
-    for column in ("", "guessed right", "tokens", "without, tokens/s", "with, tokens/s", "passes saved", "speed-up"):
+    for column in ("", "right guesses", "tokens", "without, tokens/s", "with, tokens/s", "steps saved", "speed-up"):
         table.add_column(column, justify="right" if column else "left")
     result = {"bench": "sampler-lookup", "model": args.model, "rows": rows, "prompts": count}
     for name, (prompts, sampling) in sets.items():
@@ -362,7 +362,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--rows", type=int, default=0, help="our texts at once; 0 = its own choice (default), or 8 with --lookup"
     )
     p.add_argument("--runs", type=int, default=3, help="alternating runs; medians are shown (default 3)")
-    p.add_argument("--lookup", action="store_true", help="with and without guesses out of the text, instead of peers")
+    p.add_argument("--lookup", action="store_true", help="with and without draft tokens, instead of peers")
     return p.parse_args(argv)
 
 

@@ -187,26 +187,28 @@ def run_ours(work: Work, device: torch.device, **options: object) -> dict:
         model, Ids(model.config.vocab_size), eos_ids=set(), context=context, max_rows=work.rows, **options
     ) as sampler:
         if work.script:
-            draw = sampler._draw
+            draw = sampler.drawer.draw
 
-            def scripted(asked: list, logits: torch.Tensor) -> list[int]:
-                draw(asked, logits)
-                return [work.script[row.request.key][row.written + ahead] for row, ahead in asked]
+            def scripted(draws: list, logits: torch.Tensor) -> list[int]:
+                draw(draws, logits)  # its time counts
+                return [work.script[row.request.key][row.written + drafts] for row, drafts in draws]
 
-            sampler._draw = scripted
+            sampler.drawer.draw = scripted
         began = time.perf_counter()
         for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
             settings = Sampling(**work.sampling, max_new_tokens=length)
             sampler.add(Request(i, prompt, i, settings, penalty_from=len(prompt) if work.script else 0))
-        made, roofline = 0, 0.0
+        made, most, roofline = 0, 0, 0.0
         for sample in sampler.run():
             made += sample.num_tokens
-            if len(sampler.rows) > sampler.max_rows // 2:  # before the last texts are left alone
-                roofline = sampler.progress().roofline
+            progress = sampler.progress()
+            most = max(most, progress.rows)
+            if progress.rows > most // 2:  # before the last texts are left alone
+                roofline = progress.roofline
         seconds = time.perf_counter() - began
         notes = "; ".join(sampler.notes)
         if work.script:
-            notes = f"{sampler.stats['decode_tokens'] / max(1, sampler.stats['row_steps']):.2f} tokens a row and pass"
+            notes = f"{sampler.stats['decode_tokens'] / max(1, sampler.stats['row_steps']):.2f} tokens per row and step"
         return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": notes}
 
 

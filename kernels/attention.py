@@ -31,7 +31,7 @@ Not supported: gradients, more than 8 queries per text, key heads with different
 """
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales.where(scales > 0, 1)[..., None]).to(torch.float8_e4m3fn), scales
 
 
-def read_pool(pool: Tensor, scales: Tensor | None, index: object) -> Tensor:
+def read_pool(pool: Tensor, scales: Tensor | None, index: Any) -> Tensor:
     """pool[index], the whole last dimension of it; fp8 numbers come multiplied by their scales, in fp32."""
     if scales is None:
         return pool[index]
@@ -199,7 +199,7 @@ def paged_attention(
 ) -> Tensor:
     """q [B, Q, Hq, D] against the pages of each text -> [B, Q, Hq, Dv] in q's dtype. Nothing is read on the host.
 
-    table: int32 [B, W], the pages of each text in order; entries behind its last page are not looked at (-1, say).
+    table: int32 [B, W], the pages of each text in order; entries after its last page are not looked at (-1, say).
     lengths: int32 [B], keys of each text, those of its Q queries included; at most W * S. The kernels take every bound
     from it on the device: a graph captured with short texts serves long ones.
     window: keys a query sees, its own included, 0 = all. softcap: bound c of the scores, or None. sinks: [Hq] or None.
@@ -217,7 +217,7 @@ def paged_attention(
     _need(window >= 0 and splits >= 0, f"window {window} and splits {splits} must not be negative")
     _need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
     _need(sinks is None or sinks.shape == (Hq,), f"sinks must be [{Hq}]")
-    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     if B and _on_kernels(path, q.device):
         from . import attention_triton as fast
 

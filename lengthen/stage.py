@@ -58,7 +58,7 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
 def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
     """Load the model that the flags name, and print once what is in force and why."""
     from lengthen.models.loading import load_model
-    from lengthen.sampling.attend_cpu import FP8
+    from lengthen.sampling.cache import FP8
     from lengthen.sampling.engine import Sampler
 
     loaded = load_model(

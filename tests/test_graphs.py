@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_attend_gpu import expect_little, generate, write_hopefully
 from test_sampler import EOS, make_prompts, make_sampler, write
-from test_walk import expect_little, generate, write_hopefully
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lengthen.sampling import attend_cpu as attention
-from lengthen.sampling import attend_gpu as walk
-from lengthen.sampling import graphs
+from lengthen.sampling import attend_gpu, graphs
+from lengthen.sampling import cache as caches
+from lengthen.sampling.cache import BlockTableCache, StreamedCache
 from lengthen.sampling.graphs import DecodeGraphs, buckets
 from lengthen.sampling.request import Request, Sampling
 
@@ -26,8 +26,8 @@ OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
 
 
 @pytest.fixture
-def walking(monkeypatch):
-    monkeypatch.setattr(attention, "walked", lambda device: True)
+def block_tables(monkeypatch):
+    monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def bursts(monkeypatch) -> list[list[int]]:
     """Tokens per row of every burst."""
     sizes, own = [], DecodeGraphs.run
 
-    def run(self, rows, **ahead):
-        result = own(self, rows, **ahead)
+    def run(self, rows, ahead=False):
+        result = own(self, rows, ahead)
         sizes.append([len(tokens) for tokens in result])
         return result
 
@@ -51,7 +51,7 @@ def test_buckets():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_generate_token_by_token(walking, bursts, family):
+def test_greedy_is_generate_token_by_token(block_tables, bursts, family):
     """With the penalty; 7 ragged prompts through 5 rows (buckets 1, 2, 4 and 5: padded and full)."""
     model, prompts = tiny_model(family), make_prompts(7)
     greedy = Sampling(temperature=0, max_new_tokens=29)
@@ -87,7 +87,7 @@ ENDS = {EOS, *range(3, 60)}  # rare tokens that end texts in the middle of burst
 
 @pytest.fixture(scope="module")
 def plain() -> dict:
-    """The mixed requests by the pool that a CPU streams, step by step."""
+    """The mixed requests over the pages that a CPU streams, step by step."""
     samples = write(tiny_model("qwen3"), mixed_requests(), eos_ids=ENDS, max_rows=7, **OPTIONS)
     assert samples[None].graphs is None
     return samples
@@ -95,13 +95,13 @@ def plain() -> dict:
 
 def assert_every_page_came_back(sampler) -> None:
     """It is free, or the tree of prompts holds it, and nobody else."""
-    held = [node.page for node in sampler.prefixes.order]
+    held = [node.page for node in sampler.scheduler.prefixes.order]
     assert sorted([*sampler.cache.free, *held]) == list(range(sampler.cache.num_pages))
     assert all(sampler.cache.holders[page] == 1 for page in held)
 
 
 @pytest.mark.parametrize("options", [{"max_rows": 6}, {"max_rows": 4, "kv_tokens": 304, "context": 300}])
-def test_bursts_write_what_single_steps_write(walking, bursts, plain, monkeypatch, options):
+def test_bursts_write_what_single_steps_write(block_tables, bursts, plain, monkeypatch, options):
     """Sampled and greedy, token by token and in how they end; the second run has too few pages and preempts rows."""
     own, excess = DecodeGraphs._load, []
 
@@ -121,34 +121,34 @@ def test_bursts_write_what_single_steps_write(walking, bursts, plain, monkeypatc
     assert_every_page_came_back(sampler)
 
 
-def test_a_caller_may_take_pages_while_a_burst_is_in_the_air(walking, plain):
+def test_a_caller_may_take_pages_while_a_burst_is_in_flight(block_tables, plain):
     """`logprobs` between two samples: it preempts rows for its pages, whose draws that nobody has read must neither
     count nor be penalised. More requests come in meanwhile, too. The texts stay what they are."""
     sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, kv_tokens=304, context=300, **OPTIONS)
     expect_little(sampler)
-    requests, flying, texts = mixed_requests(), [], {}
+    requests, in_flight, texts = mixed_requests(), [], {}
     for request in requests[:9]:
         sampler.add(request)
     later = requests[9:]
     for sample in sampler.run():
         texts[sample.request.key] = sample.token_ids
-        flying.append(sampler.graphs.flying is not None)
+        in_flight.append(sampler.graphs.in_flight is not None)
         if len(texts) % 3 == 0:
             sampler.logprobs([([5] * 150, [6, 7])])
         if later:
             sampler.add(later.pop())
-    assert any(flying) and sampler.stats["preemptions"]
+    assert any(in_flight) and sampler.stats["preemptions"]
     assert texts == {request.key: plain[request.key].token_ids for request in requests}
     assert_every_page_came_back(sampler)
 
 
-def test_few_pages_make_short_bursts(walking, monkeypatch):
+def test_few_pages_make_short_bursts(block_tables, monkeypatch):
     """Two texts and 4 pages of 16: a burst takes no page that is not free, and its steps shrink to what there is."""
     model, own, shrunk = tiny_model(), DecodeGraphs._reserve, []
 
-    def reserve(self, rows, behind):
-        steps = own(self, rows, behind)
-        shrunk.append(steps < min(graphs.STEPS, max(row.limit - len(row.ids) - behind for row in rows)))
+    def reserve(self, rows, ahead):
+        steps = own(self, rows, ahead)
+        shrunk.append(steps < min(graphs.STEPS, max(row.limit - len(row.ids) - ahead for row in rows)))
         return steps
 
     monkeypatch.setattr(DecodeGraphs, "_reserve", reserve)
@@ -160,7 +160,7 @@ def test_few_pages_make_short_bursts(walking, monkeypatch):
     assert any(shrunk) and samples[None].cache.num_pages == 4
 
 
-def test_running_out_of_memory_in_a_burst_changes_no_text(walking, monkeypatch):
+def test_running_out_of_memory_in_a_burst_changes_no_text(block_tables, monkeypatch):
     """The third step ever fails; what the first two drew was never read, and their ids must not be penalised."""
     model, own, count = tiny_model(), DecodeGraphs._step, [0]
     requests = [Request(i, p, i, Sampling(temperature=0, max_new_tokens=20)) for i, p in enumerate(make_prompts(4))]
@@ -179,7 +179,7 @@ def test_running_out_of_memory_in_a_burst_changes_no_text(walking, monkeypatch):
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_capturing_touches_no_text(walking, monkeypatch, plain, works):
+def test_capturing_touches_no_text(block_tables, monkeypatch, plain, works):
     """A stand-in for the capture runs steps on what is in the buffers then, and buckets are captured while texts are
     running. Where it fails the step itself is the replay, which is said once."""
     captured = []
@@ -206,7 +206,7 @@ def test_capturing_touches_no_text(walking, monkeypatch, plain, works):
     assert (len(captured) > 2, sampler.notes) == ((True, []) if works else (False, said))
 
 
-def test_a_draw_among_too_many_ties_is_left_to_the_caller(walking, bursts, monkeypatch):
+def test_a_draw_among_too_many_ties_is_left_to_the_caller(block_tables, bursts, monkeypatch):
     """A head that gives every 100 ids the same logit: top-k keeps ties, so 64 candidates are too few. The burst
     is cut there, the next step draws from the whole vocabulary, and the texts are those of single steps."""
     model = tiny_model()
@@ -215,12 +215,12 @@ def test_a_draw_among_too_many_ties_is_left_to_the_caller(walking, bursts, monke
     requests = [Request(i, p, i, Sampling(max_new_tokens=20, top_p=1)) for i, p in enumerate(make_prompts(3))]
     ours = write(model, requests, **OPTIONS)
     assert any(0 in one for one in bursts)
-    monkeypatch.setattr(attention, "walked", lambda device: False)
+    monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
     theirs = write(model, requests, **OPTIONS)
     assert all(ours[i].token_ids == theirs[i].token_ids for i in range(3))
 
 
-def test_rows_without_top_k_are_not_served(walking, bursts):
+def test_rows_without_top_k_are_not_served(block_tables, bursts):
     requests = [Request(i, p, i, Sampling(max_new_tokens=5, top_k=0)) for i, p in enumerate(make_prompts(2))]
     samples = write(tiny_model(), requests, **OPTIONS)
     assert not bursts and samples[0].num_tokens == 5
@@ -270,12 +270,12 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_does_the_same_operations_whatever_the_buffers_hold(walking, monkeypatch, family):
+def test_a_step_does_the_same_operations_whatever_the_buffers_hold(block_tables, monkeypatch, family):
     """So it can be captured: no host read, and neither the operations nor their shapes follow the data (texts of other
     lengths, with other settings, one beyond its limit, one row in excess)."""
     operations = Operations()
     for name in ("store_pages", "paged_attention"):
-        monkeypatch.setattr(walk, name, operations.opaque(getattr(walk, name)))
+        monkeypatch.setattr(attend_gpu, name, operations.opaque(getattr(attend_gpu, name)))
     monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
     sampler = make_sampler(tiny_model(family), **OPTIONS)
     recorded = []
@@ -285,11 +285,11 @@ def test_a_step_does_the_same_operations_whatever_the_buffers_hold(walking, monk
     ):
         for i, n in enumerate(lengths):
             sampler.add(Request(i, [7] * n, i, Sampling(**settings)))
-        sampler._step()
-        sampler._step()
-        steps = sampler.graphs
-        steps._reserve(sampler.rows, 0)
-        steps._load(sampler.rows, 4)
+        sampler.step()
+        sampler.step()
+        rows, steps = sampler.scheduler.rows, sampler.graphs
+        steps._reserve(rows, 0)
+        steps._load(rows, 4)
         operations.seen = []
         with torch.no_grad(), operations:
             steps._step(4)
@@ -297,8 +297,8 @@ def test_a_step_does_the_same_operations_whatever_the_buffers_hold(walking, monk
         half = len(operations.seen) // 2
         assert half > 40 and operations.seen[:half] == operations.seen[half:]
         recorded.append(operations.seen)
-        for row in list(sampler.rows):
-            sampler._release(row)
+        for row in list(rows):
+            sampler.scheduler.finish(row)
     assert recorded[0] == recorded[1]
 
 

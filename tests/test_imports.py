@@ -33,6 +33,7 @@ WITHOUT_TORCH = {
     *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.sampling.request"),
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
     *("generate", "extend", "train", "evaluate", "run"),
+    *(f"lengthen.sampling.{name}" for name in ("scheduler", "pages", "prefix_cache", "lookup", "stopping")),
 }
 FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
 TORCH = {

@@ -11,9 +11,9 @@ import torch
 from test_sampler import EOS, TOKENIZER, make_prompts, make_sampler, write
 from tiny import tiny_model
 
-from lengthen.sampling.attend_cpu import Hook, PagedCache, make_batch, piece_batch
-from lengthen.sampling.engine import FREE
-from lengthen.sampling.lookup import LONGEST, Lookup, allot
+from lengthen.sampling.cache import make_cache
+from lengthen.sampling.hook import Hook
+from lengthen.sampling.lookup import COSTS, LONGEST, DraftCosts, Lookup, allot
 from lengthen.sampling.request import Request, Sampling
 
 
@@ -63,7 +63,7 @@ def test_preempted_in_the_middle_of_a_copy(copier):
     requests = [Request(i, p, i, settings) for i, p in enumerate(make_prompts(8, 30))]
     roomy, _ = compare(copier, requests)
     sampler = make_sampler(copier, kv_tokens=160, context=100)
-    sampler.mean_output = 4.0
+    sampler.scheduler.lengths.mean_output = 4.0
     for request in requests:
         sampler.add(request)
     tight = {sample.request.key: sample.token_ids for sample in sampler.run()}
@@ -72,10 +72,10 @@ def test_preempted_in_the_middle_of_a_copy(copier):
     assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
 
 
-def told(script: list[int], prompt: list[int], **sampling) -> tuple:
+def scripted(script: list[int], prompt: list[int], **sampling) -> tuple:
     """The sample, and the sampler, of a text whose draws are given; with a lookup that believes in itself."""
     sampler = make_sampler(tiny_model())
-    sampler._draw = lambda asked, _: [script[row.written + ahead] for row, ahead in asked]
+    sampler.drawer.draw = lambda draws, _: [script[row.written + drafts] for row, drafts in draws]
     sampler.add(Request(0, prompt, 0, Sampling(**sampling)))
     (sample,) = sampler.run()
     return sample, sampler
@@ -97,9 +97,9 @@ COPIED = TOKENIZER.encode("the river runs under the bridge and the old mountain 
 def test_a_text_that_ends_inside_a_draft(end, sampling, finish):
     """The prompt holds the text, its end and what would follow: the draft reaches beyond the end."""
     text = COPIED + end
-    sample, sampler = told(text + [9] * 20, [*text, 9, 9, 9, 9, *range(50, 60)], **sampling)
+    sample, sampler = scripted(text + [9] * 20, [*text, 9, 9, 9, 9, *range(50, 60)], **sampling)
     quiet = make_sampler(tiny_model(), lookup=False)
-    quiet._draw = lambda asked, _: [(text + [9] * 20)[row.written + ahead] for row, ahead in asked]
+    quiet.drawer.draw = lambda draws, _: [(text + [9] * 20)[row.written + drafts] for row, drafts in draws]
     quiet.add(Request(0, sample.request.prompt_ids, 0, Sampling(**sampling)))
     (plain,) = quiet.run()
     assert (sample.token_ids, sample.text, sample.finish) == (plain.token_ids, plain.text, plain.finish)
@@ -115,7 +115,7 @@ def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
     monkeypatch.setattr("lengthen.sampling.attend_cpu.SAFE", safe)
     model = tiny_model(family)
     hook, texts = Hook(model), [torch.randint(3, 400, (n,)) for n in (31, 40, 50, 44)]
-    cache = PagedCache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)
+    cache = make_cache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)
     tables = [[cache.take() for _ in range(8)] for _ in texts]
     with torch.no_grad():
         own = [model(input_ids=ids[None]).logits[0] for ids in texts]
@@ -127,14 +127,14 @@ def test_several_tokens_of_a_text_in_one_pass(family, safe, monkeypatch):
         ):
             starts = [len(ids) - count for ids, count in zip(texts, counts, strict=True)]
             for table, ids, start in zip(tables, texts, starts, strict=True):
-                hook.forward(piece_batch(cache, table, 0, start), ids[:start], torch.arange(start), torch.tensor([0]))
+                hook.forward(cache.batch([], [(table, 0, start)]), ids[:start], torch.arange(start), torch.tensor([0]))
                 hook.forward(  # a draft that was wrong
-                    make_batch(cache, [(table, start, 8)], []),
+                    cache.batch([(table, start, 8)], []),
                     torch.full((8,), 7),
                     start + torch.arange(8),
                     torch.tensor([0]),
                 )
-            batch = make_batch(cache, list(zip(tables, starts, counts, strict=True)), [])
+            batch = cache.batch(list(zip(tables, starts, counts, strict=True)), [])
             ids = torch.cat([ids[start:] for ids, start in zip(texts, starts, strict=True)])
             at = torch.cat([torch.arange(start, len(ids)) for ids, start in zip(texts, starts, strict=True)])
             got = hook.forward(batch, ids, at, torch.arange(sum(counts)))
@@ -200,10 +200,10 @@ def test_right_guesses_raise_the_chances_and_wrong_ones_end_drafting():
     noise = Lookup([rng.randrange(5) for _ in range(300)])  # every three tokens have stood before, any may follow
     guesses(noise, [rng.randrange(5) for _ in range(100)])
     assert noise.chances(1)[0] < 0.45
-    assert allot([noise.chances(7)] * 8, 8, FREE["cpu"])[0] <= 1
-    assert allot([copying.chances(7)] * 8, 8, FREE["cpu"]) == [7] * 8
+    assert allot([noise.chances(7)] * 8, 8, COSTS["cpu"].free_tokens)[0] <= 1
+    assert allot([copying.chances(7)] * 8, 8, COSTS["cpu"].free_tokens) == [7] * 8
     guesses(noise, [noise.ids[-1]] * 40)  # it begins to repeat: the guesses nobody computed were right, and count
-    assert allot([noise.chances(7)] * 8, 8, FREE["cpu"]) == [7] * 8
+    assert allot([noise.chances(7)] * 8, 8, COSTS["cpu"].free_tokens) == [7] * 8
 
 
 def test_drafts_are_given_as_long_as_they_make_the_pass_more_worth_its_time():
@@ -222,19 +222,19 @@ def test_drafts_are_given_as_long_as_they_make_the_pass_more_worth_its_time():
 
 def test_hardly_any_draft_is_worth_it_beside_many_rows():
     good = [0.8 * 0.8**i for i in range(7)]
-    counts = [allot([good] * rows, rows, FREE["cpu"])[0] for rows in (1, 4, 16, 48, 256)]
+    counts = [allot([good] * rows, rows, COSTS["cpu"].free_tokens)[0] for rows in (1, 4, 16, 48, 256)]
     assert counts == sorted(counts, reverse=True) and counts[0] == 7 and counts[-1] == 0
-    assert allot([good] * 8, 8 + 512, FREE["cpu"]) == [0] * 8  # nor beside pieces of prompts
+    assert allot([good] * 8, 8 + 512, COSTS["cpu"].free_tokens) == [0] * 8  # nor beside prefill chunks
 
 
 def drafting(scripts: list[list[int]], prompts: list[list[int]]) -> tuple[float, float]:
     """Drafted and accepted tokens a token, of texts with given draws beside each other, behind their first 50."""
     sampler = make_sampler(tiny_model(), max_rows=len(scripts))
-    sampler._draw = lambda asked, _: [scripts[row.request.key][row.written + ahead] for row, ahead in asked]
+    sampler.drawer.draw = lambda draws, _: [scripts[row.request.key][row.written + drafts] for row, drafts in draws]
     for i, prompt in enumerate(prompts):
         sampler.add(Request(i, prompt, 0, Sampling(max_new_tokens=len(scripts[i]))))
-    while not sampler.rows or min(row.written for row in sampler.rows) < 50:
-        sampler._step()
+    while not sampler.scheduler.rows or min(row.written for row in sampler.scheduler.rows) < 50:
+        sampler.step()
     before = dict(sampler.stats)
     assert all(sample.finish == "length" for sample in sampler.run())
     done = {key: sampler.stats[key] - before[key] for key in ("drafted_tokens", "accepted_tokens", "decode_tokens")}
@@ -257,8 +257,8 @@ def test_drafts_below_the_hurdle_are_not_made():
     drafted = []
     for hurdle in (0.0, 1.0, 7.0):
         sampler = make_sampler(tiny_model(), max_rows=2)
-        sampler.hurdle = hurdle
-        sampler._draw = lambda asked, _: [copies[row.request.key][row.written + ahead] for row, ahead in asked]
+        sampler.scheduler.drafts = DraftCosts(COSTS["cpu"].free_tokens, hurdle)
+        sampler.drawer.draw = lambda draws, _: [copies[row.request.key][row.written + drafts] for row, drafts in draws]
         for i, text in enumerate(copies):
             sampler.add(Request(i, [*text, 5, 6], 0, Sampling(max_new_tokens=60)))
         assert len(list(sampler.run())) == 2

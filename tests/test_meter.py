@@ -60,5 +60,5 @@ def test_the_progress_line_is_short():
     one = Progress(3, 10, 159.4, 0.314, 48, 0.125, 0, 0.0, 100.0)
     assert str(one) == "159 tok/s = 31% of memory speed, 48 rows, KV 12%, ~100 s left"
     one = Progress(3, 10, 159.4, 0.314, 48, 0.125, 2, 1.25, 600.0)
-    assert str(one).endswith("KV 12%, 2 preempted, +1.2 guessed a pass, ~10 min left")
+    assert str(one).endswith("KV 12%, 2 preempted, 1.2 draft tokens accepted per step, ~10 min left")
     assert "left" not in str(Progress(0, 10, 0.0, 0.0, 0, 0.0, 0, 0.0, -1.0))

@@ -20,12 +20,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lengthen.models import lora
 from lengthen.records import UserError
-from lengthen.sampling.attend_cpu import Hook, PagedCache
+from lengthen.sampling.cache import PagedCache
 from lengthen.sampling.draw import draw, penalise, top_candidates
-from lengthen.sampling.engine import Sampler, loops
+from lengthen.sampling.engine import Sampler
+from lengthen.sampling.hook import Hook
+from lengthen.sampling.memory import warm_up
 from lengthen.sampling.request import Request, Sampling
+from lengthen.sampling.stopping import loops
 
 EOS = 2
 TOKENIZER = tiny_tokenizer()
@@ -56,7 +58,7 @@ def write(model, requests, **changes) -> dict:
 def scripted(model, scripts: list[list[int]], **sampling) -> list:
     """Samples whose tokens are given: what is tested is what becomes of them."""
     sampler = make_sampler(model, eos_ids={EOS, 1})
-    sampler._draw = lambda asked, _: [scripts[row.request.key][row.written + ahead] for row, ahead in asked]
+    sampler.drawer.draw = lambda draws, _: [scripts[row.request.key][row.written + drafts] for row, drafts in draws]
     for i in range(len(scripts)):
         sampler.add(Request(i, TOKENIZER.encode("Write: "), 0, Sampling(**sampling)))
     return sorted(sampler.run(), key=lambda sample: sample.request.key)
@@ -245,7 +247,7 @@ def test_temperature_zero_and_top_k_one_are_greedy_beside_sampled_rows():
 
 
 def test_texts_depend_on_the_seed_alone():
-    """Other rows, order, page size, prompt pieces, company: the same tokens. Another seed: other tokens."""
+    """Other rows, order, page size, prefill chunks, company: the same tokens. Another seed: other tokens."""
     model, prompts = tiny_model("qwen2"), make_prompts(9)
     recipe = Sampling(max_new_tokens=30)
     requests = [Request(i, p, 1000 + i, recipe) for i, p in enumerate(prompts)]
@@ -265,7 +267,7 @@ def test_preempted_texts_are_the_same():
     requests = [Request(i, p, i, Sampling(max_new_tokens=60)) for i, p in enumerate(prompts)]
     roomy = write(model, requests)
     sampler = make_sampler(model, kv_tokens=160, context=100)  # less than two of the longest texts
-    sampler.mean_output = 4.0  # it expects short texts, and lets too many in
+    sampler.scheduler.lengths.mean_output = 4.0  # it expects short texts, and lets too many in
     for request in requests:
         sampler.add(request)
     tight = {sample.request.key: sample for sample in sampler.run()}
@@ -290,14 +292,10 @@ def test_a_prompt_that_ran_before_is_remembered(family):
     prompts = [head, head, head + list(range(200, 260)), head[:50] + list(range(300, 400)), list(range(30))]
     requests = [Request(i, p, i, Sampling(max_new_tokens=20)) for i, p in enumerate(prompts)]
     sampler = make_sampler(model)
-    for request in requests:  # one behind the other: none is running when the next comes
+    for request in requests:  # one after the other: none is running when the next comes
         sampler.add(request)
         (sample,) = sampler.run()
         assert sample.token_ids == write(model, [request])[request.key].token_ids
-    assert sampler.stats["shared_tokens"] == (len(head) - 1) + len(head) + 50
-    sampler.adapter = "another"  # whose keys and values are others
-    sampler.add(requests[0])
-    assert len(list(sampler.run())) == 1
     assert sampler.stats["shared_tokens"] == (len(head) - 1) + len(head) + 50
 
 
@@ -328,7 +326,7 @@ def test_stop_strings_are_cut_wherever_tokens_split_them():
     (sample,) = scripted(model, [ids], stop=("\nInstruction 4", "never"))
     assert (sample.finish, sample.text) == ("stop", "the river runs")
     assert "\nInstruction 4" in TOKENIZER.decode(sample.token_ids)
-    assert "\nInstruction 4" not in TOKENIZER.decode(sample.token_ids[:-1])  # no token behind the one that completes it
+    assert "\nInstruction 4" not in TOKENIZER.decode(sample.token_ids[:-1])  # no token after the one that completes it
 
 
 def test_the_stop_string_that_is_complete_first_wins():
@@ -433,7 +431,7 @@ def test_logprobs_are_those_of_a_full_pass(family, known_head):
     pairs = [(p, q) for p, q in zip(prompts, prompts[1:], strict=False)]
     pairs += [(prompts[0], [5]), (prompts[0], [6]), (prompts[1], []), ([4], [7])]
     sampler = make_sampler(model)
-    assert (sampler.head is not None) == known_head
+    assert (sampler.scores.head is not None) == known_head
     assert bool([note for note in sampler.notes if "whole logits" in note]) == (not known_head)  # and it is said
     for got, (prompt, continuation) in zip(sampler.logprobs(pairs), pairs, strict=True):
         with torch.no_grad():
@@ -451,7 +449,7 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
     forward = sampler.hook.forward
 
     def limited(batch, ids, *rest):
-        if len(ids) > 300 or batch.decoded > 2:
+        if len(ids) > 300 or batch.decode_tokens > 2:
             raise torch.OutOfMemoryError("no memory")
         return forward(batch, ids, *rest)
 
@@ -459,7 +457,7 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
     for request in requests:
         sampler.add(request)
     assert {s.request.key: s.token_ids for s in sampler.run()} == {i: want[i].token_ids for i in range(5)}
-    assert any("pieces of 256" in note for note in sampler.notes) and any("rows at once" in n for n in sampler.notes)
+    assert any("chunks of 256" in note for note in sampler.notes) and any("rows at once" in n for n in sampler.notes)
 
 
 def test_room_that_is_not_there_is_shrunk(monkeypatch):
@@ -473,7 +471,7 @@ def test_room_that_is_not_there_is_shrunk(monkeypatch):
 
     monkeypatch.setattr(PagedCache, "__init__", limited)
     sampler = make_sampler(tiny_model(), kv_tokens=1000 * 8)
-    assert 360 < sampler.cache.num_pages <= 400 and sampler.prefixes.pool.num_pages <= 50
+    assert 360 < sampler.cache.num_pages <= 400 and sampler.scheduler.prefixes.pages.room <= 50
     assert any("have room for" in note and "not 8000" in note for note in sampler.notes)
     sampler.add(Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=3)))
     assert len(list(sampler.run())) == 1
@@ -487,9 +485,9 @@ def test_room_that_is_not_there_is_shrunk(monkeypatch):
         make_sampler(hook.model)
 
 
-def test_the_warm_up_makes_pieces_smaller_until_one_fits():
-    sampler = make_sampler(tiny_model(), prefill_tokens=2000)
-    forward, seen = sampler.hook.forward, []
+def test_the_warm_up_makes_chunks_smaller_until_one_fits():
+    hook = Hook(tiny_model())
+    forward, seen, sizes = hook.forward, [], {"page_tokens": 8, "context": 2048, "rows": 4}
 
     def limited(batch, ids, at, last, *_):
         seen.append((len(ids), len(last)))
@@ -497,12 +495,12 @@ def test_the_warm_up_makes_pieces_smaller_until_one_fits():
             raise torch.OutOfMemoryError("no memory")
         return forward(batch, ids, at, last)
 
-    sampler.hook.forward = limited
-    assert sampler._warm_up(8) == 0  # bytes, on CUDA only
-    assert seen == [(2000, 4), (1000, 4), (500, 4)] and sampler.prefill_tokens == 500
-    sampler.hook.forward = lambda *_: limited(None, range(10**4), None, [])
+    hook.forward = limited
+    assert warm_up(hook, torch.float32, chunk=2000, **sizes) == (0, 500)  # bytes, on CUDA only; tokens
+    assert seen == [(2000, 4), (1000, 4), (500, 4)]
+    hook.forward = lambda *_: limited(None, range(10**4), None, [])
     with pytest.raises(UserError, match="no memory"):
-        sampler._warm_up(8)
+        warm_up(hook, torch.float32, chunk=500, **sizes)
 
 
 def test_ctrl_c_hands_out_what_has_finished():
@@ -510,46 +508,18 @@ def test_ctrl_c_hands_out_what_has_finished():
     sampler = make_sampler(tiny_model())
     for i in range(4):
         sampler.add(Request(i, [5 + i, 6, 7], i, Sampling(max_new_tokens=2 if i < 3 else 50)))
-    advance = sampler._advance
+    end_of = sampler.stopping.end_of
 
-    def interrupted(row, token):
-        if row.request.key == 3 and row.written == 1:
+    def interrupted(row):
+        if row.request.key == 3 and row.written == 2:
             raise KeyboardInterrupt
-        advance(row, token)
+        return end_of(row)
 
-    sampler._advance, got = interrupted, []
+    sampler.stopping.end_of, got = interrupted, []
     with pytest.raises(KeyboardInterrupt):
         for sample in sampler.run():
             got.append(sample.request.key)
     assert got == [0, 1, 2]
-
-
-def test_adapters_are_swapped_between_texts(tmp_path):
-    """Texts behind each swap are those of a model loaded with that adapter; nothing of another one is copied."""
-    prompts = make_prompts(3, 40)
-    for name in ("a", "b"):
-        model = tiny_model()
-        lora.attach(model, 4, 8, seed=ord(name))
-        for layer in lora.lora_layers(model).values():
-            torch.nn.init.normal_(layer.B, std=0.3)
-        lora.save_adapter(model, tmp_path / name, "tiny")
-    requests = [Request(i, p, i, Sampling(max_new_tokens=12)) for i, p in enumerate(prompts)]
-    sampler, texts = make_sampler(tiny_model()), set()
-    for folder in ("", tmp_path / "a", tmp_path / "b", "", tmp_path / "a"):
-        sampler.use_adapter(str(folder))
-        fresh = tiny_model()
-        if folder:
-            lora.merge_adapter(fresh, folder)
-        want = write(fresh, requests)
-        for request in requests:
-            sampler.add(request)
-        got = {sample.request.key: sample.token_ids for sample in sampler.run()}
-        assert got == {i: want[i].token_ids for i in range(3)}, folder
-        texts.add(str(sorted(got.items())))
-    assert len(texts) == 3 and len(sampler.prefixes.roots) == 3
-    sampler.add(requests[0])
-    with pytest.raises(AssertionError, match="still being written"):
-        sampler.use_adapter("")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -558,16 +528,17 @@ def test_adapters_are_swapped_between_texts(tmp_path):
 
 def test_the_longest_start_first_and_preempted_texts_before_all():
     sampler, started = make_sampler(tiny_model(), max_rows=1), []
-    start = sampler._start
-    sampler._start = lambda request, order: started.append(request.key) or start(request, order)
+    scheduler = sampler.scheduler
+    start = scheduler._start
+    scheduler._start = lambda request, order: started.append(request.key) or start(request, order)
     for key, expected in (("a", 5), ("b", 50), ("c", 0), ("d", 50), ("e", 7)):
         sampler.add(Request(key, [5, 6, 7], 0, Sampling(max_new_tokens=3), expected_tokens=expected))
-    assert (sampler.queued_tokens, sampler.queued_unknown) == (112, 1)
-    sampler._step()
-    sampler._preempt(sampler.rows[0])
+    assert (scheduler.queue.tokens, scheduler.queue.unknown) == (112, 1)
+    sampler.step()
+    scheduler.preempt(scheduler.rows[0])
     done = [sample.request.key for sample in sampler.run()]
     assert started == done == ["b", "d", "e", "a", "c"]  # equal ones in the order they came; no guess = last
-    assert (sampler.queued_tokens, sampler.queued_unknown) == (0, 0)
+    assert (scheduler.queue.tokens, scheduler.queue.unknown) == (0, 0)
 
 
 def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
@@ -577,23 +548,24 @@ def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
         sampler = make_sampler(model, kv_tokens=640, context=600)
         for i in range(4):
             sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=550), expected_tokens=expected))
-        sampler._admit()
-        assert len(sampler.rows) == rows
+        sampler.scheduler.schedule()
+        assert len(sampler.scheduler.rows) == rows
     sampler = make_sampler(model, kv_tokens=640, context=600)
-    sampler.mean_output = 500.0
+    scheduler = sampler.scheduler
+    scheduler.lengths.mean_output = 500.0
     for i in range(12):
         sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=5)))
     most = 0
-    while sampler.queue or sampler.rows:
-        sampler._step()
-        most = max(most, len(sampler.rows))
-    assert most > 2 and sampler.mean_output < 250  # it began with one at a time
+    while scheduler.queue or scheduler.rows:
+        sampler.step()
+        most = max(most, len(scheduler.rows))
+    assert most > 2 and scheduler.lengths.mean_output < 250  # it began with one at a time
     request = Request(0, [5] * 9, 0, Sampling(max_new_tokens=5), expected_tokens=20)
-    assert sampler._expected(request, 0) == 20
+    assert scheduler.lengths.remaining(request, 0) == 20
     for _ in range(40):  # texts four times as short as was said
         sampler.add(request)
     assert len(list(sampler.run())) == 12 + 40
-    assert 4 < sampler._expected(request, 0) < 10 and sampler._expected(request, 100) == 25
+    assert 4 < scheduler.lengths.remaining(request, 0) < 10 and scheduler.lengths.remaining(request, 100) == 25
 
 
 def test_progress_counts_what_is_done_and_what_is_left():
@@ -603,11 +575,11 @@ def test_progress_counts_what_is_done_and_what_is_left():
     first = sampler.progress()
     assert (first.finished, first.total, first.rows, first.kv, first.seconds_left) == (0, 6, 0, 0.0, -1.0)
     for _ in range(10):
-        sampler._step()
+        sampler.step()
     middle = sampler.progress()
     assert (middle.finished, middle.total, middle.rows) == (0, 6, 4) and 0 < middle.kv < 0.1
     assert middle.tokens_per_second > 0 and middle.roofline > 0
-    left = 2 * 40 + sum(40 - row.written for row in sampler.rows)
+    left = 2 * 40 + sum(40 - row.written for row in sampler.scheduler.rows)
     assert middle.seconds_left == pytest.approx(left / middle.tokens_per_second)
     assert len(list(sampler.run())) == 6
     last = sampler.progress()
@@ -621,7 +593,7 @@ def test_a_step_costs_the_same_however_many_wait():
     for queued in (1_000, 100_000):
         sampler = make_sampler(tiny_model(), max_rows=16, lookup=False)
         sampler.hook.forward = lambda batch, ids, at, keep, _: torch.zeros(len(keep), len(TOKENIZER))
-        sampler._draw = lambda asked, _: [EOS if row.written >= 2 + row.order % 5 else 9 for row, _ in asked]
+        sampler.drawer.draw = lambda draws, _: [EOS if row.written >= 2 + row.order % 5 else 9 for row, _ in draws]
         requests = [Request(i, prompts[i % 50], i, Sampling(max_new_tokens=20)) for i in range(queued)]
         tracemalloc.start()
         for request in requests:
@@ -629,11 +601,11 @@ def test_a_step_costs_the_same_however_many_wait():
         held[queued] = tracemalloc.get_traced_memory()[0] / queued
         tracemalloc.stop()
         for _ in range(60):
-            sampler._step()
+            sampler.step()
         events = []
         sys.setprofile(lambda frame, event, arg, seen=events: seen.append(event))
         for _ in range(100):
-            sampler._step()
+            sampler.step()
         sys.setprofile(None)
         counts[queued] = sum(event.endswith("call") for event in events)
         assert sampler.stats["samples"] > 200
@@ -641,7 +613,7 @@ def test_a_step_costs_the_same_however_many_wait():
     assert held[100_000] < 300  # bytes: an entry of the queue, and no copy of the prompt
 
 
-def test_the_model_is_its_own_again_behind_the_sampler():
+def test_the_model_is_its_own_again_after_the_sampler():
     model, ids = tiny_model(), torch.tensor([make_prompts(1, 30)[0]])
     before, where = model(ids).logits, [p.data_ptr() for p in model.parameters()]
     with make_sampler(model) as sampler:
@@ -691,4 +663,21 @@ def test_a_wrong_answer_of_the_hook_is_noticed():
 
     attention.forward = bent
     with pytest.raises(UserError, match="differ from the model's own"):
+        make_sampler(model)
+
+
+def test_a_model_that_does_not_hand_the_batch_down_is_refused():
+    """By its attention, or at its door: never an attention that mixes the texts of a batch."""
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+    attention.forward = lambda hidden_states, lengthen_batch=None, **kwargs: plain(hidden_states, **kwargs)
+    with pytest.raises(UserError, match="does not hand keyword arguments"):
+        make_sampler(model)
+    model = tiny_model()
+    whole = model.forward
+    model.forward = lambda input_ids, position_ids=None, use_cache=None, logits_to_keep=0: whole(
+        input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep
+    )
+    with pytest.raises(UserError, match="does not hand keyword arguments"):
         make_sampler(model)

@@ -399,59 +399,6 @@ def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
             _wrap(model, name, layer)
 
 
-class Adapters:
-    """One adapter behind the other on a model that stays loaded. `use` puts one in place of the one before.
-
-    Unquantised weights: each adapted layer gets W + scale B A (fp32 sums, rounded once, as in `merge_adapter`), always
-    from the W that was loaded, which is kept on the CPU: nothing drifts, and "" gives back the very weights. Quantised
-    ones: every linear layer gets LoRA buffers of a fixed rank, all zero for "", into which an adapter is copied.
-    Either way no tensor that the model computes with moves in memory, once a layer was adapted: a captured CUDA graph
-    stays valid. (Those buffers are as wide as the first adapter; one of a higher rank makes new ones.)
-    """
-
-    def __init__(self, model: nn.Module):
-        assert not lora_layers(model), "the model was loaded with an adapter: load it without"
-        self.model, self.loaded = model, {}  # name of an adapted layer -> its weight as it was loaded
-        self.quantised = any(type(layer.weight) is not nn.Parameter for layer in decoder_linears(model).values())
-
-    def use(self, folder: str | Path) -> None:
-        """ "" = none. Raises UserError for an adapter that does not fit; the one before then stays."""
-        config, tensors, linears = _matched(self.model, folder) if folder else ({"r": 0, "lora_alpha": 0}, {}, {})
-        if self.quantised:
-            self._fill(config, tensors)
-            return
-        linears = linears or decoder_linears(self.model)
-        for name in self.loaded.keys() - tensors.keys():
-            linears[name].weight.copy_(self.loaded[name])
-        for name, (A, B) in tensors.items():
-            layer = linears[name]
-            if name not in self.loaded:
-                self.loaded[name] = layer.weight.detach().cpu()
-                # A parameter of its own: two layers may share one, or a file map it into memory.
-                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            base = self.loaded[name].to(layer.weight.device).float()
-            layer.weight.copy_(base + _scale(config) * (B.to(base.device).float() @ A.to(base.device).float()))
-
-    def _fill(self, config: dict, tensors: dict) -> None:
-        layers = lora_layers(self.model)
-        if tensors and max((layer.rank for layer in layers.values()), default=0) < config["r"]:
-            for name, layer in layers.items():
-                _wrap(self.model, name, layer.base)
-            for name, base in decoder_linears(self.model).items():
-                layer = LoraLinear(base, config["r"], config["r"])  # alpha = rank: the scale is in B
-                for one in (layer.A, layer.B):
-                    one.data = one.data.to(self.model.dtype)
-                _wrap(self.model, name, layer.requires_grad_(False).train(self.model.training))
-            layers = lora_layers(self.model)
-        for name, layer in layers.items():
-            layer.A.zero_()
-            layer.B.zero_()
-            if name in tensors:
-                A, B = tensors[name]
-                layer.A[: config["r"]].copy_(A)
-                layer.B[:, : config["r"]].copy_(_scale(config) * B.float())
-
-
 def _scale(config: dict) -> float:
     return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
 

@@ -10,12 +10,13 @@ small it is. So, for fp32 on a CPU:
 2. A layer of the Llama, Mistral, Qwen2 and Qwen3 kind runs as `Layer` below: query, key and value as one product,
    gate and up as one, RMSNorm and RoPE in as few passes as torch has. Other layers keep their code, with 1.
 
-Nothing is installed in the model: `forwards` are lent to it for one pass (attention.Hook does that, and compares the
-logits with the model's own before the first). The copies take as much memory as the weights they stand for, so they
-are only made of models that take a quarter of the machine's memory or less.
+Nothing is installed in the model: `forwards` stand in for one pass (hook.Hook does that, and compares the logits with
+the model's own before the first). The copies take as much memory as the weights they stand for, so they are only made
+of models that take a quarter of the machine's memory or less.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lengthen.models.cards import physical_memory
 from lengthen.models.families import REBUILT_LAYERS
+from lengthen.sampling.batch import Batch, Rule
 
 BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
 ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
@@ -30,16 +32,20 @@ PACKED = 512  # the same of MKL's: packed for 512 rows it is as fast for 4 as pa
 
 # T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP.
 
+Product = Callable[[Tensor], Tensor]
 
-def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+
+def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Product:
     """x -> the outputs of linear layers with the same input, side by side: [..., in] -> [..., sum of outs].
 
     `norm`: the RMSNorm in front of them, whose weight is multiplied into theirs; `unit` does the rest of it.
     """
-    weight = torch.cat([layer.weight for layer in layers])
-    weight = weight if norm is None else weight * norm.weight
-    biases = [torch.zeros(len(one.weight)) if one.bias is None else one.bias for one in layers]
-    bias = torch.cat(biases) if any(one.bias is not None for one in layers) else None
+    weight: Tensor = torch.cat(tuple(layer.weight for layer in layers))
+    if norm is not None:
+        assert isinstance(norm.weight, Tensor)
+        weight = weight * norm.weight  # [out, in] * [in]: norm(x) W^T = unit(x) (W * norm)^T
+    biases: list[Tensor] = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
     if torch.backends.mkl.is_available():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach().contiguous(), PACKED)
         shape, times = weight.new_empty(1).expand(weight.shape), torch.ops.mkl._mkl_linear  # only the shape is read
@@ -48,54 +54,56 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Calla
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise
         return lambda x: multiply(x, blocked, bias, "none", [], "")
-    turned = weight.detach().t().contiguous().t()  # same shape and values; F.linear is then a plain product
-    return lambda x: F.linear(x, turned, bias)
+    by_column = weight.detach().t().contiguous().t()  # same shape and values; F.linear is then a plain product
+    return lambda x: F.linear(x, by_column, bias)
 
 
 class Layer:
     """Stands in for a decoder layer's forward: h = x + attention(norm(x)); h + MLP(norm(h))."""
 
-    def __init__(self, layer: nn.Module, attend: Callable, window: int, rope: "Rope"):
+    def __init__(self, layer: Any, window: int, rope: "Rope"):
         attention, mlp = layer.self_attn, layer.mlp
-        self.attend, self.layer, self.scaling = attend, attention.layer_idx, attention.scaling
-        self.window, self.rope = window, rope
+        self.index, self.rule, self.rope = attention.layer_idx, Rule(attention.scaling, window), rope
         self.head, self.heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
         self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
-        self.values = attention.v_proj.out_features // self.head
+        self.values = attention.v_proj.out_features // self.head  # Hkv
         self.out = product([attention.o_proj])
         self.gate_up = product([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
         self.down, self.activation = product([mlp.down_proj]), mlp.act_fn
         self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
         self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
-    def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object) -> Tensor:
-        """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]."""
+    def __call__(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], lengthen_batch: Batch, **_: object
+    ) -> Tensor:
+        """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]. Called as the model calls its own layer."""
         keys = self.heads + self.values  # where the keys end, counted in heads
         qkv = self.qkv(unit(x[0], self.eps[0])).view(x.shape[1], -1, self.head)
-        qk = qkv[:, :keys]
+        qk = qkv[:, :keys]  # [T, Hq + Hkv, D]: both get the same rotation
         if self.head_norms:  # Qwen3
             parts = zip(self.head_norms, qk.split([self.heads, keys - self.heads], 1), strict=True)
             qk = torch.cat([unit(part, norm.variance_epsilon) * norm.weight for norm, part in parts], 1)
         cos, sin = self.rope(position_embeddings)
-        half = self.head // 2
+        half = self.head // 2  # rotate_half of transformers, with the sign in sin
         qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], -1), sin)
-        out = self.attend(
-            self.layer, qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:], self.scaling, self.window
-        )
-        h = x + self.out(out.flatten(1))
-        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)
+        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:]
+        out = lengthen_batch.attend(self.index, q, k, v, self.rule)
+        h = x + self.out(out.flatten(1))  # [1, T, H]
+        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)  # [1, T, I] each
         return h + self.down(self.activation(gate) * up)
 
 
 class Rope:
     """cos and sin [T, 1, D] as `Layer` wants them, sin's first half negated: made once for all layers of a pass."""
 
-    def __init__(self):
-        self.source, self.made = None, None
+    def __init__(self) -> None:
+        self.source: tuple[Tensor, Tensor] | None = None
+        self.made: tuple[Tensor, Tensor]
 
     def __call__(self, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        # The model computes cos and sin once a pass and hands the same tuple to every layer.
         if self.source is not source:
-            cos, sin = (one[0, :, None] for one in source)
+            cos, sin = (x[0, :, None] for x in source)
             half = sin.shape[-1] // 2
             self.source, self.made = source, (cos, torch.cat([-sin[..., :half], sin[..., half:]], -1))
         return self.made
@@ -107,7 +115,7 @@ def unit(x: Tensor, eps: float) -> Tensor:
     return x * size.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
 
 
-def plain(layer: nn.Module) -> bool:
+def known(layer: nn.Module) -> bool:
     """Whether `Layer` can stand in for it: of a known kind, and nobody has put other modules inside (LoRA, 4 bits)."""
     if type(layer).__name__ not in REBUILT_LAYERS:
         return False
@@ -115,20 +123,23 @@ def plain(layer: nn.Module) -> bool:
     return len(inside) == 7 and all(type(module) is nn.Linear for module in inside.values())
 
 
-def forwards(model: nn.Module, attend: Callable, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
-    """Modules with the forward to lend them. windows: the sliding window of each layer, 0 = none."""
-    found, covered, rope = [], set(), Rope()
+def forwards(model: nn.Module, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
+    """Modules and what stands in for their forward. windows: the sliding window of each layer, 0 = none."""
+    replaced: list[tuple[nn.Module, Callable]] = []
+    covered: set[nn.Module] = set()
+    rope = Rope()
     if sum(p.numel() * p.itemsize for p in model.parameters()) > physical_memory() // 4:
         return []
     for module in model.modules():  # parents come before their children
         if module in covered or "forward" in vars(module) or not fp32_on_cpu(module):  # replaced by others: stays
             continue
-        if plain(module):
-            covered.update(module.modules())
-            found.append((module, Layer(module, attend, windows[module.self_attn.layer_idx], rope)))
+        if known(module):
+            covered.update(module.modules())  # what is inside is never called by its own forward
+            attention: Any = module.self_attn
+            replaced.append((module, Layer(module, windows[attention.layer_idx], rope)))
         elif type(module) is nn.Linear:
-            found.append((module, product([module])))
-    return found
+            replaced.append((module, product([module])))
+    return replaced
 
 
 def fp32_on_cpu(module: nn.Module) -> bool:

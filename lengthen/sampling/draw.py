@@ -2,26 +2,121 @@
 
 fp32 logits, repetition penalty over distinct ids, temperature, top-k (ties at the edge stay), top-p, draw. The draw is
 the argmax of logits plus Gumbel noise, which follows softmax(logits) exactly; the noise is a hash of (seed, position,
-token id), so a row's token does not depend on which rows are beside it.
+token id), so a row's token does not depend on which rows are beside it. Temperature 0 or top-k 1 is greedy.
+
+`Drawer` does it for rows of the scheduler and keeps the table of ids that the penalty applies to; the functions below
+it do the arithmetic, and sampling/graphs.py does the same on a GPU alone.
 
 n rows, V vocabulary, W distinct ids seen, C candidates.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lengthen.sampling.scheduler import Row
+
 CANDIDATES = 64  # highest logits looked at for a draw; top-k above this (or off) sorts the whole vocabulary
+COLUMNS = 256  # distinct ids per row that the penalty table begins with; it doubles when a text has more
+GREEDY = 1e-5  # temperatures below it are 0, as in vLLM
+
+
+class Drawer:
+    """Draws the next tokens of rows, and holds the penalty table: `seen` [slots, W] int64, a line of ids per slot.
+
+    `vocabulary`: ids from here on are never drawn (padding, which the tokenizer does not know).
+    """
+
+    def __init__(self, slots: int, vocabulary: int, eos_ids: set[int], device: torch.device):
+        self.vocabulary, self.eos_ids, self.device = vocabulary, sorted(eos_ids), device
+        self.seen = torch.zeros(slots, COLUMNS, dtype=torch.long, device=device)
+        self.owners: list[Row | None] = [None] * slots  # whose ids a line has
+
+    def draw(self, draws: Sequence[tuple[Row, int]], logits: Tensor) -> list[int]:
+        """A token for each (row, drafts before it) from its logits [n, V] fp32, changed in place. A row's are in order.
+
+        One read of the device, at the end.
+        """
+        logits[:, self.vocabulary :] = float("-inf")  # [n, V]
+        settings, counts = [row.request.sampling for row, _ in draws], self._update(draws)
+        as_floats = torch.tensor([(s.temperature, s.top_p, s.repetition_penalty) for s in settings], device=self.device)
+        as_ints = torch.tensor(
+            [
+                (s.top_k, signed(row.request.seed), row.written + drafts, count, row.slot)
+                for (row, drafts), s, count in zip(draws, settings, counts, strict=True)
+            ],
+            device=self.device,
+        )
+        (temperature, top_p, penalty), (top_k, seeds, positions, valid, slots) = as_floats.T, as_ints.T
+        if early := [i for i, (row, drafts) in enumerate(draws) if too_early(row, drafts)]:
+            ends = torch.tensor(self.eos_ids, device=self.device)
+            logits[torch.tensor(early, device=self.device)[:, None], ends] = float("-inf")
+        if any(s.repetition_penalty != 1 for s in settings):
+            penalise(logits, self.seen[slots, : max(1, *counts)], valid, penalty)
+        return draw(logits, temperature, top_k, top_p, seeds, positions).tolist()
+
+    def _update(self, draws: Sequence[tuple[Row, int]]) -> list[int]:
+        """Brings the rows' lines up to date; returns how many ids the penalty applies to at each draw.
+
+        A line goes on with the draft's new ids, in order: those that are then drawn are in their place, others are
+        written over.
+        """
+        counts = []
+        writes: list[tuple[int, int, int]] = []  # (slot, column, id)
+        for row, drafts in draws:
+            if not drafts:
+                if self.owners[row.slot] is not row:
+                    self._write_line(row)
+                new = row.unwritten  # drawn since the last time, then what the draft adds
+                first, row.unwritten = len(row.distinct) - len(new), []
+                writes += [(row.slot, first + i, token) for i, token in enumerate(new)]
+            elif row.draft[drafts - 1] not in row.distinct and row.draft[drafts - 1] not in new:
+                writes.append((row.slot, first + len(new), row.draft[drafts - 1]))
+                new.append(row.draft[drafts - 1])
+            counts.append(first + len(new))
+        self._widen(max(counts))
+        if writes:
+            slots, columns, tokens = torch.tensor(writes, device=self.device).T
+            self.seen[slots, columns] = tokens  # one write for all rows
+        return counts
+
+    def _write_line(self, row: Row) -> None:
+        """All of a row's distinct ids, into a line that was another's."""
+        ids = sorted(row.distinct)  # any order does: the penalty is the same for all
+        row.unwritten = []
+        self._widen(len(ids))
+        self.seen[row.slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.device)
+        self.owners[row.slot] = row
+
+    def _widen(self, columns: int) -> None:
+        while columns > self.seen.shape[1]:
+            self.seen = torch.cat([self.seen, torch.zeros_like(self.seen)], 1)  # doubled: rare
+
+
+def too_early(row: Row, drafts: int) -> bool:
+    """Whether the text must not end yet, `drafts` tokens further on."""
+    return row.written + drafts < row.request.sampling.min_new_tokens
+
+
+def signed(seed: int) -> int:
+    """The low 64 bits of an integer, as int64 has them."""
+    return ((seed & 0xFFFFFFFFFFFFFFFF) ^ 1 << 63) - (1 << 63)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The arithmetic
 
 
 def penalise(logits: Tensor, seen: Tensor, counts: Tensor, penalty: Tensor) -> None:
     """Repetition penalty, in place: logits [n, V] fp32, seen [n, W] ids, of which the first counts [n] are valid.
 
-    They are distinct. Whatever stands behind them counts as the row's first one: the same value is written again.
+    They are distinct. Whatever stands after them counts as the row's first one: the same value is written again.
     """
     valid = torch.arange(seen.shape[1], device=seen.device) < counts[:, None]
     seen = torch.where(valid, seen, seen[:, :1])
-    values = logits.gather(1, seen)
-    factor = penalty[:, None]
+    values = logits.gather(1, seen)  # [n, W]
+    factor = penalty[:, None]  # [n, 1]
     changed = torch.where(values > 0, values / factor, values * factor)
     logits.scatter_(1, seen, torch.where(counts[:, None] > 0, changed, values))
 
@@ -55,22 +150,23 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     blocks = logits.view(n, CANDIDATES, V // CANDIDATES)  # block j = ids j, j + V/64, ...: a fast vertical maximum
     columns = blocks.amax(1).topk(CANDIDATES).indices  # [n, C]
     few = blocks.gather(2, columns[:, None].expand(n, CANDIDATES, CANDIDATES)).flatten(1)
-    values, at = few.topk(CANDIDATES)
-    return values, columns.gather(1, at & CANDIDATES - 1) + (at >> CANDIDATES.bit_length() - 1) * (V // CANDIDATES)
+    values, index = few.topk(CANDIDATES)
+    column, block = index & CANDIDATES - 1, index >> CANDIDATES.bit_length() - 1  # CANDIDATES is a power of two
+    return values, columns.gather(1, column) + block * (V // CANDIDATES)
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """One token per row, [n] int64. logits [n, V] fp32, penalised; the others [n], temperature, top_p fp32."""
-    greedy = (temperature < 1e-5) | (top_k == 1)
-    if greedy.all():
+    greedy = (temperature < GREEDY) | (top_k == 1)
+    if greedy.all():  # no noise, no sorting
         return logits.argmax(-1)
     V = logits.shape[1]
     values, ids = top_candidates(logits)
     scores, kept, whole = keep(values, temperature, top_k, top_p)
-    short = ~whole & ~greedy & (values.shape[1] < V)
+    short = ~whole & ~greedy & (values.shape[1] < V)  # rows that need more than the candidates
     tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
     for few in short.nonzero()[:, 0].split(32):  # rare: top-k off or very large, or more than 64 ties
-        values, ids = logits[few].sort(descending=True)
+        values, ids = logits[few].sort(descending=True)  # [few, V] each
         scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
         tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
     return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
@@ -79,19 +175,19 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed
 def keep(values: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k, then top-p, on values [n, C], descending.
 
-    Returns the scores behind the temperature, which of them stay, and [n] whether top-k left nothing but candidates:
+    Returns the scores after the temperature, which of them stay, and [n] whether top-k left nothing but candidates:
     not so if the lowest candidate ties with the k-th (or top-k is off), for then others like it were never looked at.
     """
     C = values.shape[1]
-    scores = values / temperature.clamp(min=1e-5)[:, None]
+    scores = values / temperature.clamp(min=GREEDY)[:, None]  # [n, C]; a greedy row takes the highest anyway
     last = torch.where(top_k == 0, C, top_k).clamp(max=C)[:, None] - 1
     kept = scores >= scores.gather(1, last)  # `>=`: ties at the edge stay
     whole = ~kept[:, -1]
     # Hugging Face sums from the least likely up and removes while the sum is <= 1 - p; the best always stays.
     probabilities = scores.masked_fill(~kept, float("-inf")).softmax(-1)
-    tail = probabilities.flip(1).cumsum(1).flip(1)
+    tail = probabilities.flip(1).cumsum(1).flip(1)  # of a candidate and all less likely ones
     nucleus = (tail > 1 - top_p[:, None]) | (top_p[:, None] >= 1)
-    nucleus[:, 0] = True
+    nucleus[:, 0] = True  # [n, C]
     return scores, kept & nucleus, whole
 
 

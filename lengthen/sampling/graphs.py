@@ -5,18 +5,18 @@ longer than reading the weights. So the whole step (forward pass, repetition pen
 bookkeeping for the next one) is captured once per batch size and replayed:
 
 1. Everything a step reads or writes lies in static buffers: per row the newest token, its position, where the text must
-   end, seed and sampling parameters; the page table; which ids the penalty applies to, as a mask per row.
+   end, seed and sampling parameters; the block tables; which ids the penalty applies to, as a mask per row.
 2. A step advances them itself: the drawn token becomes the next input, positions and lengths grow by one, the id joins
-   the mask, the slot of the next key follows from the page table. Pages for all steps of a burst are taken beforehand.
+   the mask, the slot of the next key follows from the block table. Pages for all steps of a burst are taken beforehand.
 3. After a burst of `steps` replays the host reads [steps, rows] token ids at once and cuts each text where it ends. A
    row whose text ended in the middle has gone on harmlessly; one that reached its limit has stood still.
-   The next burst is begun before the tokens of this one are looked at: the device works while the host decodes text
+   The next burst is launched before the tokens of this one are looked at: the device works while the host decodes text
    and looks for stop strings. Rows that turn out to have ended go on once more for nothing, then stand still.
 4. Batch sizes are rounded up to a bucket; the rows in excess have length 0: they store nothing, read no page, and their
    draws are dropped.
 
 The draws are those of sampling/draw.py, bit for bit, with one exception that the device can see: more than CANDIDATES
-ids that must be ranked. Such a draw is marked, the row is cut in front of it, and the caller's next step (which may
+ids that must be ranked. Such a draw is marked, the row is cut before it, and the caller's next step (which may
 look at the whole vocabulary) makes it. Rows whose top-k is off or that large are not served at all.
 
 Without a GPU, or where a model cannot be captured, the same step runs eagerly on the same buffers, and that is said.
@@ -26,28 +26,18 @@ No GPU has run this yet: on a CPU it is proven up to the capture itself (tests/t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lengthen.sampling import attend_gpu as walk
-from lengthen.sampling.attend_cpu import Hook, PagedCache
-from lengthen.sampling.draw import CANDIDATES, keep, race, top_candidates
+from lengthen.sampling.attend_gpu import TableBatch
+from lengthen.sampling.cache import BlockTableCache
+from lengthen.sampling.draw import CANDIDATES, GREEDY, keep, race, signed, top_candidates
+from lengthen.sampling.hook import Hook
+from lengthen.sampling.scheduler import Row
 
 STEPS = 8  # per host read: of a text that ends in the middle, 3.5 tokens are computed for nothing on average
-
-
-class Running(Protocol):
-    """What is asked of a row (sampler.Row): a text whose newest token is not computed yet."""
-
-    ids: list[int]  # prompt and output so far
-    limit: int  # length of ids at which it ends
-    pages: list[int]  # room for all of ids at least
-    slot: int  # its own number below `rows`
-    distinct: set[int]  # ids the repetition penalty applies to
-    request: object  # .seed and .sampling
-    prompt_tokens: int
 
 
 @dataclass
@@ -59,7 +49,7 @@ class Burst:
     steps: int
     tokens: Tensor  # [steps, rows] on the host, valid once `done` is
     done: torch.cuda.Event | None
-    void: set[int] = field(default_factory=set)  # slots whose tokens do not count
+    dropped: set[int] = field(default_factory=set)  # slots whose tokens do not count
 
 
 def buckets(rows: int) -> list[int]:
@@ -69,7 +59,7 @@ def buckets(rows: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Bursts of decoding steps for up to `rows` texts in pages of `cache`, which must be walked (attention.walked).
+    """Bursts of decoding steps for up to `rows` texts in pages of `cache`.
 
     `context`: most tokens of a text. `vocabulary`: ids from here on are never drawn. `eos_ids` are not drawn before a
     row's `min_new_tokens`. Lines for people are appended to `notes`.
@@ -78,7 +68,7 @@ class DecodeGraphs:
     def __init__(
         self,
         hook: Hook,
-        cache: PagedCache,
+        cache: BlockTableCache,
         *,
         rows: int,
         context: int,
@@ -87,7 +77,6 @@ class DecodeGraphs:
         notes: list[str],
         steps: int = STEPS,
     ):
-        assert cache.walked, "a pool that is streamed has no page tables"
         self.hook, self.cache, self.rows, self.steps, self.vocabulary = hook, cache, rows, steps, vocabulary
         self.device = cache.device
         self.width = hook.model.config.get_text_config().vocab_size  # of the logits
@@ -96,69 +85,69 @@ class DecodeGraphs:
         self.ints = new(8, rows, dtype=torch.long)
         self.floats = new(3, rows)  # temperature, top_p, penalty
         self.table = new(rows, cache.pages_for(context), dtype=torch.int32)
-        self.seen = new(rows + 1, self.width, dtype=torch.bool)  # the last line is that of rows in excess
+        self.seen = new(rows + 1, self.width, dtype=torch.bool)  # the last is that of rows in excess
         self.out, self.step = new(steps, rows, dtype=torch.long), new(1, dtype=torch.long)
         self.every = torch.arange(rows, device=self.device)
         ends = [token for token in sorted(eos_ids) if token < self.width]
         self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
-        self.lines: dict[int, tuple[Running, int]] = {}  # slot -> whose ids, and how many of them, its line has
+        self.marked: dict[int, tuple[Row, int]] = {}  # slot -> whose ids, and how many of them, its mask has
         self.replays: dict[int, Callable[[], None]] = {}
-        self.pool = None  # of the memory that all graphs use in turn
-        self.flying: Burst | None = None
+        self.pool: Any = None  # of the memory that all graphs use in turn
+        self.in_flight: Burst | None = None
         self.paused, self.notes = False, notes
         self.eager = "" if self.device.type == "cuda" else "there is no GPU"
         if self.eager:
             self._say()
 
-    def serves(self, rows: Sequence[Running]) -> bool:
-        """Whether `run` may be called now: not for rows it cannot draw for, nor right behind a draw it left out."""
+    def serves(self, rows: Sequence[Row]) -> bool:
+        """Whether `run` may be called now: not for rows it cannot draw for, nor right after a draw it left out."""
         paused, self.paused = self.paused, False
-        return bool(rows) and not paused and all(map(self._draws, rows))
+        return bool(rows) and not paused and all(map(self._can_draw, rows))
 
-    def _draws(self, row: Running) -> bool:
+    def _can_draw(self, row: Row) -> bool:
         sampling = row.request.sampling
-        return sampling.temperature < 1e-5 or 0 < sampling.top_k < CANDIDATES or self.width <= CANDIDATES
+        return sampling.temperature < GREEDY or 0 < sampling.top_k < CANDIDATES or self.width <= CANDIDATES
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Running], ahead: bool = False) -> list[list[int]]:
+    def run(self, rows: Sequence[Row], ahead: bool = False) -> list[list[int]]:
         """The next tokens of each row, as many as there were steps; fewer where a draw was left to the caller.
 
         Takes pages out of the pool for the rows. The keys and values of all returned tokens but a row's last are in
         its pages. A text that ends among its tokens is the caller's to cut.
-        ahead: begin the next burst before returning. While one is `flying` the next call must be `run` again, with
+        ahead: launch the next burst before returning. While one is `in_flight` the next call must be `run` again, with
         those of its rows that have not ended (or lost their pages): what the device does is ahead of their ids.
         """
         try:
-            burst, self.flying = self.flying or self._start(rows), None
+            burst, self.in_flight = self.in_flight or self._start(rows), None
             if ahead and not self.paused:
-                self.flying = self._go_on(burst, rows)
+                self.in_flight = self._go_on(burst, rows)
             if burst.done:
                 burst.done.synchronize()
             drawn = {slot: tokens for slot, tokens in zip(burst.slots, burst.tokens.T.tolist(), strict=True)}
         except BaseException:
-            self.flying = None
-            self.lines.clear()  # the masks may have ids of draws that nobody has read
+            self.in_flight = None
+            self.marked.clear()  # the masks may have ids of draws that nobody has read
             raise
         given = {row.slot for row in rows}
         for slot in drawn.keys() - given:  # ended, or preempted: what was drawn for it does not count
-            self.lines.pop(slot, None)
+            self.marked.pop(slot, None)
         return [self._cut(row, drawn[row.slot], burst) for row in rows]
 
-    def _cut(self, row: Running, tokens: list[int], burst: Burst) -> list[int]:
-        """A row's tokens in front of a draw that was left out; from there on nothing counts, also in the next burst."""
-        if row.slot in burst.void:
+    def _cut(self, row: Row, tokens: list[int], burst: Burst) -> list[int]:
+        """A row's tokens before a draw that was left out; from there on nothing counts, also in the next burst."""
+        if row.slot in burst.dropped:
             tokens = [-1]
         if -1 not in tokens:
             return tokens
         self.paused = True
-        self.lines.pop(row.slot, None)
-        if self.flying:
-            self.flying.void.add(row.slot)
+        self.marked.pop(row.slot, None)
+        if self.in_flight:
+            self.in_flight.dropped.add(row.slot)
         return tokens[: tokens.index(-1)]
 
     # -- bursts
 
-    def _start(self, rows: Sequence[Running]) -> Burst:
+    def _start(self, rows: Sequence[Row]) -> Burst:
         """A burst for rows whose ids the host has."""
         steps = self._reserve(rows, 0)
         assert steps > 0, "a row has no page for its newest token"
@@ -166,14 +155,15 @@ class DecodeGraphs:
         if size not in self.replays:
             self._capture(size)
         self._load(rows, size)
-        return self._fly(rows, [row.slot for row in rows], size, steps)
+        return self._launch(rows, [row.slot for row in rows], size, steps)
 
-    def _go_on(self, burst: Burst, rows: Sequence[Running]) -> Burst | None:
-        """The burst behind one whose tokens the host has not seen; None if it must see them first.
+    def _go_on(self, burst: Burst, rows: Sequence[Row]) -> Burst | None:
+        """The burst after one whose tokens the host has not seen; None if it must see them first.
 
         The state is on the device. Only the pages are new, and the rows of `burst` that are not in `rows` stand still:
         their pages may be somebody else's from here on.
         """
+        # Too few rows are left for this bucket: the host sees their tokens first and starts a smaller one.
         small = not rows or self._bucket(len(rows)) < burst.size
         steps = 0 if small else self._reserve(rows, burst.steps)
         if not steps:
@@ -182,17 +172,17 @@ class DecodeGraphs:
         ends = [alive[slot].limit - 1 if slot in alive else 0 for slot in burst.slots]
         self._upload(self.ints[2, : len(ends)], ends)
         self._upload(self.table[: len(ends)], [self._padded(alive.get(slot)) for slot in burst.slots])
-        return self._fly(rows, burst.slots, burst.size, steps)
+        return self._launch(rows, burst.slots, burst.size, steps)
 
-    def _fly(self, rows: Sequence[Running], slots: list[int], size: int, steps: int) -> Burst:
+    def _launch(self, rows: Sequence[Row], slots: list[int], size: int, steps: int) -> Burst:
         """Queues the steps and the copy of their tokens."""
         self.step.zero_()
         for row in rows:
-            self.lines[row.slot] = row, self.lines[row.slot][1] + steps
+            self.marked[row.slot] = row, self.marked[row.slot][1] + steps
         for _ in range(steps):
             self.replays[size]()
         drawn, done = self.out[:steps, : len(slots)], None
-        if drawn.is_cuda:
+        if drawn.is_cuda:  # into pinned memory, or the copy would wait for the device
             tokens = torch.empty(drawn.shape, dtype=torch.long, pin_memory=True)
             tokens.copy_(drawn, non_blocking=True)
             done = torch.cuda.Event()
@@ -204,48 +194,48 @@ class DecodeGraphs:
     def _bucket(self, rows: int) -> int:
         return next(size for size in buckets(self.rows) if size >= rows)
 
-    def _padded(self, row: Running | None) -> list[int]:
-        """A line of the page table."""
+    def _padded(self, row: Row | None) -> list[int]:
+        """The row's block table, filled up."""
         pages = row.pages if row else []
         return pages + [-1] * (self.table.shape[1] - len(pages))
 
     def _upload(self, target: Tensor, values: list) -> None:
-        """Queued behind what runs, without waiting for it."""
+        """Queued after what runs, without waiting for it."""
         target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
 
-    def _reserve(self, rows: Sequence[Running], behind: int) -> int:
-        """Gives the rows pages for a burst that begins `behind` tokens after their ids; returns its steps, fewer than
+    def _reserve(self, rows: Sequence[Row], ahead: int) -> int:
+        """Gives the rows pages for a burst that begins `ahead` tokens after their ids; returns its steps, fewer than
         usual where pages or texts come to an end."""
-        steps = max(0, min(self.steps, max(row.limit - len(row.ids) - behind for row in rows)))
+        steps = max(0, min(self.steps, max(row.limit - len(row.ids) - ahead for row in rows)))
 
         def missing() -> list[int]:
-            ends = [min(len(row.ids) + behind + steps - 1, row.limit - 1) for row in rows]
+            ends = [min(len(row.ids) + ahead + steps - 1, row.limit - 1) for row in rows]
             return [max(0, self.cache.pages_for(end) - len(row.pages)) for row, end in zip(rows, ends, strict=True)]
 
+        # Nobody is preempted, no prefix forgotten for a burst: with fewer pages it is shorter.
         while steps and sum(missing()) > len(self.cache.free):
             steps -= 1
         for row, count in zip(rows, missing() if steps else [], strict=False):
             row.pages += [self.cache.take() for _ in range(count)]
         return steps
 
-    def _load(self, rows: Sequence[Running], size: int) -> None:
+    def _load(self, rows: Sequence[Row], size: int) -> None:
         """The rows' state into the buffers; the rest of the bucket stands still."""
         clear, bits, ints, floats, table = [], [], [], [], []
         for row in rows:
-            owner, known = self.lines.get(row.slot, (None, 0))
+            owner, known = self.marked.get(row.slot, (None, 0))
             if owner is not row:
-                clear.append(row.slot)
+                clear.append(row.slot)  # another text used this mask
             new = row.distinct if owner is not row else row.ids[known:]
             bits += [row.slot * self.width + token for token in new]
-            self.lines[row.slot] = row, len(row.ids)
+            self.marked[row.slot] = row, len(row.ids)
             s, written = row.request.sampling, len(row.ids) - row.prompt_tokens
-            seed = ((row.request.seed & 0xFFFFFFFFFFFFFFFF) ^ 1 << 63) - (1 << 63)  # the low 64 bits, as int64 has them
             # A text ends when it has `limit` tokens, so the last that is ever computed is the one before the last.
             state = row.ids[-1], len(row.ids) - 1, row.limit - 1, written
-            ints.append((*state, s.min_new_tokens, seed, s.top_k, row.slot))
+            ints.append((*state, s.min_new_tokens, signed(row.request.seed), s.top_k, row.slot))
             floats.append((s.temperature, s.top_p, s.repetition_penalty))
             table.append(self._padded(row))
-        excess = size - len(rows)
+        excess = size - len(rows)  # lines of the bucket without a row
         ints += [(0, 0, 0, 0, 0, 0, 1, self.rows)] * excess
         floats += [(0.0, 1.0, 1.0)] * excess
         table += [self._padded(None)] * excess
@@ -280,7 +270,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self._step(size)
-        self.pool = graph.pool()
+        self.pool = graph.pool()  # graphs run one at a time: they may share it
         return graph
 
     def _say(self) -> None:
@@ -294,24 +284,24 @@ class DecodeGraphs:
         table, S = self.table[:size], self.cache.page_tokens
 
         # 1) the forward pass over the newest tokens
-        active = position < end
+        active = position < end  # a row at its limit, or in excess, stands still
         page = table.gather(1, (position // S).clamp(max=table.shape[1] - 1)[:, None])[:, 0]
         slots = torch.where(active, page * S + position % S, -1).int()
-        lengths = torch.where(active, position + 1, 0).int()
-        batch = walk.Batch(self.cache, slots, table, lengths, size)
+        lengths = torch.where(active, position + 1, 0).int()  # keys, the new one included
+        batch = TableBatch(self.cache.layers, slots, table, lengths, size)  # Q = 1: no drafts
         logits = self.hook.forward(batch, token, position, self.every[:size]).float()
 
-        # 2) what must not be drawn, and the repetition penalty: sampler._draw and draw.penalise
+        # 2) what must not be drawn, and the repetition penalty: as draw.Drawer and draw.penalise
         logits[:, self.vocabulary :].fill_(float("-inf"))
         ends = logits.index_select(1, self.ends).masked_fill((written < least)[:, None], float("-inf"))
         logits.index_copy_(1, self.ends, ends)
-        factor = penalty[:, None]
+        factor = penalty[:, None]  # [size, 1]
         changed = torch.where(logits > 0, logits / factor, logits * factor)
         logits = torch.where(self.seen.index_select(0, line), changed, logits)
 
         # 3) the draw: draw.draw without its rare path
-        greedy = (temperature < 1e-5) | (top_k == 1)
-        values, ids = top_candidates(logits)
+        greedy = (temperature < GREEDY) | (top_k == 1)  # [size]
+        values, ids = top_candidates(logits)  # [size, C] each
         scores, kept, whole = keep(values, temperature, top_k, top_p)
         drawn = ids.gather(1, race(scores, kept, ids, seeds, written))[:, 0]
         drawn = torch.where(greedy, logits.argmax(-1), drawn)
@@ -323,7 +313,7 @@ class DecodeGraphs:
         # 4) the next step's input
         self.out[:, :size].index_copy_(0, self.step, torch.where(short, -1, drawn)[None])
         self.seen.view(-1).index_fill_(0, line * self.width + drawn, True)
-        token.copy_(drawn)
-        position += 1
-        written += 1
+        token.copy_(drawn)  # in place: a view of the buffer
+        position += 1  # of the token just drawn
+        written += 1  # its place in the output: what the noise is hashed from
         self.step += 1

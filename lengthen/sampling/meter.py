@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from lengthen.models.cards import card_named
 
@@ -26,6 +26,7 @@ def bandwidth(device: torch.device) -> float:
         card = card_named(torch.cuda.get_device_name(device))
         if card and card.bandwidth:
             return 1e12 * card.bandwidth
+    # Timed: a card that the table does not know, or a CPU, whose bandwidth depends on its memory modules.
     source = torch.ones(1 << 24, device=device)  # 64 MB: beyond a CPU's caches
     target, best = torch.empty_like(source), math.inf
     for _ in range(5):
@@ -34,26 +35,28 @@ def bandwidth(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * source.numel() * source.itemsize / best
+    return 2 * source.numel() * source.itemsize / best  # read once, written once
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """What one pass reads of the weights: all but the input embedding, of which it looks up a few rows."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = {id(p): p.numel() * p.itemsize for p in model.parameters()}
+    # A tied table is the head, too, which is read whole.
     if getattr(head, "weight", None) is not table.weight:
-        own.pop(id(table.weight), None)
+        own.pop(id(table.weight), None)  # looked up, not read
     return sum(own.values())
 
 
 class Meter:
     """Running rates over the last half minute or so: bytes and tokens per second."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = self.bytes = self.tokens = 0.0
 
-    def add(self, seconds: float, read: int, tokens: int) -> None:
-        fade = math.exp(-seconds / MEMORY)
+    def add(self, seconds: float, read: int, tokens: float) -> None:
+        """A step, or several: how long it took, bytes it had to read, tokens it wrote."""
+        fade = math.exp(-seconds / MEMORY)  # rates look back MEMORY seconds, however long a step is
         self.seconds = self.seconds * fade + seconds
         self.bytes = self.bytes * fade + read
         self.tokens = self.tokens * fade + tokens
@@ -78,7 +81,7 @@ class Progress:
     rows: int
     kv: float  # share of the pages in use
     preemptions: int
-    accepted: float  # guessed tokens that were right, a pass
+    accepted: float  # accepted draft tokens, a step
     seconds_left: float  # of what is queued and running, by expected lengths; -1 = not known yet
 
     def __str__(self) -> str:
@@ -87,7 +90,7 @@ class Progress:
         if self.preemptions:
             parts.append(f"{self.preemptions} preempted")
         if self.accepted >= 0.05:
-            parts.append(f"+{self.accepted:.1f} guessed a pass")
+            parts.append(f"{self.accepted:.1f} draft tokens accepted per step")
         if self.seconds_left >= 0:
             left = self.seconds_left
             parts.append(f"~{left:.0f} s left" if left < 120 else f"~{left / 60:.0f} min left")

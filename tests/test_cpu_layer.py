@@ -1,6 +1,6 @@
 """The decoder layer in few operations against the model's own code.
 
-python -m pytest -q tests/test_decoder.py
+python -m pytest -q tests/test_cpu_layer.py
 """
 
 import pytest
@@ -8,10 +8,10 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from lengthen.models import lora
-from lengthen.sampling import attend_cpu as attention
-from lengthen.sampling import cpu_layer as decoder
-from lengthen.sampling.attend_cpu import Batch, Hook, PagedCache, piece_batch, token_batch
+from lengthen.sampling import attend_cpu, cpu_layer
+from lengthen.sampling.cache import make_cache
 from lengthen.sampling.engine import Sampler
+from lengthen.sampling.hook import Hook, ProbeBatch
 from lengthen.sampling.request import Request, Sampling
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
@@ -32,7 +32,7 @@ def random_model(family: str, **changes: object):
 def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
     at = torch.arange(len(ids))
     with torch.no_grad():
-        return hook.forward(Batch(None), ids, at, at)
+        return hook.forward(ProbeBatch(), ids, at, at)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_own(family, mkl, blocked, monkeypatch):
-    monkeypatch.setattr(decoder, "BLOCKED", blocked)
+    monkeypatch.setattr(cpu_layer, "BLOCKED", blocked)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = random_model(family, **biases)
@@ -54,9 +54,9 @@ def test_logits_are_the_models_own(family, mkl, blocked, monkeypatch):
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
     hook = Hook(model)
-    layers = [forward for _, forward in hook.lent if isinstance(forward, decoder.Layer)]
+    layers = [forward for _, forward in hook.replaced if isinstance(forward, cpu_layer.Layer)]
     assert len(layers) == (model.config.num_hidden_layers if family in LEAN else 0)
-    assert any(module is model.lm_head for module, _ in hook.lent)
+    assert any(module is model.lm_head for module, _ in hook.replaced)
     for count in (1, 2, 20):
         torch.testing.assert_close(logits(hook, ids[:count]), own[:count], rtol=1e-4, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_a_product_serves_any_number_of_rows():
     """Packed for one number of rows, used with others; sizes that no block divides."""
     for out, width in ((5, 3), (771, 333), (960, 576)):
         one, two = torch.nn.Linear(width, out), torch.nn.Linear(width, 2 * out, bias=False)
-        times = decoder.product([one, two])
+        times = cpu_layer.product([one, two])
         for rows in (1, 2, 7, 48, 511, 512, 513, 1100):
             x = torch.randn(rows, width)
             with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_product_serves_any_number_of_rows():
             torch.testing.assert_close(times(x.t().contiguous().t()), want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_is_itself_again_behind_a_pass():
+def test_the_model_is_itself_again_after_a_pass():
     model = random_model("qwen3")
     ids = torch.randint(3, 400, (1, 9))
     with torch.no_grad():
@@ -96,11 +96,11 @@ def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
         return next(sampler.run()).token_ids, sampler
 
     right, sampler = write()
-    assert sampler.hook.lent
-    own = decoder.Layer.__call__
-    monkeypatch.setattr(decoder.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
+    assert sampler.hook.replaced
+    own = cpu_layer.Layer.__call__
+    monkeypatch.setattr(cpu_layer.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
     ids, sampler = write()
-    assert not sampler.hook.lent
+    assert not sampler.hook.replaced
     assert ids == right
 
 
@@ -108,7 +108,7 @@ def test_lora_inside_a_layer_is_not_passed_over():
     """Layers over 4-bit weights hold LoRA modules: products of the bare weights would forget the adapter."""
     model = random_model("llama")
     lora.attach(model, rank=4, alpha=8)
-    assert not any(decoder.plain(module) for module in model.modules())
+    assert not any(cpu_layer.known(module) for module in model.modules())
     for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.2)
     ids = torch.randint(3, 400, (12,))
@@ -119,20 +119,20 @@ def test_lora_inside_a_layer_is_not_passed_over():
 
 def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
     model = random_model("llama")
-    monkeypatch.setattr(decoder, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)
-    assert Hook(model).lent == []
+    monkeypatch.setattr(cpu_layer, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)
+    assert Hook(model).replaced == []
 
 
 def test_bf16_keeps_its_code():
-    assert Hook(random_model("llama").to(torch.bfloat16)).lent == []
+    assert Hook(random_model("llama").to(torch.bfloat16)).replaced == []
 
 
-@pytest.mark.parametrize("safe", [0.0, attention.SAFE])
+@pytest.mark.parametrize("safe", [0.0, attend_cpu.SAFE])
 @pytest.mark.parametrize("sharp", [1.0, 60.0])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_attention_with_and_without_the_maximum_taken_out(family, sharp, safe, monkeypatch):
     """Small scores are exponentiated as they are; scores of some hundred would overflow, and take the other way."""
-    monkeypatch.setattr(attention, "SAFE", safe)
+    monkeypatch.setattr(attend_cpu, "SAFE", safe)
     model = random_model(family)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -141,10 +141,10 @@ def test_attention_with_and_without_the_maximum_taken_out(family, sharp, safe, m
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
     hook = Hook(model)
-    cache = PagedCache(hook.shapes, 8, 8, torch.device("cpu"), torch.float32)
+    cache = make_cache(hook.shapes, 8, 8, torch.device("cpu"), torch.float32)
     pages = [cache.take() for _ in range(8)]
     with torch.no_grad():
-        hook.forward(piece_batch(cache, pages, 0, 30), ids[:30], torch.arange(30), torch.tensor([29]))
+        hook.forward(cache.batch([], [(pages, 0, 30)]), ids[:30], torch.arange(30), torch.tensor([29]))
         for i in range(30, 40):
-            got = hook.forward(token_batch(cache, [pages], [i]), ids[i : i + 1], torch.tensor([i]), torch.tensor([0]))
+            got = hook.forward(cache.batch([(pages, i, 1)], []), ids[i : i + 1], torch.tensor([i]), torch.tensor([0]))
             torch.testing.assert_close(got[0], own[i], rtol=1e-3, atol=1e-3)

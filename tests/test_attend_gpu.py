@@ -1,8 +1,8 @@
-"""The GPU's code path on a CPU: page tables, slots and lengths go to the kernels' torch references.
+"""The GPU's code path on a CPU: block tables, slots and lengths go to the kernels' torch references.
 
-    pytest tests/test_walk.py
+    pytest tests/test_attend_gpu.py
 
-Oracles: transformers' generate, one prompt at a time, and the pool that a CPU streams (tests/test_sampler.py).
+Oracles: transformers' generate, one prompt at a time, and the pages that a CPU streams (tests/test_sampler.py).
 """
 
 import sys
@@ -16,28 +16,31 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kernels.attention
 from kernels.attention import quantise
-from lengthen.models import flash as prefill
+from lengthen.models import flash
 from lengthen.models.flash import Bounds, attend_pieces
 from lengthen.records import UserError
-from lengthen.sampling import attend_cpu as attention
-from lengthen.sampling.attend_gpu import make_batch
+from lengthen.sampling import cache as caches
+from lengthen.sampling.cache import BlockTableCache, LayerShape, StreamedCache, bytes_per_token
+from lengthen.sampling.hook import Hook
 from lengthen.sampling.request import Request, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 
 
 @pytest.fixture
-def walking(monkeypatch):
-    """Every pool is walked by kernels from here on; what nobody stored is nan, as it may be on a GPU."""
-    own = attention.PagedCache.__init__
+def block_tables(monkeypatch):
+    """Every cache is a GPU's from here on; what nobody stored is nan, as it may be there."""
+    own = BlockTableCache._allocate
 
-    def poisoned(self, *args):
-        own(self, *args)
-        for pool in (*self.keys.values(), *self.values.values(), *(x for pair in self.scales.values() for x in pair)):
-            pool.fill_(torch.nan)
+    def poisoned(self, shape):
+        pages = own(self, shape)
+        for pool in pages:
+            if pool is not None:
+                pool.fill_(torch.nan)
+        return pages
 
-    monkeypatch.setattr(attention, "walked", lambda device: True)
-    monkeypatch.setattr(attention.PagedCache, "__init__", poisoned)
+    monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
+    monkeypatch.setattr(BlockTableCache, "_allocate", poisoned)
 
 
 def generate(model, prompt: list[int], count: int) -> list[int]:
@@ -48,7 +51,7 @@ def generate(model, prompt: list[int], count: int) -> list[int]:
 
 def expect_little(sampler) -> None:
     pages_for = sampler.cache.pages_for
-    sampler._expected_pages = lambda row: max(0, pages_for(len(row.ids) + 1) - len(row.pages))
+    sampler.scheduler._expected_pages = lambda row: max(0, pages_for(len(row.ids) + 1) - len(row.pages))
 
 
 def write_hopefully(model, requests, **options) -> dict:
@@ -61,17 +64,17 @@ def write_hopefully(model, requests, **options) -> dict:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_generate_token_by_token(walking, family):
-    """8 ragged prompts through 4 rows in pages of 16; windows (24) are shorter than most texts, prompts come in pieces
-    of at most 30 tokens, so that later pieces read their keys out of the pages."""
+def test_greedy_is_generate_token_by_token(block_tables, family):
+    """8 ragged prompts through 4 rows in pages of 16; windows (24) are shorter than most texts, prompts come in chunks
+    of at most 30 tokens, so that later chunks read their keys out of the pages."""
     model, prompts = tiny_model(family), make_prompts(8)
     samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
-    assert samples[None].cache.walked
+    assert isinstance(samples[None].cache, BlockTableCache)
     for i, prompt in enumerate(prompts):
         assert samples[i].token_ids == generate(model, prompt, 24), i
 
 
-def test_sampled_texts_are_those_of_the_streamed_pool(walking, monkeypatch):
+def test_sampled_texts_are_those_of_the_streamed_pool(block_tables, monkeypatch):
     """Sampling, shared prompts, few pages (rows are preempted): the same tokens by both ways."""
     model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
     requests = [
@@ -80,13 +83,13 @@ def test_sampled_texts_are_those_of_the_streamed_pool(walking, monkeypatch):
     options = {"page_tokens": 16, "kv_tokens": 320, "context": 300}
     ours = write_hopefully(model, requests, **options)
     assert ours[None].stats["shared_tokens"] and ours[None].stats["preemptions"]
-    monkeypatch.setattr(attention, "walked", lambda device: False)
+    monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
     theirs = write(model, requests, **options)
     for key in (request.key for request in requests):
         assert ours[key].token_ids == theirs[key].token_ids
 
 
-def test_samples_of_a_prompt_share_its_pages(walking):
+def test_samples_of_a_prompt_share_its_pages(block_tables):
     """A prompt of 5 pages and a half, 6 samples: 5 pages in common, one of their own each; and the texts of each alone.
     A second prompt that differs on its fourth page shares three and copies the beginning of the fourth."""
     model, prompt = tiny_model("qwen3"), (make_prompts(1, 90)[0] * 90)[:88]
@@ -96,16 +99,16 @@ def test_samples_of_a_prompt_share_its_pages(walking):
     sampler.add(requests[0])
     seen, most, own, later, texts = [], [], sampler._forward, requests[1:], {}
 
-    def watch(plan, keep, hidden=False):
-        tables = {row.request.key: list(row.pages) for row, _ in plan}
+    def watch(step, keep, hidden=False):
+        tables = {row.request.key: list(row.pages) for row, _ in step.work}
         seen.append(tables)
         most.append(len({page for table in tables.values() for page in table}))
-        return own(plan, keep, hidden)
+        return own(step, keep, hidden)
 
     sampler._forward = watch
     for sample in sampler.run():
         texts[sample.request.key] = sample.token_ids
-        while later:  # behind the first, whose prompt is known by now
+        while later:  # after the first, whose prompt is known by now
             sampler.add(later.pop(0))
     whole = next(tables for tables in seen if len(tables) == 6)
     assert len({tuple(table[:5]) for key, table in whole.items() if key < 6}) == 1
@@ -135,12 +138,12 @@ def check_fp8(model) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp8_pages_are_a_model_that_rounds_its_keys_and_values(walking, family):
+def test_fp8_pages_are_a_model_that_rounds_its_keys_and_values(block_tables, family):
     check_fp8(tiny_model(family))
 
 
-def test_fp8_texts_do_not_depend_on_their_neighbours(walking):
-    """Shared prompts, copied pages, preemption, pieces, guesses, bursts: each text is what it is alone."""
+def test_fp8_texts_do_not_depend_on_their_neighbours(block_tables):
+    """Shared prompts, copied pages, preemption, chunks, drafts, bursts: each text is what it is alone."""
     model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
     requests = [
         Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
@@ -154,8 +157,8 @@ def test_fp8_texts_do_not_depend_on_their_neighbours(walking):
 
 
 def test_fp8_pages_take_half_of_bf16s_memory_and_their_scales():
-    shapes = {0: attention.LayerShape(4, 128, 128, 0)}
-    size = {d: attention.PagedCache.bytes_per_token(shapes, d) for d in (torch.bfloat16, torch.float8_e4m3fn)}
+    shapes = {0: LayerShape(4, 128, 128, 0)}
+    size = {d: bytes_per_token(shapes, d) for d in (torch.bfloat16, torch.float8_e4m3fn)}
     assert size == {torch.bfloat16: 4 * 256 * 2, torch.float8_e4m3fn: 4 * (256 + 8)}
 
 
@@ -164,20 +167,21 @@ def test_fp8_pages_are_refused_where_pages_are_streamed():
         make_sampler(tiny_model("llama"), kv_dtype=torch.float8_e4m3fn)
 
 
-def test_prompts_that_ran_give_way_to_running_texts(walking):
+def test_remembered_prompts_make_room_for_running_texts(block_tables):
     """One page is left beside a prompt that is remembered: it is forgotten before a row is preempted."""
     model, (first, second) = tiny_model(), (p * 2 for p in make_prompts(2, 40))
     sampler = make_sampler(model, page_tokens=16, kv_tokens=128, context=128, eos_ids=set())
-    sampler.prefixes.room = 8
+    prefixes = sampler.scheduler.prefixes
+    prefixes.pages.room = 8
     for i, prompt in enumerate((first, second)):
         sampler.add(Request(i, prompt[:30], i, Sampling(max_new_tokens=90 if i else 4)))
         list(sampler.run())
-        held = [node.page for node in sampler.prefixes.order]
+        held = [node.page for node in prefixes.order]
         assert sorted([*sampler.cache.free, *held]) == list(range(8))
     assert not sampler.stats["preemptions"] and len(held) == 2  # the second's
 
 
-def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
+def test_the_kernels_themselves_write_the_same(block_tables, monkeypatch):
     """The same sampler on the Triton kernels, interpreted."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
@@ -198,11 +202,11 @@ def test_the_kernels_themselves_write_the_same(walking, monkeypatch):
         assert samples[i].token_ids == generate(model, prompt, 4), i
 
 
-def test_a_batch_with_drafts_is_one_forward_pass(walking):
-    """A text with two drafted tokens, one with none, one with seven, and a piece of a prompt behind its first part:
-    the logits of one packed pass are those of whole texts."""
-    model, hook = (m := tiny_model("gemma3")), attention.Hook(m)
-    cache = attention.PagedCache(hook.shapes, 40, 16, torch.device("cpu"), torch.float32)
+def test_a_batch_with_drafts_is_one_forward_pass(block_tables):
+    """A text with two draft tokens, one with none, one with seven, and the second chunk of a prompt: the logits of one
+    packed pass are those of whole texts."""
+    model, hook = (m := tiny_model("gemma3")), Hook(m)
+    cache = BlockTableCache(hook.shapes, 40, 16, torch.device("cpu"), torch.float32)
     texts = [[int(t) for t in torch.randint(3, 500, (n,))] for n in (40, 17, 30, 50)]
     tables = [[cache.take() for _ in range(4)] for _ in texts]
     known, new = [37, 16, 22, 20], [3, 1, 8, 30]
@@ -210,10 +214,10 @@ def test_a_batch_with_drafts_is_one_forward_pass(walking):
     early = [(table, 0, n) for table, n in zip(tables, known, strict=True)]
     ids = torch.tensor([t for text, n in zip(texts, known, strict=True) for t in text[:n]])
     at = torch.tensor([p for n in known for p in range(n)])
-    hook.forward(make_batch(cache, [], early), ids, at, torch.tensor([0]))
+    hook.forward(cache.batch([], early), ids, at, torch.tensor([0]))
 
     late = [(table, n, count) for table, n, count in zip(tables, known, new, strict=True)]
-    batch = make_batch(cache, late[:3], late[3:])
+    batch = cache.batch(late[:3], late[3:])
     assert batch.lengths.tolist() == [40, 17, 30] and batch.spread.tolist()[:8] == [0] * 5 + [0, 1, 2]
     ids = torch.tensor([t for text, n, c in zip(texts, known, new, strict=True) for t in text[n : n + c]])
     at = torch.tensor([p for n, c in zip(known, new, strict=True) for p in range(n, n + c)])
@@ -241,7 +245,7 @@ def oracle(q, k, v, bounds, scaling, window, softcap, sinks):
     return torch.stack(out)
 
 
-PIECES = {"whole prompts": ([5, 1, 20], [5, 1, 20]), "behind earlier parts": ([5, 1, 20], [9, 30, 20])}
+PIECES = {"whole prompts": ([5, 1, 20], [5, 1, 20]), "after earlier chunks": ([5, 1, 20], [9, 30, 20])}
 OPTIONS = [{}, {"window": 4}, {"softcap": 3.0}, {"sinks": True}, {"window": 4, "softcap": 3.0, "sinks": True}]
 
 
@@ -261,15 +265,15 @@ def test_pieces_attend_to_all_their_keys(monkeypatch, pieces, options):
     case = make_pieces(pieces, **options)
     want = oracle(*case)
     for queries in (1024, 7):
-        monkeypatch.setattr(prefill, "QUERIES", queries)
+        monkeypatch.setattr(flash, "QUERIES", queries)
         torch.testing.assert_close(attend_pieces(*case).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_flash_attention_is_called_as_it_wants(monkeypatch, options):
     """Its contract, played by a float64 stand-in: causal from the lower right, a window that leaves out its own token,
-    the log of the sum per head and query. Sinks come in behind it."""
-    case = make_pieces("behind earlier parts", **options)
+    the log of the sum per head and query. Sinks come in after it."""
+    case = make_pieces("after earlier chunks", **options)
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, return_attn_probs):
         assert causal and return_attn_probs and (max_q, max_k) == (20, 30)
@@ -282,7 +286,7 @@ def test_flash_attention_is_called_as_it_wants(monkeypatch, options):
         return out, torch.log(with_sink / (1 - with_sink)).T, None
 
     monkeypatch.setitem(sys.modules, "flash_attn", type("Module", (), {"flash_attn_varlen_func": stand_in}))
-    monkeypatch.setattr(prefill, "flash_kernel", lambda q, v, softcap: prefill._flash_attn)
+    monkeypatch.setattr(flash, "flash_kernel", lambda q, v, softcap: flash._flash_attn)
     torch.testing.assert_close(attend_pieces(*case), oracle(*case), rtol=1e-6, atol=1e-6)
 
 
@@ -295,21 +299,21 @@ def test_which_kernel_serves_which_inputs(monkeypatch):
         def __init__(self, dim, dtype=torch.bfloat16):
             self.shape, self.dtype = (9, 4, dim), dtype
 
-    monkeypatch.setattr(prefill, "_ampere", lambda device: True)
+    monkeypatch.setattr(flash, "_ampere", lambda device: True)
     for installed in (True, False):
-        monkeypatch.setattr(prefill, "_has_flash_attn", lambda installed=installed: installed)
-        own = prefill._flash_attn if installed else prefill._torch_flash
-        assert prefill.flash_kernel(Fake(128), Fake(128), None) is own
-        assert prefill.flash_kernel(Fake(128), Fake(128), 30.0) is (own if installed else None)
+        monkeypatch.setattr(flash, "_has_flash_attn", lambda installed=installed: installed)
+        own = flash._flash_attn if installed else flash._torch_flash
+        assert flash.flash_kernel(Fake(128), Fake(128), None) is own
+        assert flash.flash_kernel(Fake(128), Fake(128), 30.0) is (own if installed else None)
         for q, v in (
             (Fake(192), Fake(128)),
             (Fake(512), Fake(512)),
             (Fake(64, torch.float32), Fake(64, torch.float32)),
         ):
-            assert prefill.flash_kernel(q, v, None) is None
-    monkeypatch.setattr(prefill, "_ampere", lambda device: False)
-    assert prefill.flash_kernel(Fake(128), Fake(128), None) is None
-    assert prefill.flash_kernel(torch.zeros(9, 4, 64), torch.zeros(9, 4, 64), None) is None
+            assert flash.flash_kernel(q, v, None) is None
+    monkeypatch.setattr(flash, "_ampere", lambda device: False)
+    assert flash.flash_kernel(Fake(128), Fake(128), None) is None
+    assert flash.flash_kernel(torch.zeros(9, 4, 64), torch.zeros(9, 4, 64), None) is None
 
 
 @pytest.mark.needs_cuda

@@ -1,0 +1,182 @@
+"""Runs an unmodified model on packed tokens: its attention is ours for one forward pass, everything else its own.
+
+The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one after the other, the newest token of
+every decoding text and chunks of new prompts, with explicit positions, no mask and no Cache object. The one thing that
+must know which token belongs to which text is attention. So this module registers an attention function with
+transformers (`AttentionInterface.register`), and the batch of the pass is a keyword argument of the model call, which
+transformers hands down to that function.
+
+Not every model can be carried so. `Hook` compares a packed pass, and one split over pages, with the model's own before
+the first use: a model that would be silently wrong is refused by name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from lengthen.models.flash import dense
+from lengthen.records import UserError
+from lengthen.sampling import cpu_layer
+from lengthen.sampling.batch import Batch, Rule
+from lengthen.sampling.cache import LayerShape, make_cache
+
+NAME = "lengthen_paged"  # key in transformers' registry
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types that can be carried
+PROBE, SPLIT = 8, 5  # tokens of the probe; of its prefill chunk, the others are decoded
+# The largest difference of the probe's logits, as a share of the largest logit.
+BOUNDS, BOUND_16_BITS = {torch.float32: 1e-3, torch.float64: 1e-6}, 8e-2
+
+# T packed tokens, H hidden size, V vocabulary, n tokens whose logits are asked for.
+
+
+class NotHandedDown(Exception):
+    """The model called its attention without the batch."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    lengthen_batch: Batch | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The registered function. query [1, Hq, T, D], key and value [1, Hkv, T, D] with positions applied.
+
+    Returns ([1, T, Hq, D], None). `sliding_window`, `softcap` (tanh bound of the scores) and `s_aux` (a learned
+    sink per query head) come from the model, layer by layer. The mask is ignored: none is built for our key.
+    """
+    if lengthen_batch is None:
+        raise NotHandedDown
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return lengthen_batch.attend(layer, q, k, v, Rule(scaling, sliding_window or 0, softcap, s_aux))[None], None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+class ProbeBatch:
+    """One text in no pages: attends to the batch itself and notes what each layer hands to attention."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], rule.window)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, T, D], as `dense` wants them
+        return dense(q, k, v, 0, *rule).transpose(0, 1)
+
+
+class Hook:
+    """Sends a model's attention here while a batch is running, and nowhere else.
+
+    Raises UserError for a model whose attention cannot be carried: it would be silently wrong.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.device, self.dtype = (getattr(model.get_input_embeddings().weight, x) for x in ("device", "dtype"))
+        # Forwards that stand in for modules' own while a batch is running (cpu_layer.py).
+        self.replaced: list[tuple[nn.Module, Callable]] = []
+        configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
+        self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+        self.shapes = self._probe()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's attention is `attend`; afterwards the model is its own again."""
+        before = [c._attn_implementation for c in self.configs]  # nested configs may differ
+        for config in self.configs:
+            config._attn_implementation = NAME
+        for module, forward in self.replaced:
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module, _ in self.replaced:
+                del module.forward  # its class's own is visible again
+            for config, name in zip(self.configs, before, strict=True):
+                config._attn_implementation = name
+
+    def forward(self, batch: Batch, ids: Tensor, positions: Tensor, keep: Tensor, hidden: bool = False) -> Tensor:
+        """ids, positions int64 [T], keep int64 [n] packed indices -> logits [n, V] of those, in the model's dtype.
+
+        hidden: what the head would be given instead, [n, H].
+        """
+        packed = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "lengthen_batch": batch}
+        with self.running():
+            if hidden:
+                return self.model.get_decoder()(**packed).last_hidden_state[0].index_select(0, keep)
+            return self.model(**packed, logits_to_keep=keep).logits[0]
+
+    def _refuse(self, why: str) -> NoReturn:
+        name = f"{type(self.model).__name__} (model_type {self.model.config.model_type!r})"
+        raise UserError(
+            f"the sampler cannot run {name}: {why}",
+            "take a model whose layers are all softmax attention: the Llama, Qwen2.5, Qwen3, Mistral, Gemma families",
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> dict[int, LayerShape]:
+        """Runs a few tokens: by the model's own attention, by ours, and split over the pages. All three must agree."""
+        config = self.model.config.get_text_config()
+        types = getattr(config, "layer_types", None) or []
+        if strange := sorted(set(types) - PLAIN_LAYERS):
+            self._refuse(f"it has {', '.join(strange)} layers")
+        if not getattr(self.model, "_supports_attention_backend", False):
+            self._refuse("its attention does not go through transformers' attention interface")
+        every = torch.arange(PROBE, device=self.device)
+        ids = (every * 7919 + 11) % config.vocab_size  # spread over the vocabulary, all different
+        own = self.model(input_ids=ids[None], use_cache=False).logits[0]  # [PROBE, V]
+        batch = ProbeBatch()  # no pages yet: their shapes are what it finds out
+        try:
+            packed = self.forward(batch, ids, every, every)
+        except (NotHandedDown, TypeError) as error:
+            if isinstance(error, TypeError) and "lengthen_batch" not in str(error):
+                raise
+            self._refuse("it does not hand keyword arguments of its call down to its attention")
+        if len(batch.shapes) != config.num_hidden_layers:
+            self._refuse(f"{config.num_hidden_layers - len(batch.shapes)} of its layers are not attention layers")
+        for layer, name in enumerate(types):
+            if name == "sliding_attention" and not batch.shapes[layer].window:
+                self._refuse(f"layer {layer} slides, but its window is not passed to the attention function")
+        if why := self._differs("a packed pass", packed, own):
+            self._refuse(why)
+        windows = {layer: shape.window for layer, shape in batch.shapes.items()}
+        self.replaced = cpu_layer.forwards(self.model, windows)
+        why = self._differs("a pass split over pages", self._split(batch.shapes, ids), own)
+        if why and self.replaced:  # a model of a known kind that is not quite that: its own code serves it
+            self.replaced = []
+            why = self._differs("a pass split over pages", self._split(batch.shapes, ids), own)
+        if why:
+            self._refuse(why)
+        return batch.shapes
+
+    def _split(self, shapes: dict[int, LayerShape], ids: Tensor) -> Tensor:
+        """The logits [PROBE, V] of the probe's tokens: a prefill chunk, then token by token, through pages."""
+        cache = make_cache(shapes, 3, 0, self.device, self.dtype)
+        table, every = [cache.take() for _ in range(3)], torch.arange(PROBE, device=self.device)
+        chunk = cache.batch([], [(table, 0, SPLIT)])  # on a CPU over two pages
+        logits = [self.forward(chunk, ids[:SPLIT], every[:SPLIT], every[:SPLIT])]
+        for i in range(SPLIT, PROBE):
+            one = slice(i, i + 1)
+            logits.append(self.forward(cache.batch([(table, i, 1)], []), ids[one], every[one], every[:1]))
+        return torch.cat(logits)
+
+    def _differs(self, what: str, logits: Tensor, own: Tensor) -> str:
+        """Why the logits are not the model's own, "" = they are."""
+        bound = BOUNDS.get(own.dtype, BOUND_16_BITS) * own.float().abs().max().clamp(min=1)
+        error = (logits.float() - own.float()).abs().max()  # bf16 rounds each logit to 3 digits
+        why = f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})"
+        return "" if error <= bound else why
