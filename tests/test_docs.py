@@ -121,6 +121,14 @@ def test_every_name_said_to_be_in_a_file_is_there(path):
         assert re.search(rf"^(def|class) {what}\b|^{what}\b.* = ", text_of(ROOT / file), re.M), f"{what} in {file}"
 
 
+def test_contributing_names_every_room():
+    tree = text_of(ROOT / "CONTRIBUTING.md").split("```")
+    tree = next(part for part in tree if "lengthen/  " in part)
+    rooms = [path for path in (ROOT / "lengthen").iterdir() if path.name[0] not in "_."]
+    for path in [*rooms, *ROOT.glob("*.py")]:
+        assert re.search(rf"^ *{re.escape(path.name)}(/|\b) ", tree, re.M), path.name
+
+
 def test_the_readme_keeps_its_size():
     lines = text_of(README).splitlines()
     assert len(lines) <= 200
