@@ -46,7 +46,7 @@ SMOLLM2: loop.Preset = {
 # From iteration 2 on: what the Extender of that iteration can still lengthen, and fewer jobs for each of the drafts,
 # of which there are three times as many (of 138 jobs 100 passed).
 LATER: loop.Preset = {"responses": {"max_new_tokens": 560}, "extend": {"samples": 2}}
-# 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same pairs (README, "Does it work?").
+# 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same pairs (docs/study.md).
 TRIES = ["rank=8,learning_rate=2e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
 GOAL = 1.5

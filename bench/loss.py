@@ -1,6 +1,6 @@
 """Loss of a frozen head: time, memory and error of kernels/linear_cross_entropy.py and of what else one could use.
 
-    python bench/loss.py                        # on a GPU: every row of the README's table, minutes on an H100
+    python bench/loss.py                       # on a GPU: the rows of the table in docs/results.md, minutes on an H100
     python bench/loss.py --device cpu           # small shapes: memory, accuracy, and the CPU path's time
 
 Forward and backward of the mean loss, gradient of the hidden states only. Per method and length: milliseconds (median,

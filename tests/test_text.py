@@ -1,6 +1,6 @@
 """Run: pytest tests/test_text.py
 
-Words, filters and selection. "Defect" names the list of the release's faults that the README's departures answer.
+Words, filters and selection. "Defect" names the list of the release's faults that docs/departures.md answers.
 """
 
 import random

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with its own charts, made of whatever lies in the run's folder.
 
-    1. read every file that design and README list, as far as it can be read. A run in progress has files that are
+    1. read every file that docs/files.md lists, as far as it can be read. A run in progress has files that are
        missing or end in half a line: what cannot be read is left out, and the page says so.
     2. say in words what the numbers show and what they do not (`verdict`)
     3. bin the lengths, thin out the points of the scatter plots and of the loss curves: the page stays small
