@@ -149,7 +149,7 @@ def run_step(step: Step, log: TextIO) -> dict | None:
     if code:
         hints = {
             3: "too few records came out: the lines above count why; mend it and run the same command again",
-            130: "run the same command again to go on",
+            130: "run the same command again to continue",
         }
         hint = hints.get(code, "mend that and run the same command again: what is finished is kept")
         cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
@@ -168,13 +168,14 @@ def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-    # On a terminal the stage writes to one as well, or it would draw no progress bars.
+    # On a terminal the stage writes to one as well, as wide as ours, or it would draw no progress bars.
     ours, theirs = pty.openpty() if sys.stderr.isatty() else os.pipe()
     if os.isatty(theirs):
         tty.setraw(theirs)  # bytes pass as they are: the real terminal does the rest
     process = subprocess.Popen(
         [sys.executable, str(ROOT / command[0]), *command[1:]],
         cwd=ROOT,
+        env={**os.environ, "COLUMNS": str(cli.console.width)},
         stdout=subprocess.PIPE,
         stderr=theirs,
         text=True,
