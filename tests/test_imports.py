@@ -170,7 +170,6 @@ def test_settings_below_the_scripts_are_typed():
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="the sampler is being changed")
 def test_no_function_hands_a_value_on_through_its_module():
     """What a function needs is an argument: a batch kept in a module's global belongs to whoever called last."""
     for path in sources():
