@@ -22,11 +22,12 @@ from transformers import (
 
 from lengthen.records import UserError
 from lengthen.sampling.cache import PagedCache
-from lengthen.sampling.draw import draw, penalise, top_candidates
+from lengthen.sampling.draw import Drawer, draw, penalise, top_candidates
 from lengthen.sampling.engine import Sampler
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.memory import warm_up
 from lengthen.sampling.request import Request, Sampling
+from lengthen.sampling.scheduler import Row
 from lengthen.sampling.stopping import loops
 
 EOS = 2
@@ -120,6 +121,20 @@ def test_attention_sinks_are_carried():
         options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 20}
         want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
         assert samples[i].token_ids == want, i
+
+
+def test_a_row_returns_to_a_line_of_the_penalty_table_that_it_had_before():
+    """Preempted twice, it is given its first line again, where nobody else has drawn meanwhile."""
+    drawer = Drawer(slots=2, vocabulary=300, eos_ids={EOS}, device=torch.device("cpu"))
+    request = Request(0, [5, 6], 0, Sampling(temperature=0, repetition_penalty=1000))  # greedy: the highest new id
+    row = Row(request, 0, [5, 6], 99, set(), [], {5, 6})
+    for slot in (0, 1, 1, 0, 0):
+        row.slot = slot
+        (token,) = drawer.draw([(row, 0)], torch.arange(1.0, 301.0)[None])
+        row.ids.append(token)
+        row.distinct.add(token)
+        row.unwritten.append(token)
+    assert row.output == [299, 298, 297, 296, 295]
 
 
 def test_penalty_from_leaves_the_head_of_the_prompt_alone():
