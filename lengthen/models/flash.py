@@ -23,7 +23,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -278,22 +278,20 @@ def dense(
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention of one text's tokens start..start+n over its keys 0..start+n: q [Hq, n, D] -> [Hq, n, Dv]."""
     n, total = q.shape[1], k.shape[1]
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": q.shape[0] != k.shape[0]}
     if not start and softcap is None and sinks is None and (not window or n <= window):
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, **options)[0]
     query = torch.arange(start, total, device=q.device)[:, None]
     key = torch.arange(total, device=q.device)[None]
     seen = key <= query
     if window:
         seen &= key > query - window
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, **options)[0]
     Hkv, G = k.shape[0], q.shape[0] // k.shape[0]
     scores = (q.reshape(Hkv, G * n, -1) @ k.transpose(1, 2)).float().view(Hkv, G, n, total) * scaling
     if softcap:
@@ -304,4 +302,5 @@ def dense(
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
+    weights = F.dropout(weights, dropout)
     return (weights.to(v.dtype).view(Hkv, G * n, total) @ v).view(q.shape[0], n, -1)
