@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import kernels.attention
 from kernels.attention import quantise
 from lengthen.models import flash
-from lengthen.models.flash import Bounds, attend_pieces
+from lengthen.models.flash import Bounds, Varlen, attend_chunks
 from lengthen.records import UserError
 from lengthen.sampling import cache as caches
 from lengthen.sampling.cache import BlockTableCache, LayerShape, StreamedCache, bytes_per_token
@@ -266,7 +266,7 @@ def test_pieces_attend_to_all_their_keys(monkeypatch, pieces, options):
     want = oracle(*case)
     for queries in (1024, 7):
         monkeypatch.setattr(flash, "QUERIES", queries)
-        torch.testing.assert_close(attend_pieces(*case).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attend_chunks(*case).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -277,7 +277,8 @@ def test_flash_attention_is_called_as_it_wants(monkeypatch, options):
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, return_attn_probs):
         assert causal and return_attn_probs and (max_q, max_k) == (20, 30)
-        bounds, width = Bounds(cu_q.tolist(), cu_k.tolist(), cu_q, cu_k), window_size[0] + 1
+        bounds = Bounds(cu_q.tolist(), cu_k.tolist(), Varlen(cu_q, cu_k, max_q, max_k))
+        width = window_size[0] + 1
         assert window_size in ((3, 0), (-1, -1))
         out = oracle(q, k, v, bounds, softmax_scale, width, softcap, None)
         ones = torch.ones_like(v)
@@ -287,7 +288,7 @@ def test_flash_attention_is_called_as_it_wants(monkeypatch, options):
 
     monkeypatch.setitem(sys.modules, "flash_attn", type("Module", (), {"flash_attn_varlen_func": stand_in}))
     monkeypatch.setattr(flash, "flash_kernel", lambda q, v, softcap: flash._flash_attn)
-    torch.testing.assert_close(attend_pieces(*case), oracle(*case), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attend_chunks(*case), oracle(*case), rtol=1e-6, atol=1e-6)
 
 
 def test_which_kernel_serves_which_inputs(monkeypatch):
@@ -321,7 +322,7 @@ def test_which_kernel_serves_which_inputs(monkeypatch):
 @pytest.mark.parametrize("pieces", PIECES)
 def test_gpu_flash_attention_agrees(pieces, options):
     case = make_pieces(pieces, torch.bfloat16, "cuda", 64, **options)
-    torch.testing.assert_close(attend_pieces(*case).double(), oracle(*case), rtol=0, atol=3e-2)
+    torch.testing.assert_close(attend_chunks(*case).double(), oracle(*case), rtol=0, atol=3e-2)
 
 
 @pytest.mark.needs_cuda

@@ -1,6 +1,6 @@
 """models/flash.py: FlashAttention is called by its contract, played by float64 stand-ins.  pytest tests/test_flash.py
 
-The sampler's half, `attend_pieces` and which kernel serves which inputs, is tested with the sampler.
+The sampler's half, `attend_chunks` and which kernel serves which inputs, is tested with the sampler.
 """
 
 import sys

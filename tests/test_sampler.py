@@ -22,11 +22,12 @@ from transformers import (
 
 from lengthen.records import UserError
 from lengthen.sampling.cache import PagedCache
-from lengthen.sampling.draw import draw, penalise, top_candidates
+from lengthen.sampling.draw import Drawer, draw, penalise, top_candidates
 from lengthen.sampling.engine import Sampler
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.memory import warm_up
 from lengthen.sampling.request import Request, Sampling
+from lengthen.sampling.scheduler import Row
 from lengthen.sampling.stopping import loops
 
 EOS = 2
@@ -120,6 +121,20 @@ def test_attention_sinks_are_carried():
         options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 20}
         want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
         assert samples[i].token_ids == want, i
+
+
+def test_a_row_returns_to_a_line_of_the_penalty_table_that_it_had_before():
+    """Preempted twice, it is given its first line again, where nobody else has drawn meanwhile."""
+    drawer = Drawer(slots=2, vocabulary=300, eos_ids={EOS}, device=torch.device("cpu"))
+    request = Request(0, [5, 6], 0, Sampling(temperature=0, repetition_penalty=1000))  # greedy: the highest new id
+    row = Row(request, 0, [5, 6], 99, set(), [], {5, 6})
+    for slot in (0, 1, 1, 0, 0):
+        row.slot = slot
+        (token,) = drawer.draw([(row, 0)], torch.arange(1.0, 301.0)[None])
+        row.ids.append(token)
+        row.distinct.add(token)
+        row.unwritten.append(token)
+    assert row.output == [299, 298, 297, 296, 295]
 
 
 def test_penalty_from_leaves_the_head_of_the_prompt_alone():
@@ -666,18 +681,33 @@ def test_a_wrong_answer_of_the_hook_is_noticed():
         make_sampler(model)
 
 
-def test_a_model_that_does_not_hand_the_batch_down_is_refused():
-    """By its attention, or at its door: never an attention that mixes the texts of a batch."""
-    model = tiny_model()
-    attention = model.model.layers[1].self_attn
-    plain = attention.forward
-    attention.forward = lambda hidden_states, lengthen_batch=None, **kwargs: plain(hidden_states, **kwargs)
-    with pytest.raises(UserError, match="does not hand keyword arguments"):
-        make_sampler(model)
+def test_a_model_that_does_not_hand_the_batch_down():
+    """To its attention, as Nemotron does not: the modules hold it instead. One that does not take it is refused: never
+    an attention that mixes the texts of a batch."""
+    requests = [Request(i, prompt, i, Sampling(max_new_tokens=20)) for i, prompt in enumerate(make_prompts(5))]
+    want, model = write(tiny_model("gemma3"), requests), tiny_model("gemma3")
+    for layer in model.model.layers:
+        plain = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, lengthen_batch=None, plain=plain, **kwargs: plain(*args, **kwargs)
+    got = write(model, requests)
+    assert got[None].hook.holders and all(got[i].token_ids == want[i].token_ids for i in range(5))
+    assert not any(hasattr(module, "lengthen_batch") for module in model.modules())
     model = tiny_model()
     whole = model.forward
     model.forward = lambda input_ids, position_ids=None, use_cache=None, logits_to_keep=0: whole(
         input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep
     )
-    with pytest.raises(UserError, match="does not hand keyword arguments"):
+    with pytest.raises(UserError, match="takes no keyword arguments"):
         make_sampler(model)
+
+
+def test_nemotron_whose_layers_keep_keyword_arguments_to_themselves():
+    model, prompts = tiny_model("nemotron"), make_prompts(3)
+    samples = write(
+        model, [Request(i, p, i, Sampling(temperature=0, max_new_tokens=12)) for i, p in enumerate(prompts)]
+    )
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 12}
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want, i

@@ -4,7 +4,7 @@ Samples are packed one after the other: q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hk
 sees its last key. window = w: a query sees itself and the w - 1 keys before it, 0 = all; FlashAttention gets it as
 window_left = w - 1, window_right = 0, always with causal. Query heads share key heads in order (grouped queries).
 
-    attend_pieces      no gradient: prefill of the sampler, new tokens over all keys of their text
+    attend_chunks      no gradient: prefill of the sampler, new tokens over all keys of their text
     flash_autograd     packed training through autograd, for the models' own layers
     attend_saving_lse  the memory-lean layer: the output and its log-sum-exp, which `attend_backward` takes back
     dense              one sample by torch's SDPA or, with softcaps and sinks, from its scores: any device and dtype
@@ -23,7 +23,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,29 +44,18 @@ class Varlen(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The same for new tokens over their texts, on the host as well. `attend_pieces` takes it."""
+    """The same for new tokens over their texts, on the host as well. `attend_chunks` takes it."""
 
     queries: list[int]  # N + 1
     keys: list[int]
-    cu_queries: Tensor  # the same on the device, int32
-    cu_keys: Tensor
+    varlen: Varlen
 
     @classmethod
     def make(cls, counts: list[int], totals: list[int], device: torch.device) -> "Bounds":
         """counts: new tokens of each text; totals: keys of each, the new ones included."""
         queries, keys = ([0, *accumulate(lengths)] for lengths in (counts, totals))
         cu_queries, cu_keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (queries, keys))
-        return cls(queries, keys, cu_queries, cu_keys)
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Most queries and most keys of a sample."""
-        queries, keys = (max(b - a for a, b in zip(x, x[1:], strict=False)) for x in (self.queries, self.keys))
-        return queries, keys
-
-    @property
-    def varlen(self) -> Varlen:
-        return Varlen(self.cu_queries, self.cu_keys, *self.longest)
+        return cls(queries, keys, Varlen(cu_queries, cu_keys, max(counts), max(totals)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,7 +240,7 @@ def _samples(cu_seq_lens: Tensor, window: int, like: Tensor) -> Iterator[tuple[s
 # Sampling: new tokens over all keys of their texts
 
 
-def attend_pieces(
+def attend_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -289,22 +278,20 @@ def dense(
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention of one text's tokens start..start+n over its keys 0..start+n: q [Hq, n, D] -> [Hq, n, Dv]."""
     n, total = q.shape[1], k.shape[1]
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": q.shape[0] != k.shape[0]}
     if not start and softcap is None and sinks is None and (not window or n <= window):
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, **options)[0]
     query = torch.arange(start, total, device=q.device)[:, None]
     key = torch.arange(total, device=q.device)[None]
     seen = key <= query
     if window:
         seen &= key > query - window
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
-        )[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, **options)[0]
     Hkv, G = k.shape[0], q.shape[0] // k.shape[0]
     scores = (q.reshape(Hkv, G * n, -1) @ k.transpose(1, 2)).float().view(Hkv, G, n, total) * scaling
     if softcap:
@@ -315,4 +302,5 @@ def dense(
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
+    weights = F.dropout(weights, dropout)
     return (weights.to(v.dtype).view(Hkv, G * n, total) @ v).view(q.shape[0], n, -1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Pages, paged_attention, read_pool, store_pages
-from lengthen.models.flash import Bounds, attend_pieces
+from lengthen.models.flash import Bounds, attend_chunks
 from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
@@ -59,7 +59,7 @@ class TableBatch:
                 k, v = (read_pool(*pool, (page, slice(None), slot)).to(q.dtype) for pool in pools)  # [keys, Hkv, D]
             else:
                 k, v = k[n:], v[n:]  # [Tk, Hkv, D]: whole prompts, all keys are in this batch
-            results.append(attend_pieces(q[n:], k, v, self.bounds, *rule))
+            results.append(attend_chunks(q[n:], k, v, self.bounds, *rule))
         return results[0] if len(results) == 1 else torch.cat(results)
 
 

@@ -83,6 +83,8 @@ class Drawer:
 
     def _write_line(self, row: Row) -> None:
         """All of a row's distinct ids, into a line that was another's."""
+        if row in self.owners:  # its line before a preemption, which misses what is drawn from here on
+            self.owners[self.owners.index(row)] = None
         ids = sorted(row.distinct)  # any order does: the penalty is the same for all
         row.unwritten = []
         self._widen(len(ids))

@@ -139,8 +139,10 @@ class Sampler:
         rope = getattr(config, "rope_parameters", None) or {}
         for settings in [rope, *(r for r in rope.values() if isinstance(r, dict))]:  # one for each type of layer
             scaling = settings.get("rope_type")
+            if scaling not in ("dynamic", "longrope"):
+                continue
             start = settings.get("original_max_position_embeddings") or config.max_position_embeddings
-            if scaling in ("dynamic", "longrope") and context > start:
+            if context > start:
                 self.notes.append(f"context held at {start} tokens: beyond it {scaling} depends on the batch")
                 context = start
         return context

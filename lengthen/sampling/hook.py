@@ -4,7 +4,8 @@ The sampler runs a model on *packed* tokens: one sequence [1, T] that holds, one
 every decoding text and chunks of new prompts, with explicit positions, no mask and no Cache object. The one thing that
 must know which token belongs to which text is attention. So this module registers an attention function with
 transformers (`AttentionInterface.register`), and the batch of the pass is a keyword argument of the model call, which
-transformers hands down to that function.
+transformers hands down to that function. (Nemotron's layers keep it to themselves: there the attention modules hold the
+batch for the time of the pass.)
 
 Not every model can be carried so. `Hook` compares a packed pass, and one split over pages, with the model's own before
 the first use: a model that would be silently wrong is refused by name.
@@ -55,12 +56,13 @@ def attend(
     Returns ([1, T, Hq, D], None). `sliding_window`, `softcap` (tanh bound of the scores) and `s_aux` (a learned
     sink per query head) come from the model, layer by layer. The mask is ignored: none is built for our key.
     """
-    if lengthen_batch is None:
+    batch = getattr(module, "lengthen_batch", None) if lengthen_batch is None else lengthen_batch
+    if batch is None:
         raise NotHandedDown
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
-    return lengthen_batch.attend(layer, q, k, v, Rule(scaling, sliding_window or 0, softcap, s_aux))[None], None
+    return batch.attend(layer, q, k, v, Rule(scaling, sliding_window or 0, softcap, s_aux))[None], None
 
 
 AttentionInterface.register(NAME, attend)
@@ -87,6 +89,7 @@ class Hook:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, x) for x in ("device", "dtype"))
+        self.holders: list[Any] = []  # modules that hold the batch, of a model that does not hand it down
         # Forwards that stand in for modules' own while a batch is running (cpu_layer.py).
         self.replaced: list[tuple[nn.Module, Callable]] = []
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
@@ -94,16 +97,20 @@ class Hook:
         self.shapes = self._probe()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, batch: Batch) -> Iterator[None]:
         """The model's attention is `attend`; afterwards the model is its own again."""
         before = [c._attn_implementation for c in self.configs]  # nested configs may differ
         for config in self.configs:
             config._attn_implementation = NAME
         for module, forward in self.replaced:
             module.forward = forward
+        for module in self.holders:
+            module.lengthen_batch = batch
         try:
             yield
         finally:
+            for module in self.holders:
+                del module.lengthen_batch
             for module, _ in self.replaced:
                 del module.forward  # its class's own is visible again
             for config, name in zip(self.configs, before, strict=True):
@@ -115,7 +122,7 @@ class Hook:
         hidden: what the head would be given instead, [n, H].
         """
         packed = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "lengthen_batch": batch}
-        with self.running():
+        with self.running(batch):
             if hidden:
                 return self.model.get_decoder()(**packed).last_hidden_state[0].index_select(0, keep)
             return self.model(**packed, logits_to_keep=keep).logits[0]
@@ -142,10 +149,13 @@ class Hook:
         batch = ProbeBatch()  # no pages yet: their shapes are what it finds out
         try:
             packed = self.forward(batch, ids, every, every)
-        except (NotHandedDown, TypeError) as error:
-            if isinstance(error, TypeError) and "lengthen_batch" not in str(error):
+        except NotHandedDown:
+            self.holders = [m for m in self.model.modules() if hasattr(m, "layer_idx")]
+            packed = self.forward(batch, ids, every, every)
+        except TypeError as error:
+            if "lengthen_batch" not in str(error):
                 raise
-            self._refuse("it does not hand keyword arguments of its call down to its attention")
+            self._refuse("it takes no keyword arguments that it does not know")
         if len(batch.shapes) != config.num_hidden_layers:
             self._refuse(f"{config.num_hidden_layers - len(batch.shapes)} of its layers are not attention layers")
         for layer, name in enumerate(types):

@@ -47,8 +47,7 @@ class Scores:
         out = [torch.zeros(len(continuation)) for _, continuation in pairs]
         for group in self._groups(list(readers), budget):
             for row in group:
-                while not self.scheduler.grow(row, len(row.ids)):
-                    pass  # False = it preempted the youngest row that runs: try again
+                self.scheduler.grow(row, len(row.ids))  # there is always room: only rows that run are preempted for it
             while any(row.computed < len(row.ids) for row in group):
                 work = [(row, min(len(row.ids) - row.computed, budget)) for row in group]
                 step = Step(decode=[x for x in work if x[1] == 1], prefill=[x for x in work if x[1] != 1])

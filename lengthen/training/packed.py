@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_cross_entropy import Head, plain_head
-from lengthen.models.flash import flash_autograd
+from lengthen.models.flash import dense, flash_autograd
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
@@ -95,33 +94,9 @@ def packed_attention(
     bounds = cu_seq_lens_q.tolist()
     outs = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        outs.append(_attend(q, k, v, scaling, window, softcap, dropout))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2), None
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float | None, dropout: float
-) -> Tensor:
-    """One sample. q [1, Hq, n, D], k and v [1, Hkv, n, D] -> [1, Hq, n, D]."""
-    n, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if not softcap and not 0 < window < n:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
-        )
-    seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-    if window:
-        seen = seen.triu(1 - window)
-    if not softcap:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
-        )
-    # No fused kernel of torch has a softcap: the scores [Hq, n, n] are held.
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, float("-inf"))
-    weights = F.dropout(scores.float().softmax(-1).to(q.dtype), dropout)
-    return torch.matmul(weights, v)
+        q, k, v = (x[0, :, start:stop] for x in (query, key, value))  # [heads, n, D]
+        outs.append(dense(q, k, v, 0, scaling, window, softcap, None, dropout))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -12,9 +12,8 @@ import torch
 
 from lengthen import cli
 from lengthen.records import UserError
-from lengthen.training import budget as budget_
 from lengthen.training import lean_layer, shapes
-from lengthen.training.budget import Budget, most_tokens
+from lengthen.training.budget import Budget, check_served, most_tokens
 from lengthen.training.packed import Abilities, checkpointed
 from lengthen.training.parallel import Processes
 from lengthen.training.settings import LoraFlags, MemoryFlags, Recompute
@@ -155,7 +154,7 @@ def budget_of(
             raise
         cli.say(f"{error.message}: its activations are measured instead")
         traced = shapes.from_saved_bytes(shape, token_bytes)
-    budget_.check_served(memory, traced)
+    check_served(memory, traced)
     return Budget(shape, traced, adam_bits, host_bytes)
 
 

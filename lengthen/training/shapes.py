@@ -172,5 +172,5 @@ def trace(
         text = config.get_text_config()
         raise UserError(
             f"no plan for a {text.model_type} model: {str(error).splitlines()[0]}",
-            "its layers do not run without data",
+            "leave --plan out: a training measures what its layers keep",
         ) from None
