@@ -62,7 +62,7 @@ def command_of(step: Step) -> list[str]:
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """("max_rows", 8) -> ["--max-rows", "8"]"""
+    """("max_rows", 8) -> ["--max-rows", "8"], ("judge_margin", -inf) -> ["--judge-margin=-inf"]"""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else []
@@ -70,6 +70,8 @@ def flag_words(name: str, value: Any) -> list[str]:
         return [flag, *map(str, value)] if value else []
     if isinstance(value, tuple):  # one word: (50, 100) -> 50,100
         return [flag, ",".join(map(str, value))]
+    if str(value).startswith("-"):  # argparse would take -inf for a flag
+        return [f"{flag}={value}"]
     return [flag, str(value)] if value != "" else []
 
 

@@ -49,6 +49,7 @@ def effective(command: list[str]) -> dict:
         ["--controls", "--iterations", "2", "--evaluate.samples", "3"],
         ["--controls", "drafts", "other-mode", "--iterations", "3", "--adapter-mode", "restart"],
         ["--evaluate.limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
+        ["--instructions.judge-margin=-inf"],
         ["--max-rows", "3", "--kv-cache", "fp8", "--device", "cpu", "--dtype", "float32", "--seed", "7"],
     ],
 )
