@@ -54,9 +54,13 @@ def each_write(told: Callable[[], None]) -> Iterator[None]:
 
 
 def loop(argv: Sequence[str]) -> tuple[str, str]:
-    """run.py with these flags; (its stdout, its stderr)."""
+    """run.py with these flags; (its stdout, its stderr). With one thread, here and in a child: more add up otherwise."""
+    import torch
+
     import run
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     real, steps.run_command = steps.run_command, run_command
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
@@ -64,6 +68,7 @@ def loop(argv: Sequence[str]) -> tuple[str, str]:
             run.main(list(argv))
     finally:
         steps.run_command = real
+        torch.set_num_threads(threads)
     return stdout.getvalue(), stderr.getvalue()
 
 
@@ -77,9 +82,6 @@ def loop_until(argv: Sequence[str], writes: int) -> int:
 
 
 def _dying_loop(argv: list[str], writes: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     count = 0
 
     def told() -> None:

@@ -69,7 +69,7 @@ def test_what_a_stage_says_is_shown_at_once_and_kept(step, tmp_path, capfd):
         assert text.count("error: nothing, on a terminal: False\n") == 2
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert len(re.findall(rf"^{stamp}  iter_1 extend\n\$ python \S+stage.py --exit 0 --output \S+$", log, re.M)) == 2
-    assert len(re.findall(rf"^{stamp}  iter_1 extend: exit code 0 after \d\.\d s$", log, re.M)) == 2
+    assert len(re.findall(rf"^{stamp}  iter_1 extend: exit code 0 after \d+\.\d s$", log, re.M)) == 2
 
 
 def test_a_terminal_has_its_bars_and_the_log_has_lines(step, tmp_path, monkeypatch):
