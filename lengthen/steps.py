@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from lengthen import cli
+from lengthen.records import no_room
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_WIDTH = 116  # columns of a line in a shell script, before the backslash
@@ -117,8 +118,13 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
     """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing)."""
     results: list[dict] = []
     ended: list[str] = []
-    Path(run).mkdir(parents=True, exist_ok=True)
-    with open(Path(run) / "run.log", "a", encoding="utf-8") as log:
+    path = Path(run) / "run.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", buffering=0)  # unbuffered: a line is in it at once, or not at all
+    except OSError as error:
+        raise no_room(path, error) from error
+    with file as log:
         for number, step in enumerate(steps, start=1):
             # What follows of a control would read what did not come out.
             if step.control in ended:
@@ -132,19 +138,17 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
     return results, ended
 
 
-def run_step(step: Step, log: TextIO) -> dict | None:
+def run_step(step: Step, log: BinaryIO) -> dict | None:
     """Run one stage; its last line of stdout is the summary. Where it fails, so do we.
 
     None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
     """
     command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
     # The header is on disk before the stage starts: a run that hangs says in which.
-    log.write(f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
-    log.flush()
+    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
     # Looked up when called: tests put a function in its place that runs the stage in this process.
     code, output = run_command(command, log)
-    log.write(f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
-    log.flush()
+    keep(log, f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
     if code == 3 and step.control:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
         return None
@@ -159,7 +163,7 @@ def run_step(step: Step, log: TextIO) -> dict | None:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     """Run a script of ours; (its exit code, its stdout). Its stderr is shown as it comes, its lines are kept in `log`.
 
     Ctrl-C reaches the script by itself: both are in the terminal's foreground. SIGTERM is passed on.
@@ -199,7 +203,7 @@ def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
     return (128 - code if code < 0 else code), output
 
 
-def show_and_keep(source: int, log: TextIO) -> None:
+def show_and_keep(source: int, log: BinaryIO) -> None:
     """Copy what comes to our stderr, byte by byte; lines go to the log too, without what a progress bar drew over."""
     rest = b""
     with suppress(OSError), os.fdopen(source, "rb", buffering=0) as reader:  # EIO: the other end of a pty is closed
@@ -209,11 +213,16 @@ def show_and_keep(source: int, log: TextIO) -> None:
                 sys.stderr.buffer.flush()
             # Whole lines only: a character of several bytes may come in two reads.
             *lines, rest = (rest + data).split(b"\n")
-            log.writelines(map(logged, lines))
-            log.flush()
+            keep(log, "".join(map(logged, lines)))
             rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]  # what a bar has drawn over, for hours, is not kept
     if rest.strip():
-        log.write(logged(rest))
+        keep(log, logged(rest))
+
+
+def keep(log: BinaryIO, text: str) -> None:
+    """Append to the log. Where the disk is full, nothing: what the stage says of it must still reach the terminal."""
+    with suppress(OSError):
+        log.write(text.encode("utf-8", "backslashreplace"))
 
 
 def logged(line: bytes) -> str:

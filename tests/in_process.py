@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import cold
 
@@ -19,7 +19,7 @@ from lengthen import cli, records, steps
 from lengthen.records import LowYield, UserError
 
 
-def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     """As lengthen.steps.run_command, by a call of the script's main."""
     stdout = io.StringIO()
     with redirect_stdout(stdout):
@@ -52,7 +52,7 @@ def each_write(notice: Callable[[], None]) -> Iterator[None]:
 
 
 def loop(argv: Sequence[str]) -> tuple[str, str]:
-    """run.py with these flags; (its stdout, its stderr). With one thread, here and in a child: more add up otherwise."""
+    """run.py with these flags; (its stdout, its stderr). With one thread, as in a child: two add up otherwise."""
     import torch
 
     import run
