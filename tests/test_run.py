@@ -261,7 +261,11 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
         }
 
     monkeypatch.setattr(steps, "run_step", stage)
-    run.main(["--run", str(tmp_path / "r"), "--controls", "one-stage", "no-bias"])
+    # Started in another folder: a relative path means the same to us as to the stages.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    run.main(["--run", "r", "--controls", "one-stage", "no-bias"])
     names = [name for control, name in calls if control == "one-stage"]
     assert names == ["extend"] and ("no-bias", "evaluate") in calls
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
