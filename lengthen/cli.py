@@ -120,7 +120,8 @@ def add_flags(
     prefix: "extend." makes --rounds --extend.rounds. given_only: a flag that is not given is not in the result, so that
     whoever passes flags on can tell (and none is required).
     """
-    group = parser.add_argument_group(title)
+    same = [group for group in parser._action_groups if group.title == title]  # several dataclasses, one heading
+    group = same[0] if same else parser.add_argument_group(title)
     for field in dataclasses.fields(kind):
         if field.name in leave_out:
             continue
@@ -142,6 +143,8 @@ def add_flags(
             options.setdefault("type", typing.get_args(field.type)[0])
         elif isinstance(field.type, type):
             options.setdefault("type", field.type)
+        if prefix and field.type is not bool and "choices" not in options:
+            options.setdefault("metavar", field.name.upper())  # not once more with the prefix
         group.add_argument(f"--{prefix}{field.name.replace('_', '-')}", dest=f"{prefix}{field.name}", **options)
 
 

@@ -154,10 +154,10 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
         return None
     if code:
         hints = {
-            3: "too few records came out: the lines above count why; mend it and run the same command again",
+            3: "too few records came out: the lines above count the reasons; fix that and run the same command again",
             130: "run the same command again to continue",
         }
-        hint = hints.get(code, "mend that and run the same command again: what is finished is kept")
+        hint = hints.get(code, "fix that and run the same command again: what is finished is kept")
         cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
         sys.exit(code)
     return json.loads(output.strip().splitlines()[-1])
@@ -208,7 +208,7 @@ def show_and_keep(source: int, log: BinaryIO) -> None:
     rest = b""
     with suppress(OSError), os.fdopen(source, "rb", buffering=0) as reader:  # EIO: the other end of a pty is closed
         while data := reader.read(1 << 16):
-            with suppress(OSError):  # nobody looks any more: the log goes on
+            with suppress(OSError):  # the terminal is gone: the log continues
                 sys.stderr.buffer.write(data)
                 sys.stderr.buffer.flush()
             # Whole lines only: a character of several bytes may come in two reads.
