@@ -89,7 +89,7 @@ class LoopFlags:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpec:
     """One stage as the loop calls it. Its flags are declared in its own script; here they are only passed on."""
 
     command: tuple[str, ...]  # script and subcommand
@@ -99,23 +99,23 @@ class Stage:
 
 
 STAGES = {
-    "instructions": Stage(
+    "instructions": StageSpec(
         ("generate.py", "instructions"), "/instructions.jsonl", (InstructionsFlags, SamplingFlags), ("count",)
     ),
-    "responses": Stage(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
-    "extend": Stage(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
-    "train": Stage(
+    "responses": StageSpec(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
+    "extend": StageSpec(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
+    "train": StageSpec(
         ("train.py",),
         "",
         (PairFlags, LoraFlags, OptimizerFlags, MemoryFlags, RuntimeFlags),
         ("role", "budget_of", "plan", "merge_to"),
     ),
     # The answers of the last Generator: drafts that nobody extends, so all of them are kept.
-    "answers": Stage(
+    "answers": StageSpec(
         ("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags), ("samples", "no_length_bias")
     ),
-    "constrain": Stage(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
-    "evaluate": Stage(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
+    "constrain": StageSpec(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
+    "evaluate": StageSpec(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
 }
 # Flags that mean the same in every stage, given once and without a dot.
 SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (

@@ -35,8 +35,7 @@ def effective(command: list[str]) -> dict:
     """Every flag of a stage command, those it does not give with the stage's defaults."""
     stage = importlib.import_module(command[0].removesuffix(".py"))
     argv = stage.with_command(command[1:]) if command[0] == "evaluate.py" else command[1:]
-    parse = stage.make_parser().parse_args if hasattr(stage, "make_parser") else stage.parse_args
-    return {"script": command[0], **vars(parse(argv))}
+    return {"script": command[0], **vars(stage.make_parser().parse_args(argv))}
 
 
 @pytest.mark.parametrize(
