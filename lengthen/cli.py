@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from lengthen.records import LowYield, UserError
@@ -273,13 +274,14 @@ def progress(what: str, total: int) -> Iterator[_Ticker]:
         return
     columns = (
         TextColumn("  {task.description}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        # What is left of the line: on 80 columns the note is cut, not the bar, the count and the times.
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         yield _Ticker(what, total, bar)
 
 
