@@ -14,8 +14,8 @@ said is in run.log.
 
 The plan is data: a list of steps, each with the settings of one stage. A flag of a stage is given here under the
 stage's name, with a dot: --extend.rounds 1, --train.rank 16. `answers` is the drafting of the last stage. Killed at
-any point and started again with the same flags, the run goes on where it was: every stage resumes, and a finished one
-loads no model.
+any point and started again with the same flags, the run continues where it was: every stage resumes, and a finished
+one loads no model. Relative paths are below the repository, wherever run.py is started.
 
 Examples
     python run.py                                   the demo: SmolLM2-135M on a CPU with 2 cores
@@ -26,6 +26,7 @@ Examples
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -45,7 +46,7 @@ from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
-from lengthen.steps import Step, as_shell, execute, moved
+from lengthen.steps import ROOT, Step, as_shell, execute, moved
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
@@ -88,7 +89,7 @@ class LoopFlags:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpec:
     """One stage as the loop calls it. Its flags are declared in its own script; here they are only passed on."""
 
     command: tuple[str, ...]  # script and subcommand
@@ -98,23 +99,23 @@ class Stage:
 
 
 STAGES = {
-    "instructions": Stage(
+    "instructions": StageSpec(
         ("generate.py", "instructions"), "/instructions.jsonl", (InstructionsFlags, SamplingFlags), ("count",)
     ),
-    "responses": Stage(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
-    "extend": Stage(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
-    "train": Stage(
+    "responses": StageSpec(("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags)),
+    "extend": StageSpec(("extend.py",), "/extended.jsonl", (ExtendFlags, SamplingFlags)),
+    "train": StageSpec(
         ("train.py",),
         "",
         (PairFlags, LoraFlags, OptimizerFlags, MemoryFlags, RuntimeFlags),
         ("role", "budget_of", "plan", "merge_to"),
     ),
     # The answers of the last Generator: drafts that nobody extends, so all of them are kept.
-    "answers": Stage(
+    "answers": StageSpec(
         ("generate.py", "responses"), "/responses.jsonl", (ResponsesFlags, SamplingFlags), ("samples", "no_length_bias")
     ),
-    "constrain": Stage(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
-    "evaluate": Stage(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
+    "constrain": StageSpec(("generate.py", "constrain"), "/constrained.jsonl", (ConstrainFlags, SamplingFlags)),
+    "evaluate": StageSpec(("evaluate.py",), "", (BenchmarkFlags, JudgeFlags, SamplingFlags)),
 }
 # Flags that mean the same in every stage, given once and without a dot.
 SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (
@@ -423,6 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         names = {"RUN": run, "MODEL": own.shared["model"]}
         print(as_shell(steps, shlex.join(["python", "run.py", *given]), heading, names))
         return
+    os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
 
     # 2) do it, stage by stage

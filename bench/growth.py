@@ -12,7 +12,7 @@
        interval over instructions, paired; and the same to the fine-tune on unextended drafts: what extending adds.
 
 Goal: the lower end of growth after the last iteration above 1.5, EOS share and loop rate at most 5 points worse than
-the base model's. Killed and started again with the same flags it goes on. Flags not listed below go to run.py.
+the base model's. Killed and started again with the same flags, it continues. Flags not listed below go to run.py.
 
     python bench/growth.py                                          # SmolLM2: hours on 2 cores
     python bench/growth.py --model Qwen/Qwen2.5-7B-Instruct --run runs/growth-qwen --instructions 500 --held-out 60
@@ -20,6 +20,7 @@ the base model's. Killed and started again with the same flags it goes on. Flags
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ from lengthen.evaluation.growth import growth
 from lengthen.evaluation.intervals import bootstrap
 from lengthen.evaluation.scores import MEASURES, cell, complete, measured, overall, values_of
 from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line
-from lengthen.steps import execute, moved
+from lengthen.steps import ROOT, execute, moved
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
 SMOLLM2: loop.Preset = {
@@ -238,6 +239,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
 
 def main(argv: list[str] | None = None) -> None:
     args, settings, later = parse_args(argv)
+    os.chdir(ROOT)  # where the stages run: relative paths are below the repository
 
     # 1) instructions nobody trains on
     held_out, searched, reported = hold_out(args, settings)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from lengthen.records import LowYield, UserError
@@ -120,7 +121,8 @@ def add_flags(
     prefix: "extend." makes --rounds --extend.rounds. given_only: a flag that is not given is not in the result, so that
     whoever passes flags on can tell (and none is required).
     """
-    group = parser.add_argument_group(title)
+    same = [group for group in parser._action_groups if group.title == title]  # several dataclasses, one heading
+    group = same[0] if same else parser.add_argument_group(title)
     for field in dataclasses.fields(kind):
         if field.name in leave_out:
             continue
@@ -142,6 +144,8 @@ def add_flags(
             options.setdefault("type", typing.get_args(field.type)[0])
         elif isinstance(field.type, type):
             options.setdefault("type", field.type)
+        if prefix and field.type is not bool and "choices" not in options:
+            options.setdefault("metavar", field.name.upper())  # not once more with the prefix
         group.add_argument(f"--{prefix}{field.name.replace('_', '-')}", dest=f"{prefix}{field.name}", **options)
 
 
@@ -270,13 +274,14 @@ def progress(what: str, total: int) -> Iterator[_Ticker]:
         return
     columns = (
         TextColumn("  {task.description}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        # What is left of the line: on 80 columns the note is cut, not the bar, the count and the times.
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         yield _Ticker(what, total, bar)
 
 

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from lengthen import cli
+from lengthen.records import no_room
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_WIDTH = 116  # columns of a line in a shell script, before the backslash
@@ -62,7 +63,7 @@ def command_of(step: Step) -> list[str]:
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """("max_rows", 8) -> ["--max-rows", "8"]"""
+    """("max_rows", 8) -> ["--max-rows", "8"], ("judge_margin", -inf) -> ["--judge-margin=-inf"]"""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else []
@@ -70,6 +71,8 @@ def flag_words(name: str, value: Any) -> list[str]:
         return [flag, *map(str, value)] if value else []
     if isinstance(value, tuple):  # one word: (50, 100) -> 50,100
         return [flag, ",".join(map(str, value))]
+    if str(value).startswith("-"):  # argparse would take -inf for a flag
+        return [f"{flag}={value}"]
     return [flag, str(value)] if value != "" else []
 
 
@@ -115,8 +118,13 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
     """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing)."""
     results: list[dict] = []
     ended: list[str] = []
-    Path(run).mkdir(parents=True, exist_ok=True)
-    with open(Path(run) / "run.log", "a", encoding="utf-8") as log:
+    path = Path(run) / "run.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", buffering=0)  # unbuffered: a line is in it at once, or not at all
+    except OSError as error:
+        raise no_room(path, error) from error
+    with file as log:
         for number, step in enumerate(steps, start=1):
             # What follows of a control would read what did not come out.
             if step.control in ended:
@@ -130,34 +138,32 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
     return results, ended
 
 
-def run_step(step: Step, log: TextIO) -> dict | None:
+def run_step(step: Step, log: BinaryIO) -> dict | None:
     """Run one stage; its last line of stdout is the summary. Where it fails, so do we.
 
     None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
     """
     command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
     # The header is on disk before the stage starts: a run that hangs says in which.
-    log.write(f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
-    log.flush()
+    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
     # Looked up when called: tests put a function in its place that runs the stage in this process.
     code, output = run_command(command, log)
-    log.write(f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
-    log.flush()
+    keep(log, f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
     if code == 3 and step.control:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
         return None
     if code:
         hints = {
-            3: "too few records came out: the lines above count why; mend it and run the same command again",
+            3: "too few records came out: the lines above count the reasons; fix that and run the same command again",
             130: "run the same command again to continue",
         }
-        hint = hints.get(code, "mend that and run the same command again: what is finished is kept")
+        hint = hints.get(code, "fix that and run the same command again: what is finished is kept")
         cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
         sys.exit(code)
     return json.loads(output.strip().splitlines()[-1])
 
 
-def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     """Run a script of ours; (its exit code, its stdout). Its stderr is shown as it comes, its lines are kept in `log`.
 
     Ctrl-C reaches the script by itself: both are in the terminal's foreground. SIGTERM is passed on.
@@ -197,21 +203,26 @@ def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
     return (128 - code if code < 0 else code), output
 
 
-def show_and_keep(source: int, log: TextIO) -> None:
+def show_and_keep(source: int, log: BinaryIO) -> None:
     """Copy what comes to our stderr, byte by byte; lines go to the log too, without what a progress bar drew over."""
     rest = b""
     with suppress(OSError), os.fdopen(source, "rb", buffering=0) as reader:  # EIO: the other end of a pty is closed
         while data := reader.read(1 << 16):
-            with suppress(OSError):  # nobody looks any more: the log goes on
+            with suppress(OSError):  # the terminal is gone: the log continues
                 sys.stderr.buffer.write(data)
                 sys.stderr.buffer.flush()
             # Whole lines only: a character of several bytes may come in two reads.
             *lines, rest = (rest + data).split(b"\n")
-            log.writelines(map(logged, lines))
-            log.flush()
+            keep(log, "".join(map(logged, lines)))
             rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]  # what a bar has drawn over, for hours, is not kept
     if rest.strip():
-        log.write(logged(rest))
+        keep(log, logged(rest))
+
+
+def keep(log: BinaryIO, text: str) -> None:
+    """Append to the log. Where the disk is full, nothing: what the stage says of it must still reach the terminal."""
+    with suppress(OSError):
+        log.write(text.encode("utf-8", "backslashreplace"))
 
 
 def logged(line: bytes) -> str:

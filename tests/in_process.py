@@ -6,22 +6,20 @@ exit codes, run.log) is tested in test_run.py and test_steps.py, and by the loop
 
 import importlib
 import io
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
+
+import cold
 
 from lengthen import cli, records, steps
 from lengthen.records import LowYield, UserError
 
-SERVER = multiprocessing.get_context("forkserver")  # its children have imported all, and have no threads yet
-SERVER.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "lengthen.models.loading"])
 
-
-def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
+def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     """As lengthen.steps.run_command, by a call of the script's main."""
     stdout = io.StringIO()
     with redirect_stdout(stdout):
@@ -34,19 +32,19 @@ def run_command(command: Sequence[str], log: TextIO) -> tuple[int, str]:
 
 
 @contextmanager
-def each_write(told: Callable[[], None]) -> Iterator[None]:
-    """`told` is called before every write and every rename of a file of records."""
+def each_write(notice: Callable[[], None]) -> Iterator[None]:
+    """`notice` is called before every write and every rename of a file of records."""
     write, replace = records._write, records._replace
 
-    def telling_write(descriptor: int, data: bytes) -> int:
-        told()
+    def noticed_write(descriptor: int, data: bytes) -> int:
+        notice()
         return write(descriptor, data)
 
-    def telling_replace(source: Path, target: Path) -> None:
-        told()
+    def noticed_replace(source: Path, target: Path) -> None:
+        notice()
         replace(source, target)
 
-    records._write, records._replace = telling_write, telling_replace
+    records._write, records._replace = noticed_write, noticed_replace
     try:
         yield
     finally:
@@ -54,9 +52,13 @@ def each_write(told: Callable[[], None]) -> Iterator[None]:
 
 
 def loop(argv: Sequence[str]) -> tuple[str, str]:
-    """run.py with these flags; (its stdout, its stderr)."""
+    """run.py with these flags; (its stdout, its stderr). With one thread, as in a child: two add up otherwise."""
+    import torch
+
     import run
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     real, steps.run_command = steps.run_command, run_command
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
@@ -64,29 +66,27 @@ def loop(argv: Sequence[str]) -> tuple[str, str]:
             run.main(list(argv))
     finally:
         steps.run_command = real
+        torch.set_num_threads(threads)
     return stdout.getvalue(), stderr.getvalue()
 
 
 def loop_until(argv: Sequence[str], writes: int) -> int:
     """The same in a child that sends itself a SIGKILL before that write; its exit code."""
-    process = SERVER.Process(target=_dying_loop, args=(list(argv), writes))
+    process = cold.SERVER.Process(target=_dying_loop, args=(list(argv), writes))
     process.start()
-    process.join(3600)  # s, for a hang
+    process.join(cold.HANG)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
 
 def _dying_loop(argv: list[str], writes: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     count = 0
 
-    def told() -> None:
+    def die_in_time() -> None:
         nonlocal count
         count += 1
         if count == writes:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with each_write(told):
+    with each_write(die_in_time):
         loop(argv)

@@ -138,6 +138,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     assert "12 tok/s" in lines[0] and lines[-1].startswith("  draft 100/100 after 101 s")
 
 
+def test_on_a_narrow_terminal_the_note_is_cut_and_not_the_count(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=shown, width=80, force_terminal=True, color_system=None))
+    with cli.progress("instructions", total=5000) as ticker:
+        ticker.update(134, "8 accepted, 134 draws, 3201 tok/s = 8% of memory speed, 46 rows, KV 17%, ~4 s left")
+    assert "134/5000" in shown.getvalue() and "8 accepted" in shown.getvalue()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_exit_130(sent):
     started = cold.Started(

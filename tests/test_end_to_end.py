@@ -1,20 +1,26 @@
-"""The whole loop with a tiny model, killed and resumed; its stages in one process.
+"""The whole loop with a tiny model, killed and resumed; its stages in one process, once more as processes.
 
 python -m pytest tests/test_end_to_end.py
 """
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import cold
 import in_process
 import pytest
 
 from lengthen.jobs import read_sidecar
 from lengthen.records import read_jsonl
 
+ROOT = Path(__file__).parents[1]
 SMALL = """--instructions 6 --final-instructions 3 --iterations 1 --instructions.long-words 50 --extend.samples 1
 --responses.samples 1 --responses.max-attempts 3 --extend.max-attempts 3 --extend.rounds 1 --answers.max-attempts 5
 --extend.no-length-bias --constrain.demand-min 20 --constrain.demand-max 2000
@@ -87,7 +93,7 @@ def test_running_again_is_a_quick_no_op(finished):
     _, stderr = in_process.loop(["--run", str(finished.run), *finished.argv])
     changed = [p for p, t in before.items() if p.exists() and p.stat().st_mtime_ns != t]
     assert not [p for p in changed if p.suffix == ".jsonl" or p.name.startswith("adapter")]
-    assert "loading" not in stderr.lower()
+    assert "device: " in finished.stderr and "device: " not in stderr  # what every stage says of the model it loads
 
 
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_records(finished):
@@ -100,3 +106,28 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_records(finishe
         assert in_process.loop_until(argv, rng.randrange(2, finished.writes // 3)) == -signal.SIGKILL, seed
     in_process.loop(argv)
     assert files_of(run) == files_of(finished.run), seed
+
+
+@pytest.mark.soak
+def test_run_py_and_its_stage_killed_together_end_with_the_same_records(finished):
+    """SIGKILL to both processes when a stage has begun its file: once in the iteration, once in the last stage."""
+    run = finished.run.parent.parent / "processes" / finished.run.name
+    command = [sys.executable, "run.py", "--run", str(run), *finished.argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for file in ("iter_1/extended.jsonl", "final/responses.jsonl"):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not (run / file).exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(cold.HANG) == -signal.SIGKILL
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=cold.HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(run) == files_of(finished.run)

@@ -45,7 +45,7 @@ def prose(num_words: int, seed: object) -> str:
 
 
 def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12, controls: tuple = ("drafts",)):
-    """A whole run: every file of design.md, section 3, but for the weights."""
+    """A whole run: every file of docs/files.md, but for the weights."""
     made = random.Random(1)
     for k in range(1, iterations + 1):
         make_iteration(run / f"iter_{k}", made, drafts, 300 * 1.6 ** (k - 1))

@@ -35,8 +35,7 @@ def effective(command: list[str]) -> dict:
     """Every flag of a stage command, those it does not give with the stage's defaults."""
     stage = importlib.import_module(command[0].removesuffix(".py"))
     argv = stage.with_command(command[1:]) if command[0] == "evaluate.py" else command[1:]
-    parse = stage.make_parser().parse_args if hasattr(stage, "make_parser") else stage.parse_args
-    return {"script": command[0], **vars(parse(argv))}
+    return {"script": command[0], **vars(stage.make_parser().parse_args(argv))}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +48,7 @@ def effective(command: list[str]) -> dict:
         ["--controls", "--iterations", "2", "--evaluate.samples", "3"],
         ["--controls", "drafts", "other-mode", "--iterations", "3", "--adapter-mode", "restart"],
         ["--evaluate.limit", "3", "--language", "both", "--trust-remote-code", "--quantize", "nf4"],
+        ["--instructions.judge-margin=-inf"],
         ["--max-rows", "3", "--kv-cache", "fp8", "--device", "cpu", "--dtype", "float32", "--seed", "7"],
     ],
 )
@@ -260,7 +260,11 @@ def test_a_control_without_pairs_is_a_result_and_the_run_goes_on(tmp_path, monke
         }
 
     monkeypatch.setattr(steps, "run_step", stage)
-    run.main(["--run", str(tmp_path / "r"), "--controls", "one-stage", "no-bias"])
+    # Started in another folder: a relative path means the same to us as to the stages.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    run.main(["--run", "r", "--controls", "one-stage", "no-bias"])
     names = [name for control, name in calls if control == "one-stage"]
     assert names == ["extend"] and ("no-bias", "evaluate") in calls
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lengthen import steps
+from lengthen.records import UserError
 from lengthen.steps import Step, command_of, moved
 
 # A stage of a test: plain lines, a bar that is drawn over and over with a line above it in between, one torn line.
@@ -47,10 +48,11 @@ def test_settings_become_flags():
         "demand_steps": (50, 100),
         "limit": 0,
         "learning_rate": 2e-4,
+        "judge_margin": float("-inf"),
     }
     words = ["--model", "m", "--no-probes", "--input", "a", "b c", "--demand-steps", "50,100", "--limit", "0"]
     step = Step("iter_1", "extend", ("generate.py", "responses"), settings)
-    assert command_of(step) == ["generate.py", "responses", *words, "--learning-rate", "0.0002"]
+    assert command_of(step) == ["generate.py", "responses", *words, "--learning-rate", "0.0002", "--judge-margin=-inf"]
 
 
 def test_a_moved_step_is_the_same_elsewhere_but_for_its_changes():
@@ -68,20 +70,20 @@ def test_what_a_stage_says_is_shown_at_once_and_kept(step, tmp_path, capfd):
         assert text.count("error: nothing, on a terminal: False\n") == 2
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert len(re.findall(rf"^{stamp}  iter_1 extend\n\$ python \S+stage.py --exit 0 --output \S+$", log, re.M)) == 2
-    assert len(re.findall(rf"^{stamp}  iter_1 extend: exit code 0 after \d\.\d s$", log, re.M)) == 2
+    assert len(re.findall(rf"^{stamp}  iter_1 extend: exit code 0 after \d+\.\d s$", log, re.M)) == 2
 
 
 def test_a_terminal_has_its_bars_and_the_log_has_lines(step, tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     monkeypatch.setattr(sys, "stderr", open(theirs, "w"))
-    log = io.StringIO()
+    log = io.BytesIO()
     code, output = steps.run_command([*step.command, "--exit", "5"], log)
     shown = ""
     while not shown.endswith(" and no end"):
         shown += os.read(ours, 1 << 16).decode()
     assert code == 5 and output == 'not the summary\n{"seconds": 1}\n'
     assert shown.count("drawn") > 2 and "\x1b[1;31m" in shown and "\x1b[2K" in shown  # drawn over, in colours
-    lines = [line.rstrip() for line in log.getvalue().splitlines()]
+    lines = [line.rstrip() for line in log.getvalue().decode().splitlines()]
     assert all(line.isprintable() for line in lines)
     assert lines[:2] == ["error: nothing, on a terminal: True", "a line above the bar"]
     assert "drawn" in lines[2] and "100%" in lines[2] and len(lines) == 4  # the bar as it stood at last
@@ -97,3 +99,16 @@ def test_a_stage_that_fails_ends_the_run_and_a_control_only_itself(step, tmp_pat
         with pytest.raises(SystemExit) as error:
             steps.execute([failing], str(tmp_path))
         assert error.value.code == code and f"exit code {code} after" in (tmp_path / "run.log").read_text()
+
+
+def test_a_full_disk_hides_nothing_that_a_stage_says(step, capfd):
+    """Its reason for ending stands in what it says: the pipe stays open when the log takes no more."""
+    with open("/dev/full", "wb", buffering=0) as log:
+        assert steps.run_step(step, log) == {"seconds": 1}
+    assert "error: nothing" in (shown := capfd.readouterr().err) and shown.endswith(" and no end")
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_mistake_in_one_line(step, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*run.log: Not a directory"):
+        steps.execute([step], f"{tmp_path}/file/run")
