@@ -319,6 +319,9 @@ def test_a_finished_run_is_judged_by_a_command_of_its_own(tmp_path, serve, capsy
     (tmp_path / "later" / "outputs.meta.json").write_text('{"status": "running"}')
     with pytest.raises(UserError, match="is not finished"):
         evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url])
+    (tmp_path / "later" / "outputs.jsonl").write_text("")  # an --overwrite that was killed before its first answer
+    with pytest.raises(UserError, match="outputs.jsonl holds no record"):
+        evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url, "--allow-partial"])
 
 
 def test_torch_is_not_loaded_for_an_endpoint(tmp_path, serve):
