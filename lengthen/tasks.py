@@ -45,7 +45,7 @@ class Reply(Protocol):
 
     @property
     def error(self) -> str:
-        """Why there is no text, told to the user; "" = there is one."""
+        """Why there is no text, shown to the user; "" = there is one."""
 
     @property
     def num_tokens(self) -> int:
@@ -248,8 +248,9 @@ class _Driver(Generic[E, R]):
                     self._take(reply, engine)
                     draws = f"{len(self.job.records)} accepted, {self.tally.attempts} draws"
                     bar.update(len(self.tasks) - len(self.left), f"{draws}, {engine.progress()}")
-                    if not self.left:
+                    if self.asked and not self.left:
                         break  # what still runs was drawn ahead, and is not needed
+                assert not (self.asked and self.left), "the engine has left requests without a reply"
                 self._score(engine)
                 self._take_turns()
 
