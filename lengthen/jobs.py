@@ -325,7 +325,7 @@ class Job(OneWriter):
             if self.work_path in self.writers:
                 self.writers.pop(self.work_path).close()
         self.work_path.unlink(missing_ok=True)
-        reasons = Counter(r["reason"] for r in self.rejected)
+        reasons: Counter[str] = Counter(r["reason"] for r in self.rejected)
         summary = {
             "stage": self.stage,
             "output": str(self.output),
@@ -337,7 +337,8 @@ class Job(OneWriter):
             **self.meta.get("stats", {}),
         }
         if len(self.records) < min_yield:
-            why = ", ".join(f"{n} x {r}" for r, n in (reasons + self.counts).most_common()) or "nothing was tried"
+            # A rejected record's last attempt is in both, so the larger count of each reason is the true one.
+            why = ", ".join(f"{n} x {r}" for r, n in (reasons | self.counts).most_common()) or "nothing was tried"
             raise LowYield(
                 f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
                 "more input, more --max-attempts, or a stronger --model; *.rejected.jsonl shows what was written",

@@ -289,6 +289,7 @@ def test_too_little_yield_is_counted_and_exits_3(tmp_path):
         ):
             if not j.complete:
                 j.reject(row("1"), "length")
+                j.count("length")  # the attempt that was its last one
                 j.count("ending", 2)
             j.finish()
     with job(tmp_path) as j:
