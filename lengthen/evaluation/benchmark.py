@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lengthen import cli
-from lengthen.records import UserError, filter_language, new_record, prompt_id, read_jsonl, record_id
+from lengthen.records import UserError, filter_language, language_of, new_record, prompt_id, read_jsonl, record_id
 from lengthen.text.demands import parse_demand, stated_demands
-from lengthen.text.words import detect_language
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
@@ -50,7 +49,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
     for line, row in enumerate(read_jsonl(path, ("query",)), start=1):
         where = f"{path}, line {line}"
         known = checked_fields(row, ready_made, where)
-        language = row.get("language") or detect_language(row["query"])
+        language = language_of(row, row["query"], default="")
         if not language:
             raise UserError(f"{where}: no language given, and the query is neither English nor Chinese")
         if known["constraint"]:
