@@ -47,10 +47,11 @@ def test_settings_become_flags():
         "demand_steps": (50, 100),
         "limit": 0,
         "learning_rate": 2e-4,
+        "judge_margin": float("-inf"),
     }
     words = ["--model", "m", "--no-probes", "--input", "a", "b c", "--demand-steps", "50,100", "--limit", "0"]
     step = Step("iter_1", "extend", ("generate.py", "responses"), settings)
-    assert command_of(step) == ["generate.py", "responses", *words, "--learning-rate", "0.0002"]
+    assert command_of(step) == ["generate.py", "responses", *words, "--learning-rate", "0.0002", "--judge-margin=-inf"]
 
 
 def test_a_moved_step_is_the_same_elsewhere_but_for_its_changes():
