@@ -35,13 +35,13 @@ WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finis
 
 def versions() -> dict[str, str]:
     """Versions of what shapes a result; "" where not installed."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in ("torch", "transformers", "tokenizers", "triton", "bitsandbytes", "flash-attn"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+            result[name] = ""
+    return result
 
 
 def sidecar_path(output: str | Path) -> Path:
