@@ -68,7 +68,7 @@ from lengthen.evaluation.report.figures import length_following
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import complete, rounded, score, show
 from lengthen.jobs import Job, check_inputs
-from lengthen.records import UserError, numbered_lines, record_id, replace_file, run_id_of
+from lengthen.records import UserError, read_jsonl, record_id, replace_file, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, open_job, open_writer
 from lengthen.tasks import Draw, Redraw, run_tasks
@@ -215,11 +215,12 @@ def score_file(path: str, limit: int, stage: Stage, judges: JudgeFlags) -> None:
 def write_scores(job: Job, rows: Sequence[dict], about: dict, summary: dict) -> None:
     """scores.json and length_following.png, beside the answers of a finished job; `rows`: what was asked."""
     folder = job.output.parent
-    # Of a process that was killed while it wrote one of the two. The job's lock says that nobody else is writing now.
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    if odd := contradictions(rows):
-        cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
+    # Of a process that was killed while it wrote one of the two. Other files of the folder are not the job's: a judge
+    # may be writing them right now.
+    for name in ("scores.json", "length_following.png"):
+        for leftover in folder.glob(f".{name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+    odd = contradictions(rows)
     # The file is in the order in which answers finished; the figure and the lists below are in the benchmark's.
     order = {row["parent_id"]: i for i, row in enumerate(rows)}
     outputs = sorted(map(complete, job.records), key=lambda r: (order[r["parent_id"]], r["sample"]))
@@ -277,7 +278,7 @@ def judge_run(folder: Path, judges: JudgeFlags, stage: Stage) -> list[UserError]
     scores = read_scores(folder)
     # Answers still being written would be judged, but not all of them: refused unless --allow-partial says so.
     check_inputs([path], stage.out.allow_partial)
-    outputs = [complete(row) for _, row in numbered_lines(path)]
+    outputs = [complete(row) for row in read_jsonl(path, needs=("id", "query"))]
     problems = judge_answers(folder, outputs, judges, stage)
     save_scores(folder, {**scores, "quality": quality(folder, outputs, judges.judge)})
     return problems
@@ -297,7 +298,8 @@ RENAMED = {"--outputs": "score", "--compare": "compare", "--report": "report"}  
 
 def with_command(argv: Sequence[str]) -> list[str]:
     """The command line with its command: `answer` if none is named. UserError with today's spelling for an old one."""
-    if argv and argv[0] in (*COMMANDS, "-h", "--help"):
+    # `answer` takes flags only, so a first word that is not a flag is a command, perhaps a mistyped one.
+    if argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-")):
         return list(argv)
     # "--compare A B --judge J" -> "compare A B --judge J": the values of the old flag come right after the command.
     for i, word in enumerate(argv):

@@ -73,10 +73,10 @@ APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{c
 
 def steps(text: str) -> tuple[int, int]:
     """'1000,2000' -> (1000, 2000)."""
-    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
-    if not found:
+    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"must be two numbers like 1000,2000, got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

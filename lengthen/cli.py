@@ -45,9 +45,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Docstrings as they are written; each default shown, unless it is empty or off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False, [], ()):
-            return action.help
-        return super()._get_help_string(action)
+        return super()._get_help_string(action) if is_shown(action.default) else action.help
+
+
+def is_shown(default: Any) -> bool:
+    """Whether a default tells a reader something: 0 does, and is equal to False."""
+    return default is not False and default not in (dataclasses.MISSING, None, "", [], ())
 
 
 def make_parser(doc: str | None, prog: str) -> argparse.ArgumentParser:
@@ -93,6 +96,13 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
+def not_empty(text: str) -> str:
+    """An argparse type: --output "$OUT" with OUT unset is a mistake, not the folder one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 REQUIRED: Any = dataclasses.MISSING
 
 
@@ -132,11 +142,12 @@ def add_flags(
             default = field.default_factory()
         if default is dataclasses.MISSING:
             options["required"] = not given_only
+            options.setdefault("type", not_empty)
         else:
             options["default"] = default
         if given_only:
             options["default"] = argparse.SUPPRESS
-            options["help"] += "" if default in (dataclasses.MISSING, None, "", False, []) else f" (default: {default})"
+            options["help"] += f" (default: {default})" if is_shown(default) else ""
         if field.type is bool:
             options["action"] = "store_true"
         elif typing.get_origin(field.type) is list:

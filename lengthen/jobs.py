@@ -35,13 +35,13 @@ WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finis
 
 def versions() -> dict[str, str]:
     """Versions of what shapes a result; "" where not installed."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in ("torch", "transformers", "tokenizers", "triton", "bitsandbytes", "flash-attn"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+            result[name] = ""
+    return result
 
 
 def sidecar_path(output: str | Path) -> Path:
@@ -325,7 +325,7 @@ class Job(OneWriter):
             if self.work_path in self.writers:
                 self.writers.pop(self.work_path).close()
         self.work_path.unlink(missing_ok=True)
-        reasons = Counter(r["reason"] for r in self.rejected)
+        reasons: Counter[str] = Counter(r["reason"] for r in self.rejected)
         summary = {
             "stage": self.stage,
             "output": str(self.output),
@@ -337,7 +337,8 @@ class Job(OneWriter):
             **self.meta.get("stats", {}),
         }
         if len(self.records) < min_yield:
-            why = ", ".join(f"{n} x {r}" for r, n in (reasons + self.counts).most_common()) or "nothing was tried"
+            # A rejected record's last attempt is in both, so the larger count of each reason is the true one.
+            why = ", ".join(f"{n} x {r}" for r, n in (reasons | self.counts).most_common()) or "nothing was tried"
             raise LowYield(
                 f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
                 "more input, more --max-attempts, or a stronger --model; *.rejected.jsonl shows what was written",

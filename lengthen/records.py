@@ -89,7 +89,7 @@ class Constrained(TypedDict):
     sample: int
     attempt: int
     prompt: str
-    query: str  # the prompt with the length demand woven in
+    query: str  # the prompt with the length demand written into it
     type: str  # "about", "range", "above" or "below"
     constraint: str  # the demand in words
     min_words: int  # the literal demand: about N = (N, N), above t = (t, -1), below t = (-1, t)
@@ -261,13 +261,15 @@ def each_record(path: str | Path, needs: Iterable[str] = ("prompt",)) -> Iterato
         for field in needs:
             value = record.get(field)
             if not isinstance(value, str):
-                found = "no field" if field not in record else f"a {type(value).__name__} in the field"
-                raise UserError(f"{where}: {found} {field!r}, a string is needed")
+                what = "no field" if field not in record else f"a {type(value).__name__} in the field"
+                raise UserError(f"{where}: {what} {field!r}, a string is needed")
             if not value.strip():
                 raise UserError(f"{where}: the field {field!r} is empty")
         if record.get("language", "en") not in LANGUAGES:
             raise UserError(f"{where}: language {record['language']!r} is neither 'en' nor 'zh'")
-        if "id" in record:
+        if record.get("id") is not None:  # null, as exports write it, is none
+            if isinstance(record["id"], (list, dict)):
+                raise UserError(f"{where}: a {type(record['id']).__name__} in the field 'id', a string is needed")
             if record["id"] in seen:
                 raise UserError(
                     f"{where}: id {record['id']!r} was already used in line {seen[record['id']]}",
@@ -332,7 +334,7 @@ def read_answers(path: str | Path) -> list[dict]:
     rows = read_jsonl(path, needs=("prompt", "response"))
     for row in rows:
         row["language"] = language_of(row, row["response"])
-        row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+        row["id"] = str(row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"]))
     return rows
 
 

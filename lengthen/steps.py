@@ -71,9 +71,10 @@ def flag_words(name: str, value: Any) -> list[str]:
         return [flag, *map(str, value)] if value else []
     if isinstance(value, tuple):  # one word: (50, 100) -> 50,100
         return [flag, ",".join(map(str, value))]
-    if str(value).startswith("-"):  # argparse would take -inf for a flag
-        return [f"{flag}={value}"]
-    return [flag, str(value)] if value != "" else []
+    word = str(value)
+    if word.startswith("-"):  # argparse would take -inf for a flag
+        return [f"{flag}={word}"]
+    return [flag, word] if word else []
 
 
 def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str], variables: Mapping[str, str]) -> str:

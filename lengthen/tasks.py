@@ -45,7 +45,7 @@ class Reply(Protocol):
 
     @property
     def error(self) -> str:
-        """Why there is no text, told to the user; "" = there is one."""
+        """Why there is no text, shown to the user; "" = there is one."""
 
     @property
     def num_tokens(self) -> int:
@@ -221,6 +221,7 @@ class _Driver(Generic[E, R]):
         self.tasks = {task.id: task for task in tasks}
         assert len(self.tasks) == len(tasks), "two tasks have the same id"
         self.left = dict(self.tasks)  # those not stored yet
+        self.others = sum(record["id"] not in self.tasks for record in job.records)  # those of another judge, say
         self.turns = deque(task for task in tasks if task.in_turn)
         self.asked: dict[Hashable, tuple[Task[E, R], Draw]] = {}  # (id, draw) -> what runs
         self.unscored: dict[tuple[str, Draw], Task[E, R]] = {}
@@ -246,10 +247,11 @@ class _Driver(Generic[E, R]):
             while self.left and (self.asked or self.unscored):
                 for reply in engine.run():
                     self._take(reply, engine)
-                    draws = f"{len(self.job.records)} accepted, {self.tally.attempts} draws"
+                    draws = f"{len(self.job.records) - self.others} accepted, {self.tally.attempts} draws"
                     bar.update(len(self.tasks) - len(self.left), f"{draws}, {engine.progress()}")
-                    if not self.left:
+                    if self.asked and not self.left:
                         break  # what still runs was drawn ahead, and is not needed
+                assert not (self.asked and self.left), "the engine has left requests without a reply"
                 self._score(engine)
                 self._take_turns()
 

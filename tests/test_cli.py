@@ -70,6 +70,17 @@ def test_unknown_and_abbreviated_flags_are_errors():
         assert error.value.hint == "python x.py --help"
 
 
+def test_required_flags_are_not_empty_and_a_default_of_0_is_shown():
+    parser = cli.make_parser("doc", "x.py")
+    cli.add_flags(parser, "input", cli.InputFlags)
+    cli.add_flags(parser, "output", cli.OutputFlags)
+    for argv in (["--input", "a", "--output", ""], ["--input", "a", "", "--output", "b"]):
+        with pytest.raises(UserError, match="must not be empty"):
+            parser.parse_args(argv)
+    shown = " ".join(parser.format_help().split())
+    assert "this stage (default: 0)" in shown and "not finished --min-yield" in shown  # a switch has none
+
+
 @pytest.mark.parametrize(
     "raised, code, text",
     [

@@ -632,6 +632,8 @@ def test_a_prompt_beyond_the_context_is_left_out_and_the_rest_go_on(writer, tmp_
         (["score", "--output", "x"], "required: FILE"),
         (["compare"], "required: RUN"),
         (["judge", "x"], "no judge is named"),
+        (["jugde", "x", "--judge", "m"], "invalid choice: 'jugde'"),
+        (["answers.jsonl", "--output", "x"], "invalid choice: 'answers.jsonl'"),
         (["--model", "m", "--output", "x", "--samples", "0"], "must be at least 1, got 0"),
         (["--model", "m", "--output", "x", "--bench", "mini"], "unrecognized arguments"),
     ],
@@ -661,6 +663,8 @@ def test_answer_is_the_command_that_need_not_be_named():
     assert evaluate.with_command(["--model", "m"]) == ["answer", "--model", "m"] and evaluate.with_command([])
     for argv in (["answer", "--model", "m"], ["--help"], ["compare", "a"]):
         assert evaluate.with_command(argv) == argv
+    named_like_one = ["--model", "compare", "--output", "report"]
+    assert evaluate.with_command(named_like_one) == ["answer", *named_like_one]
 
 
 def test_a_figure_never_fails_a_run(tmp_path, monkeypatch, capsys):

@@ -310,7 +310,7 @@ def obey(request) -> tuple[str, str]:
     return f"Instruction: {text.rsplit(chr(10), 1)[1]} It should have {demand}.".replace("500-word ", ""), "eos"
 
 
-def test_demands_are_true_and_woven_in(monkeypatch, tmp_path, capsys):
+def test_demands_are_true_and_written_in(monkeypatch, tmp_path, capsys):
     constrain(monkeypatch, tmp_path, script=obey)
     summary, result = last_json(capsys), result_of(tmp_path, "constrain")
     assert summary["accepted"] == 3 and summary["appended"] == 0 and summary["rejected"] == {"outside-demand": 1}
@@ -328,7 +328,7 @@ def test_demands_are_true_and_woven_in(monkeypatch, tmp_path, capsys):
     assert "500" not in by_parent["r3"]["query"]
 
 
-def test_a_demand_that_the_model_does_not_state_is_appended_but_never_behind_another(monkeypatch, tmp_path, capsys):
+def test_a_demand_that_the_model_does_not_state_is_appended_but_never_after_another(monkeypatch, tmp_path, capsys):
     constrain(monkeypatch, tmp_path, "--max-attempts", "2", script=lambda request: ("Write a text about it.", "eos"))
     summary = last_json(capsys)
     by_parent = {r["parent_id"]: r for r in result_of(tmp_path, "constrain").values()}
@@ -364,7 +364,7 @@ def test_every_appended_demand_can_be_read_back(language):
         ("写一篇关于汉字的文章，分三章。", False),
     ],
 )
-def test_no_demand_is_appended_behind_another(prompt, has):
+def test_no_demand_is_appended_after_another(prompt, has):
     language = "zh" if "写" in prompt else "en"
     constraint = {"en": "around 3000 words", "zh": "大约3000字"}[language]
     demand = {"constraint": constraint, "type": "about", "min_words": 3000, "max_words": 3000}

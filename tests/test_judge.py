@@ -319,6 +319,9 @@ def test_a_finished_run_is_judged_by_a_command_of_its_own(tmp_path, serve, capsy
     (tmp_path / "later" / "outputs.meta.json").write_text('{"status": "running"}')
     with pytest.raises(UserError, match="is not finished"):
         evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url])
+    (tmp_path / "later" / "outputs.jsonl").write_text("")  # an --overwrite that was killed before its first answer
+    with pytest.raises(UserError, match="outputs.jsonl holds no record"):
+        evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url, "--allow-partial"])
 
 
 def test_torch_is_not_loaded_for_an_endpoint(tmp_path, serve):
@@ -398,7 +401,7 @@ def test_no_usable_verdict_at_all_is_exit_code_3(tmp_path, serve, capsys):
     fake = serve(lambda r: "What a text.")
     path, out = answers(tmp_path, ["a", "b"]), tmp_path / "out"
     for _ in range(2):  # the second time nothing is asked, and the same is said
-        with pytest.raises(LowYield, match="no usable verdict: none of its 2 replies"):
+        with pytest.raises(LowYield, match="no usable verdict, 2 were given up: no reply"):
             evaluated(path, out, "--judge", fake.url, "--judge-attempts", "2")
         quality = last_json(capsys)["quality"][fake.url]
         assert quality["judged"] == 0 and quality["failed"] == 2 and quality["mean"] is None
@@ -980,7 +983,7 @@ def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, mon
     out = tmp_path / "out"
     command = ["--model", str(writer), "--language", "en", "--limit", "2", "--max-new-tokens", "30"]
     command += ["--device", "cpu", "--output", str(out), "--judge", str(writer), "--judge-attempts", "2"]
-    with pytest.raises(LowYield, match="no usable verdict: none of its 2 replies"):
+    with pytest.raises(LowYield, match="no usable verdict, 2 were given up: no reply"):
         evaluate.main(command)
     assert alive == [[], [False]]
     shown = capsys.readouterr()

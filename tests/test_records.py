@@ -88,6 +88,7 @@ def test_fingerprint_sees_a_changed_weight_and_ignores_logs(tmp_path):
         (['{"prompt": " "}'], "line 1: the field 'prompt' is empty"),
         (['{"prompt": "a", "language": "fr"}'], "line 1: language 'fr'"),
         (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], "line 2: id 'x' was already used in line 1"),
+        (['{"prompt": "a", "id": [1]}'], "line 1: a list in the field 'id', a string is needed"),
         ([""], "holds no record"),
     ],
 )
@@ -147,6 +148,10 @@ def test_own_answers_get_language_and_id(tmp_path):
     assert given["id"] == "mine" and by_text["id"] != default["id"] != records.read_answers(path)[0]["id"]
     assert records.read_answers(path) == [by_text, default, given]
     assert records.language_of({}, "1 2 3", default="") == ""  # a benchmark must say it
+    numbered = write(tmp_path / "numbered.jsonl", *(f'{{"prompt": "a", "response": "b", "id": {i}}}' for i in (7, 8)))
+    assert [row["id"] for row in records.read_answers(numbered)] == ["7", "8"]
+    without = write(tmp_path / "null.jsonl", *(f'{{"prompt": "{p}", "response": "b", "id": null}}' for p in "ac"))
+    assert len({row["id"] for row in records.read_answers(without)}) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -289,6 +294,7 @@ def test_too_little_yield_is_counted_and_exits_3(tmp_path):
         ):
             if not j.complete:
                 j.reject(row("1"), "length")
+                j.count("length")  # the attempt that was its last one
                 j.count("ending", 2)
             j.finish()
     with job(tmp_path) as j:

@@ -415,7 +415,7 @@ def test_a_run_in_progress_says_so(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    for folder, words in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no run")):
+    for folder, words in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no run")):
         with pytest.raises(UserError, match=words) as error:
             report.write_report(folder)
         assert "evaluate.py report" in error.value.hint

@@ -399,6 +399,29 @@ def test_a_run_begun_in_another_layout_is_refused_in_one_line(tmp_path):
     run_all(tmp_path, tosses(), ScriptedEngine())
 
 
+def test_ctrl_c_in_the_last_step_is_not_swallowed(tmp_path):
+    """A sampler hands out what has finished, and only then raises."""
+
+    class Interrupted(ScriptedEngine):
+        def run(self) -> Iterator[Got]:
+            yield from super().run()
+            raise KeyboardInterrupt
+
+    with open_file(tmp_path) as job, pytest.raises(KeyboardInterrupt):
+        run_tasks(job, tosses(), Interrupted, "things")
+    assert len(stored(tmp_path)) == 6
+
+
+def test_an_engine_that_loses_a_request_is_a_mistake_and_not_an_endless_loop(tmp_path):
+    class Forgetful(ScriptedEngine):
+        def add(self, request: Ask) -> None:
+            if request.key[0] != "t001":
+                super().add(request)
+
+    with open_file(tmp_path) as job, pytest.raises(AssertionError, match="without a reply"):
+        run_tasks(job, tosses(), Forgetful, "things")
+
+
 def test_two_tasks_of_one_id_are_a_mistake(tmp_path):
     with open_file(tmp_path) as job, pytest.raises(AssertionError, match="same id"):
         run_tasks(job, [*tosses(2), *tosses(1)], ScriptedEngine, "things")

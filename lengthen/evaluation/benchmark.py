@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lengthen import cli
-from lengthen.records import UserError, filter_language, new_record, prompt_id, read_jsonl, record_id
+from lengthen.records import UserError, filter_language, language_of, new_record, prompt_id, read_jsonl, record_id
 from lengthen.text.demands import parse_demand, stated_demands
-from lengthen.text.words import detect_language
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
@@ -50,7 +49,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
     for line, row in enumerate(read_jsonl(path, ("query",)), start=1):
         where = f"{path}, line {line}"
         known = checked_fields(row, ready_made, where)
-        language = row.get("language") or detect_language(row["query"])
+        language = language_of(row, row["query"], default="")
         if not language:
             raise UserError(f"{where}: no language given, and the query is neither English nor Chinese")
         if known["constraint"]:
@@ -74,7 +73,7 @@ def checked_fields(row: dict, ready_made: bool, where: str) -> dict:
     if not ready_made and not isinstance(row.get("constraint"), str):
         raise UserError(f"{where}: no field 'constraint', a string is needed", '"" where no length is asked for')
     if ready_made and "response" not in row:  # "" is an answer, and scores 0
-        raise UserError(f"{where}: no field 'response', a string is needed", "a benchmark goes to --benchmark")
+        raise UserError(f"{where}: no field 'response', a string is needed", "a benchmark is for --benchmark of answer")
     fields = ("id", "range", "type", "constraint", *(("parent_id", "response", "finish") if ready_made else ()))
     for field in fields:
         if not isinstance(row.get(field, ""), str):
@@ -108,13 +107,16 @@ def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
 
 
 def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
-    """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out."""
+    """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out, and what is odd."""
     kept = filter_language(rows, language)
     if skipped := len(rows) - len(kept):
         cli.say(f"{source}: {len(kept)} rows in {language}, {skipped} in the other language skipped")
     if not kept:
         raise UserError(f"{source} has no row in --language {language}", "--language both")
-    return kept[:limit] if limit else kept
+    kept = kept[:limit] if limit else kept
+    if odd := contradictions(kept):  # said before hours of sampling
+        cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
+    return kept
 
 
 def contradictions(rows: Sequence[dict]) -> list[dict]:

@@ -231,8 +231,10 @@ def ask_judges(
                         problems.append(error)
             if not problems:
                 job.finish(min_yield=0)
-    except UserError as error:  # for the whole folder: here, --overwrite might sample all its answers again, too
-        hint = error.hint.replace("--overwrite starts it afresh", f"rm {folder}/judgements.*  starts it afresh")
+    except UserError as error:
+        # --overwrite of `answer` would sample all answers again, too; `judge` has no other --output.
+        again = f"the --seed and --judge-attempts of before, or rm {folder}/judgements.*  and judge again"
+        hint = again if "--overwrite" in error.hint else error.hint
         problems.append(type(error)(error.message, hint))
     return problems
 
@@ -264,9 +266,10 @@ def recorded(folder: Path) -> list[dict]:
 
 def no_verdict(name: str, folder: Path, failed: int) -> LowYield:
     """What is wrong with a judge whose every verdict was given up."""
-    what = f"none of its {failed} replies was valid JSON with the required fields"
+    what = "no reply was valid JSON with the required fields"
     where = folder / "judgements.rejected.jsonl"
-    return LowYield(f"{name} gave no usable verdict: {what}", f"see {where}, and try a larger judge")
+    message = f"{name} gave no usable verdict, {failed} were given up: {what}"
+    return LowYield(message, f"see {where}, and try a larger judge")
 
 
 def raise_worst(problems: Sequence[UserError]) -> None:

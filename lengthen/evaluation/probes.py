@@ -94,7 +94,7 @@ def prompt_of(chat: "Chat", query: str) -> list[int]:
 
 def next_queries(queries: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
     """(language, text) -> the next query of its language, the first one after the last; itself if it is alone."""
-    by_language = {language: [q for q in queries if q[0] == language] for language, _ in queries}
+    by_language = {language: [q for q in queries if q[0] == language] for language in {q[0] for q in queries}}
     return {a: b for same in by_language.values() for a, b in zip(same, [*same[1:], same[0]], strict=True)}
 
 

@@ -92,7 +92,7 @@ def has_ended(row: dict) -> bool:
 
 
 def own_prompt_gain(row: dict) -> float | None:
-    """Nats per token by which the answer's beginning is likelier behind its own query than behind another one."""
+    """Nats per token by which the answer's beginning is likelier after its own query than after another one."""
     return row["shuffled_loss"] - row["own_loss"] if row["shuffled_loss"] >= 0 else None
 
 

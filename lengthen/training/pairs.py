@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
-from lengthen.records import LowYield, each_record, no_room, to_line
-from lengthen.text.words import count_words, detect_language
+from lengthen.records import LowYield, each_record, language_of, no_room, to_line
+from lengthen.text.words import count_words
 from lengthen.training.parallel import Processes
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def records_of(paths: Iterable[str], needs: Iterable[str], language: str) -> Ite
     """The records of all files, in the wanted language; `language` is detected where a user's file has none."""
     seen = wanted = 0
     for record in (record for path in paths for record in each_record(path, needs)):
-        record["language"] = record.get("language") or detect_language(record["prompt"]) or "en"
+        record["language"] = language_of(record, record["prompt"])
         seen += 1
         if language in ("both", record["language"]):
             wanted += 1

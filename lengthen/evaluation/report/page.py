@@ -78,7 +78,7 @@ def collect(run: Path) -> tuple[dict, Texts]:
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from what lies in the run's folder and return its path; UserError where there is no run."""
     if not run.is_dir():
-        raise UserError(f"{run} is no folder", "python evaluate.py report runs/demo")
+        raise UserError(f"{run} is not a folder", "python evaluate.py report runs/demo")
     data, texts = collect(run)
     # In a script element only "<" could end the data, and JSON may always write it as an escape.
     values = json.dumps(as_shown(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
