@@ -14,7 +14,12 @@ import pytest
 
 from lengthen import records
 
-POINTS = ("after-the-first-line", "inside-the-fourth-line", "before-the-last-rename")
+# In the middle of a line is the quick tier's; at the others test_tasks.py has proven the driver, which all stages share.
+POINTS = (
+    pytest.param("after-the-first-line", marks=pytest.mark.soak),
+    "inside-the-fourth-line",
+    pytest.param("before-the-last-rename", marks=pytest.mark.soak),
+)
 
 
 def run_stage(name: str, argv: list[str], point: str = "") -> None:
