@@ -14,7 +14,7 @@ import pytest
 
 from lengthen import records
 
-# In the middle of a line is the quick tier's; at the others test_tasks.py has proven the driver, which all stages share.
+# In the middle of a line is the quick tier's; at the others test_tasks.py proves the driver, which all stages share.
 POINTS = (
     pytest.param("after-the-first-line", marks=pytest.mark.soak),
     "inside-the-fourth-line",
