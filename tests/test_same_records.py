@@ -176,8 +176,6 @@ def comparable(row: dict) -> tuple[str, list[float]]:
         # their last bits from CPU to CPU. SmolLM2's is hashed from its name.
         left_out |= {"id", "model"}
     kept = {name: value for name, value in row.items() if name not in left_out}
-    if "step" in row:
-        kept["padding"] = 0.0  # the hashes are of a log that still said so of every step: rows are packed
     if "lr" in kept:
         kept["lr"] = f"{kept['lr']:.6g}"  # a cosine, and so the C library's
     numbers = [row[name] for name in NUMBERS if name in row]
