@@ -359,6 +359,8 @@ def show(summary: dict) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Our own flags, and those of the stages under their names. Only what is given comes out of it: see Settings."""
     parser = cli.make_parser(__doc__, "run.py")
+    # Spelt out, the usage would be two screens of flags before the first sentence.
+    parser.usage = "python run.py [--FLAG VALUE ...] [--STAGE.FLAG VALUE ...]"
     cli.add_flags(parser, "the loop", LoopFlags, given_only=True)
     shared = [name for _, names in SHARED for name in names]  # not once more under each stage's name
     for kind, names in SHARED:
