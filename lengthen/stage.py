@@ -60,6 +60,7 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
     from lengthen.models.loading import load_model
     from lengthen.sampling.cache import FP8
     from lengthen.sampling.engine import Sampler
+    from lengthen.sampling.layouts import recorded
 
     loaded = load_model(
         stage.model.model,
@@ -78,6 +79,8 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
     job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    if sampler.hook.replaced:  # a CPU's: sums are rounded in their order
+        job.update_info(layouts=recorded())
     recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
     for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
         cli.say(line)
