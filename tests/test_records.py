@@ -171,6 +171,31 @@ def test_a_changed_input_is_noticed(tmp_path):
         pass
 
 
+def test_inputs_of_equal_names_are_all_hashed_and_older_sidecars_go_on(tmp_path):
+    a, b = (tmp_path / run / "iter_1" / "extended.jsonl" for run in "ab")
+    for path in (a, b):
+        path.parent.mkdir(parents=True)
+        write(path, json.dumps({"prompt": str(path)}))
+    with job(tmp_path, inputs=[a, b]) as j:
+        pass
+    meta = read_sidecar(j.output)
+    inputs = meta["settings"]["inputs"]
+    assert len(set(inputs.values())) == 2 and "iter_1/extended.jsonl" in inputs
+    with job(tmp_path, inputs=[a, b]):
+        pass
+    # As the program wrote it before: the last file alone.
+    meta["settings"]["inputs"] = {"iter_1/extended.jsonl": inputs["iter_1/extended.jsonl"]}
+    sidecar = j.output.with_name("x.meta.json")
+    sidecar.write_text(json.dumps(meta))
+    with job(tmp_path, inputs=[a, b]):
+        pass
+    meta["settings"]["inputs"] = inputs
+    sidecar.write_text(json.dumps(meta))
+    write(a, '{"prompt": "edited"}')
+    with pytest.raises(UserError, match="inputs"), job(tmp_path, inputs=[a, b]):
+        pass
+
+
 def test_an_unfinished_input_is_refused_unless_allowed(tmp_path):
     with job(tmp_path) as first:
         first.accept(row("1"))
