@@ -9,8 +9,10 @@ penalties are not ours.
 from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
 
 import importlib.util
+import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,28 @@ def _resolve(name: str) -> str:
             "--model takes a folder, a .gguf file, a hub id such as Qwen/Qwen2.5-7B-Instruct, or smollm2",
         )
     return name
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of a model are; those of a hub id are its snapshot, completed by the small ones."""
+    source = _resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    with explained(name):
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name in DTYPES that most bytes of a folder's safetensors files have."""
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for tensor in (t for name, t in header.items() if name != "__metadata__"):
+            sizes[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    names = {"F32": "float32", "F16": "float16"}
+    return names.get(sizes.most_common(1)[0][0] if sizes else "", "bfloat16")
 
 
 def _check_folder(folder: Path) -> None:
