@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import jsonlines
 
+from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import count_words, detect_language
 
 LANGUAGES = ("en", "zh")
@@ -333,6 +334,8 @@ def read_answers(path: str | Path) -> list[dict]:
     """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
     rows = read_jsonl(path, needs=("prompt", "response"))
     for row in rows:
+        if not strip_thoughts(row):
+            raise UserError(f"{path}: a response is a thought without an answer: {row['response'][:60]!r}", "delete it")
         row["language"] = language_of(row, row["response"])
         row["id"] = str(row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"]))
     return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from lengthen import cli
 from lengthen.records import UserError, filter_language, language_of, new_record, prompt_id, read_jsonl, record_id
 from lengthen.text.demands import parse_demand, stated_demands
+from lengthen.text.thoughts import strip_thoughts
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
@@ -60,6 +61,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
             sample = row["sample"] if isinstance(row.get("sample"), int) else number
             parent = known["parent_id"] or prompt_id(language, row["query"])
             known |= earlier_measurements(row)
+            strip_thoughts(known)
         else:  # an equal query is another query
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], number)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
