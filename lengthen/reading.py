@@ -19,6 +19,7 @@ import jsonlines
 
 from lengthen.cli import say
 from lengthen.records import LANGUAGES, Instruction, UserError, new_record, prompt_id
+from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import count_words, detect_language
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,8 +358,11 @@ def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict
 
 def read_answers(path: str | Path) -> list[dict]:
     """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
-    rows = read_jsonl(path, needs=("prompt", "response"), spoken=("response", "prompt"))
-    for row in rows:
+    rows = []
+    for where, row in located_records(path, needs=("prompt", "response"), spoken=("response", "prompt")):
+        if not strip_thoughts(row):
+            raise UserError(f"{where}: the response is a thought without an answer", "delete that record")
+        rows.append(row)
         row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
     return rows
 

@@ -9,6 +9,7 @@ from lengthen import cli
 from lengthen.reading import filter_language, located_records
 from lengthen.records import UserError, new_record, prompt_id, record_id
 from lengthen.text.demands import parse_demand, stated_demands
+from lengthen.text.thoughts import strip_thoughts
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
@@ -62,6 +63,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
                 sample += 1
             used.add((parent, sample))
             known |= earlier_measurements(row)
+            strip_thoughts(known)
         else:  # an equal query is another query
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], occurrence)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
