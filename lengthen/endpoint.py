@@ -305,6 +305,7 @@ class Servers:
             if isinstance(error, openai.APIConnectionError):
                 cause = str(error.__cause__ or error)
                 refused = "refused" in cause or "connection attempts failed" in cause
+                server.gone = True
                 # A server that is not there has not seen the request.
                 return Failure("connection refused" if refused else self.clean(cause)[:200], counts=not refused)
             code = int(error.code) if str(error.code).isdigit() else 500  # an error in the middle of a stream
@@ -333,11 +334,10 @@ class Servers:
         while True:
             await asyncio.sleep(pause)
             try:
-                if server.facts or not server.gone:
-                    await self._try(Call(server), self._health)
+                await self._try(Call(server), self._health)
                 if server.gone:
                     server.facts.clear()
-                    await self._greet(server)
+                await self._greet(server)
                 break
             except Failure as error:
                 server.gone, server.why = True, str(error)
