@@ -31,7 +31,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +135,7 @@ class Servers:
         self._key, self.greet = key, greet
         self.at_once, self.silence, self.down_after, self.tries = at_once, silence, down_after, tries
         self.waiting: list[tuple[float, int, _Item]] = []
-        self.replies: queue.SimpleQueue[tuple[Hashable, Any]] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self.pending = self.again = 0  # requests without a reply; tries that failed
         self._order = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -164,13 +164,13 @@ class Servers:
 
     # -- from the caller's thread
 
-    def add(self, key: Hashable, ask: Ask, expected: float = 0) -> None:
+    def add(self, key: Any, ask: Ask, expected: float = 0) -> None:
         """Queue a request; `expected`: how long its reply may be, the longest are asked first."""
         self.pending += 1
         item = _Item(ask, -expected, lambda result: self.replies.put((key, result)))
         self._loop.call_soon_threadsafe(self._push, item)
 
-    def run(self) -> Iterator[tuple[Hashable, Any]]:
+    def run(self) -> Iterator[tuple[Any, Any]]:
         """(key, what `ask` returned or Unanswered) as they come, until nothing is pending; UserError for all of them.
 
         Ctrl-C: what has come is handed out first, then KeyboardInterrupt goes on its way.

@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
@@ -140,11 +140,6 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     except OSError:  # no such file: as transformers does for a model without one
         ends = transformers.GenerationConfig.from_model_config(config).eos_token_id
     chat = Chat(tokenizer, [ends] if isinstance(ends, int) else ends or ())
-    local, _, remote = (
-        zip(*(pair.partition("=") for pair in flags.endpoint_path), strict=True)
-        if flags.endpoint_path
-        else ((), (), ())
-    )
     served = Served(
         [check_address("--endpoint", url, KEY) for url in flags.endpoint],
         tokenizer,
@@ -153,7 +148,7 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
         key=key,
         max_rows=flags.max_rows,
         adapter=stage.model.adapter,
-        paths=list(zip(map(os.path.abspath, local), remote, strict=True)),
+        paths=[(os.path.abspath(ours), theirs) for ours, theirs in (p.split("=", 1) for p in flags.endpoint_path)],
     )
     before = job.settings.get("engine", UNKNOWN)
     if before not in (UNKNOWN, served.kind):
@@ -222,21 +217,24 @@ class Writer:
     @contextlib.contextmanager
     def base(self) -> "Iterator[Sampler | Served]":
         """What gives the base model's log-probabilities, without the adapter. Nothing is sampled from it."""
+        loaded, sampler = self.loaded, self.sampler
         if not self.stage.model.adapter:
-            yield self.sampler
-        elif isinstance(self.loaded, Vocabulary):
-            with self.sampler.base() as base:
+            yield sampler
+        elif isinstance(loaded, Vocabulary):
+            with cast("Served", sampler).base() as base:
                 yield base
         else:
             from lengthen.models.lora import without_adapter
             from lengthen.sampling.engine import Sampler
 
-            self.sampler.close()  # it holds copies of the weights with the adapter merged in
-            context = self.sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
-            with without_adapter(self.loaded.model, self.stage.model.adapter):
-                eos_ids, room = self.sampler.eos_ids, {"context": context, "kv_tokens": context}
-                with Sampler(self.loaded.model, self.loaded.tokenizer, eos_ids=eos_ids, **room) as base:
-                    yield base
+            sampler.close()  # it holds copies of the weights with the adapter merged in
+            context = sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
+            with without_adapter(loaded.model, self.stage.model.adapter):
+                eos_ids = sampler.eos_ids
+                with Sampler(
+                    loaded.model, loaded.tokenizer, eos_ids=eos_ids, context=context, kv_tokens=context
+                ) as own:
+                    yield own
 
 
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:

@@ -104,21 +104,19 @@ class Served:
 
     def run(self) -> Iterator[Sample]:
         """Yields each sample as it finishes. UserError at the end if requests are left that no server has answered."""
-        replies = self.servers.run()
         while self.rejected or self.servers.pending:
-            if self.rejected:
+            while self.rejected:
                 yield self.rejected.pop()
-                continue
-            request, result = next(replies, (None, None))
-            if request is None:
-                replies = self.servers.run()
-            elif isinstance(result, Sample):
-                self.stats["samples"] += 1
-                yield result
-            elif result.status == 400 and "context" in result.words:  # only the server knows how much room it has left
-                yield Sample(request, "", [], "error", str(result))
-            else:
-                self.unanswered.append(result)
+            for request, result in self.servers.run():
+                if isinstance(result, Sample):
+                    self.stats["samples"] += 1
+                    yield result
+                elif result.status == 400 and "context" in result.words:  # the server knows how much room it has
+                    yield Sample(request, "", [], "error", str(result))
+                else:
+                    self.unanswered.append(result)
+                if self.rejected:
+                    break
         if self.unanswered:
             why = f"{len(self.unanswered)} texts are missing: {self.unanswered[0]}"
             raise UserError(why, "see the server's log; the same command asks for them again")
@@ -345,7 +343,7 @@ class Served:
             body = {"lora_name": self.lora, "lora_path": path}
             await call.client.post("/load_lora_adapter", cast_to=object, body=body)
         except openai.APIStatusError as error:
-            words = call.server.facts and str(error.message)
+            words = self.servers.clean(" ".join(str(error.message).split())[:200])
             if error.status_code == 400 and "already" in words:
                 return
             merge = "or serve what train.py --merge-to writes"
@@ -355,5 +353,4 @@ class Served:
                 hint = f"start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, {merge}"
             else:
                 hint = f"start it with --max-lora-rank as large as train.py --rank, {merge}"
-            words = " ".join(words.split())[:200]
             raise UserError(f"{call.server.url} does not load the adapter {path}: {words}", hint) from None
