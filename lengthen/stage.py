@@ -77,7 +77,7 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
         max_rows=stage.sampling.max_rows,
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize, date=loaded.chat.date)
     recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
     for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
         cli.say(line)
@@ -126,7 +126,13 @@ class Writer:
         self.sampler.add(request)
 
     def run(self) -> Iterator[Sample]:
-        return self.sampler.run()
+        for sample in self.sampler.run():
+            request = sample.request
+            text, finish = self.chat.answer_of(sample.text, sample.token_ids, sample.finish, request.sampling.stop)
+            if (text, finish) != (sample.text, sample.finish):  # its thought is no part of its length either
+                ids = self.chat.encode_text(text) + sample.token_ids[-1:] * (finish == "eos")
+                sample = replace(sample, text=text, finish=finish, token_ids=ids)
+            yield sample
 
     def progress(self) -> object:
         return self.sampler.progress()
