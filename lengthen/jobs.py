@@ -26,7 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
+from lengthen.reading import numbered_lines
+from lengthen.records import Appender, LowYield, UserError, no_room, replace_file, to_line
 from lengthen.text.words import quantile
 
 LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
