@@ -335,12 +335,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     # A local judge runs on the device, and in the dtype, that the flags of a model name. `answer` has those flags for
     # its own model, and judges share them. How a judge's reply is sampled is not the user's choice: greedily.
-    recipe = SamplingFlags().recipe()
+    recipe = (*SamplingFlags().recipe(), "endpoint", "endpoint_path")
     for name in ("answer", "score", "judge", "compare"):
         cli.add_flags(sub[name], "judges", JudgeFlags)
         if name != "answer":
             cli.add_flags(sub[name], "local judges", ModelFlags, leave_out=("model", "adapter"))
-            cli.add_flags(sub[name], "memory of local judges", SamplingFlags, leave_out=tuple(recipe))
+            cli.add_flags(sub[name], "memory of local judges", SamplingFlags, leave_out=recipe)
             sub[name].set_defaults(model="", adapter="")
     sub["report"].add_argument("run", metavar="RUN", help="the run's folder, as in run.py --run")
     return parser

@@ -207,10 +207,19 @@ class SamplingFlags:
     repetition_penalty: float = flag(1.1, "1 = none", at_least(0.01, float))
     max_new_tokens: int = flag(0, "tokens per sample; 0 = min(16384, context - prompt)", at_least(0))
     max_rows: int = flag(
-        0, "texts decoded at a time; 0 = 48 on a CPU, 256 on a GPU, less where memory is short", at_least(0)
+        0, "texts decoded at a time, per server; 0 = 48 on a CPU, else 256, less where memory is short", at_least(0)
     )
     kv_cache: str = flag(
         "auto", "auto = the model's dtype; fp8 = half the memory of bf16, on a GPU only", choices=("auto", "fp8")
+    )
+    endpoint: list[str] = flag(
+        [],
+        "sample through these vLLM servers, http://HOST:PORT/v1, instead of loading --model, which then names the"
+        " tokenizer; a key: LENGTHEN_ENDPOINT_KEY of the environment",
+        metavar="URL",
+    )
+    endpoint_path: list[str] = flag(
+        [], "where the servers see folders of adapters, if not where they are here", metavar="LOCAL=REMOTE"
     )
 
     def recipe(self) -> dict[str, Any]:

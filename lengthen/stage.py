@@ -4,22 +4,30 @@ torch is loaded by `open_model`, not by the import: --help, a mistake in the inp
 it.
 """
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
-from lengthen.jobs import Job
-from lengthen.records import LANGUAGES, draw_seed, fingerprint
+from lengthen.endpoint import check_address, key_from
+from lengthen.jobs import Job, read_sidecar
+from lengthen.records import LANGUAGES, UserError, draw_seed, fingerprint
 from lengthen.sampling.request import Request, Sample, Sampling
 from lengthen.text.selection import length_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lengthen.models.chat import Chat
     from lengthen.models.loading import LoadedModel
     from lengthen.sampling.engine import Sampler
+    from lengthen.sampling.served import Served
+
+KEY = "LENGTHEN_ENDPOINT_KEY"
+UNKNOWN = "servers"  # the setting `engine` until one of them has said what it is
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
         "model": fingerprint(stage.model.model),
         "adapter": fingerprint(stage.model.adapter),
     }
+    if stage.sampling.endpoint:
+        check_endpoint(stage)
+        before = {} if stage.out.overwrite else read_sidecar(stage.out.output).get("settings", {})
+        shared["engine"] = before.get("engine", UNKNOWN)  # a finished file is read without a server
     return Job(
         name,
         stage.out.output,
@@ -55,8 +67,10 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
     )
 
 
-def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
+def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[Vocabulary, Served]":
     """Load the model that the flags name, and print once what is in force and why."""
+    if stage.sampling.endpoint:
+        return open_served(stage, job)
     from lengthen.models.loading import load_model
     from lengthen.sampling.cache import FP8
     from lengthen.sampling.engine import Sampler
@@ -78,10 +92,80 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler]":
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
     job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
-    recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
-    for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
-        cli.say(line)
+    say_settings(stage, [*loaded.notes, *sampler.notes])
     return loaded, sampler
+
+
+def say_settings(stage: Stage, notes: Sequence[str]) -> None:
+    recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
+    for line in [*notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
+        cli.say(line)
+
+
+@dataclass
+class Vocabulary:
+    """What is left of a LoadedModel where servers hold the weights."""
+
+    tokenizer: Any
+    chat: "Chat"
+    context: int  # tokens
+
+
+def check_endpoint(stage: Stage) -> None:
+    """Mistakes in --endpoint, found before anything is opened."""
+    for url in stage.sampling.endpoint:
+        check_address("--endpoint", url, KEY)
+    for pair in stage.sampling.endpoint_path:
+        if "=" not in pair:
+            raise UserError(f"--endpoint-path {pair} names one folder", "--endpoint-path LOCAL=REMOTE")
+    decided = {"--device": stage.model.device, "--dtype": stage.model.dtype, "--quantize": stage.model.quantize}
+    for name, value in {**decided, "--kv-cache": stage.sampling.kv_cache}.items():
+        if value != "auto":
+            raise UserError(f"{name} {value} beside --endpoint: the server decides that", f"leave {name} out")
+
+
+def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
+    """The servers of --endpoint, with the tokenizer and the template of --model. No weights are loaded."""
+    import transformers
+
+    from lengthen.models.chat import Chat
+    from lengthen.models.loading import context_length, load_config, load_tokenizer
+    from lengthen.sampling.served import Served
+
+    key, flags = key_from(KEY), stage.sampling
+    config = load_config(stage.model.model, stage.model.trust_remote_code)
+    tokenizer = load_tokenizer(stage.model.model, stage.model.trust_remote_code)
+    try:
+        ends = transformers.GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except OSError:  # no such file: as transformers does for a model without one
+        ends = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    chat = Chat(tokenizer, [ends] if isinstance(ends, int) else ends or ())
+    local, _, remote = (
+        zip(*(pair.partition("=") for pair in flags.endpoint_path), strict=True)
+        if flags.endpoint_path
+        else ((), (), ())
+    )
+    served = Served(
+        [check_address("--endpoint", url, KEY) for url in flags.endpoint],
+        tokenizer,
+        eos_ids=chat.eos_ids,
+        context=context_length(config, tokenizer)[0],
+        key=key,
+        max_rows=flags.max_rows,
+        adapter=stage.model.adapter,
+        paths=list(zip(map(os.path.abspath, local), remote, strict=True)),
+    )
+    before = job.settings.get("engine", UNKNOWN)
+    if before not in (UNKNOWN, served.kind):
+        served.close()
+        hint = "--overwrite starts it afresh, another --output keeps both"
+        raise UserError(f"{job.output} was begun through {before}, {flags.endpoint[0]} is {served.kind}", hint)
+    job.settings["engine"] = served.kind
+    job.update_info(endpoint=served.notes, key=bool(key))
+    say_settings(
+        stage, [f"model: {stage.model.model} (tokenizer and template; the servers hold the weights)", *served.notes]
+    )
+    return Vocabulary(tokenizer, chat, served.context), served
 
 
 def open_writer(stage: Stage, job: Job) -> "Writer":
@@ -92,7 +176,7 @@ def open_writer(stage: Stage, job: Job) -> "Writer":
 class Writer:
     """A loaded model as the tasks of a stage ask it: their prompts are rendered, their draws get seeds."""
 
-    def __init__(self, stage: Stage, loaded: "LoadedModel", sampler: "Sampler"):
+    def __init__(self, stage: Stage, loaded: "LoadedModel | Vocabulary", sampler: "Sampler | Served"):
         self.stage, self.loaded, self.sampler, self.chat = stage, loaded, sampler, loaded.chat
 
     def encode(self, content: str, prefill: str = "") -> list[int]:
@@ -134,6 +218,25 @@ class Writer:
     def logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> "list[Tensor]":
         """One value per continuation token, nats."""
         return self.sampler.logprobs(pairs)
+
+    @contextlib.contextmanager
+    def base(self) -> "Iterator[Sampler | Served]":
+        """What gives the base model's log-probabilities, without the adapter. Nothing is sampled from it."""
+        if not self.stage.model.adapter:
+            yield self.sampler
+        elif isinstance(self.loaded, Vocabulary):
+            with self.sampler.base() as base:
+                yield base
+        else:
+            from lengthen.models.lora import without_adapter
+            from lengthen.sampling.engine import Sampler
+
+            self.sampler.close()  # it holds copies of the weights with the adapter merged in
+            context = self.sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
+            with without_adapter(self.loaded.model, self.stage.model.adapter):
+                eos_ids, room = self.sampler.eos_ids, {"context": context, "kv_tokens": context}
+                with Sampler(self.loaded.model, self.loaded.tokenizer, eos_ids=eos_ids, **room) as base:
+                    yield base
 
 
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:

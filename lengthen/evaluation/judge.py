@@ -81,7 +81,7 @@ class LocalJudge:
 
     def __init__(self, name: str, stage: Stage, job: Job):
         gc.collect()  # the evaluated model is no longer needed, but may be kept alive by a reference cycle
-        greedy = replace(stage.sampling, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+        greedy = replace(stage.sampling, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, endpoint=[])
         sampling = replace(greedy, max_new_tokens=LOCAL_TOKENS)
         model = replace(stage.model, model=name, adapter="")
         self.model = fingerprint(name)
