@@ -68,7 +68,8 @@ from lengthen.evaluation.report.figures import length_following
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import complete, rounded, score, show
 from lengthen.jobs import Job, check_inputs
-from lengthen.records import UserError, read_jsonl, record_id, replace_file, run_id_of
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, record_id, replace_file, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, open_job, open_writer
 from lengthen.tasks import Draw, Redraw, run_tasks

@@ -31,7 +31,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +136,7 @@ class Servers:
         self._key, self.key_name, self.greet = key, key_name, greet
         self.at_once, self.silence, self.down_after, self.tries = at_once, silence, down_after, tries
         self.waiting: list[tuple[float, int, _Item]] = []
-        self.replies: queue.SimpleQueue[tuple[Hashable, Any]] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self.pending = self.again = 0  # requests without a reply; tries that failed
         self._order = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -165,13 +165,13 @@ class Servers:
 
     # -- from the caller's thread
 
-    def add(self, key: Hashable, ask: Ask, expected: float = 0) -> None:
+    def add(self, key: Any, ask: Ask, expected: float = 0) -> None:
         """Queue a request; `expected`: how long its reply may be, the longest are asked first."""
         self.pending += 1
         item = _Item(ask, -expected, lambda result: self.replies.put((key, result)))
         self._loop.call_soon_threadsafe(self._push, item)
 
-    def run(self) -> Iterator[tuple[Hashable, Any]]:
+    def run(self) -> Iterator[tuple[Any, Any]]:
         """(key, what `ask` returned or Unanswered) as they come, until nothing is pending; UserError for all of them.
 
         Ctrl-C: what has come is handed out first, then KeyboardInterrupt goes on its way.
@@ -306,6 +306,7 @@ class Servers:
             if isinstance(error, openai.APIConnectionError):
                 cause = str(error.__cause__ or error)
                 refused = "refused" in cause or "connection attempts failed" in cause
+                server.gone = True
                 # A server that is not there has not seen the request.
                 return Failure("connection refused" if refused else self.clean(cause)[:200], counts=not refused)
             code = int(error.code) if str(error.code).isdigit() else 500  # an error in the middle of a stream
@@ -337,11 +338,10 @@ class Servers:
         while True:
             await asyncio.sleep(pause)
             try:
-                if server.facts or not server.gone:
-                    await self._try(Call(server), self._health)
+                await self._try(Call(server), self._health)
                 if server.gone:
                     server.facts.clear()
-                    await self._greet(server)
+                await self._greet(server)
                 break
             except Failure as error:
                 server.gone, server.why = True, str(error)

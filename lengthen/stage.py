@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
@@ -91,7 +91,7 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[V
         max_rows=stage.sampling.max_rows,
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize, date=loaded.chat.date)
     say_settings(stage, [*loaded.notes, *sampler.notes])
     return loaded, sampler
 
@@ -126,34 +126,21 @@ def check_endpoint(stage: Stage) -> None:
 
 def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     """The servers of --endpoint, with the tokenizer and the template of --model. No weights are loaded."""
-    import transformers
-
-    from lengthen.models.chat import Chat
-    from lengthen.models.loading import context_length, load_config, load_tokenizer
+    from lengthen.models.loading import context_length, load_chat, load_config
     from lengthen.sampling.served import Served
 
     key, flags = key_from(KEY), stage.sampling
     config = load_config(stage.model.model, stage.model.trust_remote_code)
-    tokenizer = load_tokenizer(stage.model.model, stage.model.trust_remote_code)
-    try:
-        ends = transformers.GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
-    except OSError:  # no such file: as transformers does for a model without one
-        ends = transformers.GenerationConfig.from_model_config(config).eos_token_id
-    chat = Chat(tokenizer, [ends] if isinstance(ends, int) else ends or ())
-    local, _, remote = (
-        zip(*(pair.partition("=") for pair in flags.endpoint_path), strict=True)
-        if flags.endpoint_path
-        else ((), (), ())
-    )
+    chat = load_chat(stage.model.model, stage.model.trust_remote_code)
     served = Served(
         [check_address("--endpoint", url, KEY) for url in flags.endpoint],
-        tokenizer,
+        chat.tokenizer,
         eos_ids=chat.eos_ids,
-        context=context_length(config, tokenizer)[0],
+        context=context_length(config, chat.tokenizer)[0],
         key=key,
         max_rows=flags.max_rows,
         adapter=stage.model.adapter,
-        paths=list(zip(map(os.path.abspath, local), remote, strict=True)),
+        paths=[(os.path.abspath(ours), theirs) for ours, theirs in (p.split("=", 1) for p in flags.endpoint_path)],
     )
     before = job.settings.get("engine", UNKNOWN)
     if before not in (UNKNOWN, served.kind):
@@ -161,11 +148,11 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
         hint = "--overwrite starts it afresh, another --output keeps both"
         raise UserError(f"{job.output} was begun through {before}, {flags.endpoint[0]} is {served.kind}", hint)
     job.settings["engine"] = served.kind
-    job.update_info(endpoint=served.notes, key=bool(key))
+    job.update_info(endpoint=served.notes, key=bool(key), date=chat.date)
     say_settings(
         stage, [f"model: {stage.model.model} (tokenizer and template; the servers hold the weights)", *served.notes]
     )
-    return Vocabulary(tokenizer, chat, served.context), served
+    return Vocabulary(chat.tokenizer, chat, served.context), served
 
 
 def open_writer(stage: Stage, job: Job) -> "Writer":
@@ -210,7 +197,13 @@ class Writer:
         self.sampler.add(request)
 
     def run(self) -> Iterator[Sample]:
-        return self.sampler.run()
+        for sample in self.sampler.run():
+            request = sample.request
+            text, finish = self.chat.answer_of(sample.text, sample.token_ids, sample.finish, request.sampling.stop)
+            if (text, finish) != (sample.text, sample.finish):  # its thought is no part of its length either
+                ids = self.chat.encode_text(text) + sample.token_ids[-1:] * (finish == "eos")
+                sample = replace(sample, text=text, finish=finish, token_ids=ids)
+            yield sample
 
     def progress(self) -> object:
         return self.sampler.progress()
@@ -222,21 +215,24 @@ class Writer:
     @contextlib.contextmanager
     def base(self) -> "Iterator[Sampler | Served]":
         """What gives the base model's log-probabilities, without the adapter. Nothing is sampled from it."""
+        loaded, sampler = self.loaded, self.sampler
         if not self.stage.model.adapter:
-            yield self.sampler
-        elif isinstance(self.loaded, Vocabulary):
-            with self.sampler.base() as base:
+            yield sampler
+        elif isinstance(loaded, Vocabulary):
+            with cast("Served", sampler).base() as base:
                 yield base
         else:
             from lengthen.models.lora import without_adapter
             from lengthen.sampling.engine import Sampler
 
-            self.sampler.close()  # it holds copies of the weights with the adapter merged in
-            context = self.sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
-            with without_adapter(self.loaded.model, self.stage.model.adapter):
-                eos_ids, room = self.sampler.eos_ids, {"context": context, "kv_tokens": context}
-                with Sampler(self.loaded.model, self.loaded.tokenizer, eos_ids=eos_ids, **room) as base:
-                    yield base
+            sampler.close()  # it holds copies of the weights with the adapter merged in
+            context = sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
+            with without_adapter(loaded.model, self.stage.model.adapter):
+                eos_ids = sampler.eos_ids
+                with Sampler(
+                    loaded.model, loaded.tokenizer, eos_ids=eos_ids, context=context, kv_tokens=context
+                ) as own:
+                    yield own
 
 
 def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()) -> Sampling:

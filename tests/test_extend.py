@@ -13,7 +13,8 @@ from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import extend
 from lengthen.jobs import read_sidecar
-from lengthen.records import LowYield, UserError, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import LowYield, UserError
 from lengthen.text.words import count_words
 
 RULES = extend.ExtendFlags(rounds=2, max_attempts=4)

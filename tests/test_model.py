@@ -418,7 +418,7 @@ def test_gguf_vocabularies_of_single_digits_are_split_so(tmp_path, cache):
 def test_a_killed_conversion_is_made_afresh(tmp_path, cache):
     path = tmp_path / "a.gguf"
     write_gguf(path)
-    left = cache / f".a-{gguf_module.fingerprint(path)}-1.tmp"
+    left = cache / f".a-{gguf_module.fingerprint(path)}-2.tmp"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     (left / "adapter_config.json").write_text("{}")

@@ -15,7 +15,8 @@ import torch
 from scripted import Killed, die_at
 
 from lengthen.jobs import LAYOUT, Job, read_sidecar, sidecar_path
-from lengthen.records import UserError, draw_seed, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, draw_seed
 from lengthen.tasks import SCORE_BATCH, Draw, Entry, Pair, Redraw, Task, run_tasks
 
 # ---------------------------------------------------------------------------------------------------------

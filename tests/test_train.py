@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import train
 from lengthen.models import lora
 from lengthen.models.chat import Chat
-from lengthen.records import LowYield, UserError, new_record, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import LowYield, UserError, new_record
 from lengthen.training import checkpoint, folder, lean_layer, learner, policy, shapes
 from lengthen.training.packed import examine
 from lengthen.training.pairs import left_out_notes

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lengthen import cli
-from lengthen.records import UserError, filter_language, language_of, new_record, prompt_id, read_jsonl, record_id
+from lengthen.reading import filter_language, located_records
+from lengthen.records import UserError, new_record, prompt_id, record_id
 from lengthen.text.demands import parse_demand, stated_demands
+from lengthen.text.thoughts import strip_thoughts
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
@@ -18,7 +20,7 @@ def find_benchmark(name: str) -> Path:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".jsonl", ".json")):
-        return Path(name)  # read_jsonl says what is wrong with it, if anything
+        return Path(name)  # reading it says what is wrong with it, if anything
     hint = "download its JSONL file where there is a network and give --benchmark FILE, or use --benchmark mini"
     try:
         from huggingface_hub import snapshot_download
@@ -46,22 +48,24 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
     """
     rows: list[dict] = []
     occurrences: Counter[tuple[str, str]] = Counter()  # of (language, query)
-    for line, row in enumerate(read_jsonl(path, ("query",)), start=1):
-        where = f"{path}, line {line}"
+    used: set[tuple[str, int]] = set()  # (query's id, sample) of ready-made answers
+    for where, row in located_records(path, ("query",), spoken=("query",)):
+        language = row["language"]
         known = checked_fields(row, ready_made, where)
-        language = language_of(row, row["query"], default="")
-        if not language:
-            raise UserError(f"{where}: no language given, and the query is neither English nor Chinese")
         if known["constraint"]:
             known |= read_demand(known["constraint"], language, known["type"], where)
-        number = occurrences[language, row["query"]]
+        occurrence = occurrences[language, row["query"]]
         occurrences[language, row["query"]] += 1
         if ready_made:  # an equal query is another answer to it
-            sample = row["sample"] if isinstance(row.get("sample"), int) else number
             parent = known["parent_id"] or prompt_id(language, row["query"])
+            sample = row["sample"] if isinstance(row.get("sample"), int) else occurrence
+            while (parent, sample) in used:  # the same number twice is still two answers
+                sample += 1
+            used.add((parent, sample))
             known |= earlier_measurements(row)
+            strip_thoughts(known)
         else:  # an equal query is another query
-            sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], number)
+            sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], occurrence)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
         known |= {"parent_id": parent, "sample": sample, "attempt": 0, "language": language, "query": row["query"]}
         rows.append(new_record("output", **known))

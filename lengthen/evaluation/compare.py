@@ -10,7 +10,8 @@ from lengthen import cli
 from lengthen.evaluation.growth import Change, change, difference, ratio
 from lengthen.evaluation.measures import mean
 from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, complete, headlines, measured, rounded, values_of
-from lengthen.records import UserError, numbered_lines
+from lengthen.reading import numbered_lines
+from lengthen.records import UserError
 
 
 def read_scores(folder: str | Path) -> dict:

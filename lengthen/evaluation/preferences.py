@@ -18,7 +18,8 @@ from lengthen.evaluation.judge import JudgeFlags, ask_judges, no_verdict, record
 from lengthen.evaluation.measures import mean
 from lengthen.evaluation.questions import Question, hash_of
 from lengthen.evaluation.scores import cell, rounded
-from lengthen.records import UserError, read_jsonl, replace_file
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, replace_file
 from lengthen.stage import Stage
 
 

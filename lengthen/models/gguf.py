@@ -20,6 +20,7 @@ import transformers
 
 from lengthen import cli
 from lengthen.models.errors import explained
+from lengthen.models.export import for_older_readers
 from lengthen.records import UserError, fingerprint
 
 FP32_BELOW = 1.5e9  # bytes of a GGUF file: larger ones are converted to bf16, or a 7B would take 30 GB of disk
@@ -47,7 +48,7 @@ def cache_folder() -> Path:
 
 def converted(gguf: Path) -> Path:
     """The folder with the dequantised weights of a GGUF file, made when it is not there yet."""
-    key = f"{gguf.stem}-{fingerprint(gguf)}-1"  # 1: raise it when the conversion changes
+    key = f"{gguf.stem}-{fingerprint(gguf)}-2"  # 2: raise it when the conversion changes
     final, temporary = cache_folder() / key, cache_folder() / f".{key}.tmp"
     if final.is_dir():
         return final
@@ -99,6 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for_older_readers(folder)
     origin = {"file": gguf.name, "weights": _file_type(head), "dtype": str(dtype).removeprefix("torch.")}
     (folder / "gguf.json").write_text(json.dumps(origin) + "\n")
 

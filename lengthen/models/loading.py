@@ -9,8 +9,10 @@ penalties are not ours.
 from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
 
 import importlib.util
+import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,8 @@ def load_model(
     config, source = load_config(name, trust_remote_code), _resolve(name)
     quantize, quantize_why = _choose_quantize(quantize, target, config, name)
     weight_dtype, dtype_why = _choose_dtype(dtype, target)
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    chat = load_chat(name, trust_remote_code)
+    tokenizer = chat.tokenizer
     with explained(name):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -88,13 +91,14 @@ def load_model(
     model = model.eval().requires_grad_(False)
     if target.type not in ("cuda", "cpu"):
         model = model.to(target)
-    eos = _take_generation_config(model)
+    _drop_generation_config(model, chat.eos_ids)
     context, context_why = context_length(config, tokenizer)
     text_config = config.get_text_config()
     size = f"{text_config.model_type}, {model.num_parameters() / 1e9:.3g}B parameters"
     notes = [
         f"model: {name} ({size}), context {context:,} tokens{context_why}",
         *origin_notes(source),
+        *chat.notes,
         f"device: {device_why}",
         f"dtype: {str(weight_dtype).removeprefix('torch.')} ({dtype_why})",
         f"quantize: {quantize} ({quantize_why})",
@@ -104,7 +108,7 @@ def load_model(
         notes.append(f"warning: {len(unused)} tensors of the files are not used by this model, {unused[0]} for one")
     if adapter and not train:
         notes += _apply(adapter, model, quantize)
-    return LoadedModel(model, tokenizer, Chat(tokenizer, eos), target, weight_dtype, quantize, context, name, notes)
+    return LoadedModel(model, tokenizer, chat, target, weight_dtype, quantize, context, name, notes)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -121,6 +125,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
     source = _resolve(name)
     with explained(name, what="tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_chat(name: str, trust_remote_code: bool = False) -> Chat:
+    """The tokenizer and its template, with every EOS that the model's files name; without its weights."""
+    tokenizer, source = load_tokenizer(name, trust_remote_code), _resolve(name)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError):  # there is none, or one that transformers refuses for its sampling
+        generation = transformers.GenerationConfig.from_model_config(load_config(name, trust_remote_code))
+    eos = generation.eos_token_id
+    return Chat(tokenizer, [eos] if isinstance(eos, int) else eos or ())
 
 
 def _quiet() -> None:
@@ -158,6 +173,28 @@ def _resolve(name: str) -> str:
             "--model takes a folder, a .gguf file, a hub id such as Qwen/Qwen2.5-7B-Instruct, or smollm2",
         )
     return name
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of a model are; those of a hub id are its snapshot, completed by the small ones."""
+    source = _resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    with explained(name):
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name in DTYPES that most bytes of a folder's safetensors files have."""
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for tensor in (t for name, t in header.items() if name != "__metadata__"):
+            sizes[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    names = {"F32": "float32", "F16": "float16"}
+    return names.get(sizes.most_common(1)[0][0] if sizes else "", "bfloat16")
 
 
 def _check_folder(folder: Path) -> None:
@@ -310,12 +347,16 @@ def embeddings_to_host(model: transformers.PreTrainedModel) -> None:
     model.set_input_embeddings(HostEmbedding(weight if weight.is_meta else weight.cpu()))
 
 
-def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:
-    """The EOS ids of the generation config, which is then reduced to them: its sampling defaults must not leak in."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    ids = {eos} if isinstance(eos, int) else set(eos or ())
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ids) or None)
-    return ids
+def _drop_generation_config(model: transformers.PreTrainedModel, eos_ids: set[int]) -> None:
+    """Nothing but EOS stays in it: its sampling defaults must not leak in. UserError where the head has no EOS."""
+    ends = sorted(i for i in eos_ids if i < model.config.get_text_config().vocab_size)
+    if not ends:
+        raise UserError(
+            f"{model.name_or_path}: every EOS id ({', '.join(map(str, sorted(eos_ids)))}) is above its vocabulary of"
+            f" {model.config.get_text_config().vocab_size}: no text would end",
+            "the tokenizer or generation_config.json is of another model: copy them from the same place",
+        )
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
 
 
 def context_length(

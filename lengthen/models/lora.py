@@ -11,9 +11,7 @@ head) is refused by name: an adapter applied in part would be a different model.
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -401,19 +399,3 @@ def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
 
 def _scale(config: dict) -> float:
     return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-
-
-def merge_to(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write a merged model as a folder that any loader takes (safetensors, config, tokenizer): whole, or not at all."""
-    assert not lora_layers(model), "merge_adapter first"
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write the merged model {folder}: {error.strerror or error}") from error

@@ -73,6 +73,6 @@ class PenaltyScope(LogitsProcessor):
             self.counted[index, torch.tensor(ids, device=self.counted.device)] = True
 
     def _clear(self, index: int) -> None:
-        if self.rows.pop(index, None):
-            self.counted[index] = False
-            self.penalties[index] = 1.0
+        self.rows.pop(index, None)
+        self.counted[index] = False
+        self.penalties[index] = 1.0

@@ -104,21 +104,19 @@ class Served:
 
     def run(self) -> Iterator[Sample]:
         """Yields each sample as it finishes. UserError at the end if requests are left that no server has answered."""
-        replies = self.servers.run()
         while self.rejected or self.servers.pending:
-            if self.rejected:
+            while self.rejected:
                 yield self.rejected.pop()
-                continue
-            request, result = next(replies, (None, None))
-            if request is None:
-                replies = self.servers.run()
-            elif isinstance(result, Sample):
-                self.stats["samples"] += 1
-                yield result
-            elif result.status == 400 and "context" in result.words:  # only the server knows how much room it has left
-                yield Sample(request, "", [], "error", str(result))
-            else:
-                self.unanswered.append(result)
+            for request, result in self.servers.run():
+                if isinstance(result, Sample):
+                    self.stats["samples"] += 1
+                    yield result
+                elif result.status == 400 and "context" in result.words:  # the server knows how much room it has
+                    yield Sample(request, "", [], "error", str(result))
+                else:
+                    self.unanswered.append(result)
+                if self.rejected:
+                    break
         if self.unanswered:
             why = f"{len(self.unanswered)} texts are missing: {self.unanswered[0]}"
             raise UserError(why, "see the server's log; the same command asks for them again")
@@ -165,7 +163,8 @@ class Served:
         except openai.NotFoundError:
             if not self.lora:
                 raise
-            await self._load(call)  # it was restarted, and has forgotten the adapter
+            call.server.facts.clear()  # it was restarted: it has forgotten the adapter, and may be another
+            await self.greet(call)
             finish, text = await self._stream(call, row, body)
         if finish == "eos" and row.written <= sampling.min_new_tokens:
             raise UserError(f"{call.server.url} ignores min_tokens: a text of {row.written} tokens", SERVER)
@@ -226,16 +225,20 @@ class Served:
         """Log-probabilities of some tokens as the next one."""
         extra = {"logprobs": 1, "logprob_token_ids": sorted(set(tokens)), "return_tokens_as_token_ids": True}
         choice = await self._once(call, prompt, max_tokens=1, **extra)
-        found = {int(name.removeprefix("token_id:")): v for name, v in choice.logprobs.top_logprobs[0].items()}
-        return {token: found[token] for token in tokens}
+        try:
+            found = {int(name.removeprefix("token_id:")): v for name, v in choice.logprobs.top_logprobs[0].items()}
+            return {token: found[token] for token in tokens}
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(f"{call.server.url} gives no log-probabilities of given tokens", SERVER) from None
 
     async def _score(self, call: Call, prompt: list[int], continuation: list[int]) -> list[float]:
         """Log-probabilities of a given text's tokens, by a pass over all of it."""
         choice = await self._once(call, prompt + continuation, max_tokens=1, prompt_logprobs=0)
-        given = getattr(choice, "prompt_logprobs", None)
-        if not given:
-            raise UserError(f"{call.server.url} gives no log-probabilities of a given text", SERVER)
-        return [given[len(prompt) + i][str(token)]["logprob"] for i, token in enumerate(continuation)]
+        try:
+            given = choice.prompt_logprobs[len(prompt) :]
+            return [some[str(token)]["logprob"] for some, token in zip(given, continuation, strict=True)]
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(f"{call.server.url} gives no log-probabilities of a given text", SERVER) from None
 
     async def _once(self, call: Call, prompt: list[int], max_tokens: int, **extra: Any) -> Any:
         """The only choice of a request that is not streamed, greedy unless `extra` says otherwise."""
@@ -255,7 +258,7 @@ class Served:
     async def greet(self, call: Call) -> None:
         """Every probe of what is needed that this server has not passed; UserError where one fails."""
         passed = call.server.facts.setdefault("passed", set())
-        for name in ("model", "tokenizer", "ids", "adapter", "weights", "seeds", "penalty", "scope"):
+        for name in ("model", "tokenizer", "adapter", "ids", "weights", "seeds", "penalty", "scope"):
             if name in self.needs and name not in passed:
                 await getattr(self, f"_probe_{name}")(call)
                 passed.add(name)
@@ -340,7 +343,7 @@ class Served:
             body = {"lora_name": self.lora, "lora_path": path}
             await call.client.post("/load_lora_adapter", cast_to=object, body=body)
         except openai.APIStatusError as error:
-            words = call.server.facts and str(error.message)
+            words = self.servers.clean(" ".join(str(error.message).split())[:200])
             if error.status_code == 400 and "already" in words:
                 return
             merge = "or serve what train.py --merge-to writes"
@@ -350,5 +353,4 @@ class Served:
                 hint = f"start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, {merge}"
             else:
                 hint = f"start it with --max-lora-rank as large as train.py --rank, {merge}"
-            words = " ".join(words.split())[:200]
             raise UserError(f"{call.server.url} does not load the adapter {path}: {words}", hint) from None
