@@ -276,12 +276,13 @@ def judge_run(folder: Path, judges: JudgeFlags, stage: Stage) -> list[UserError]
     Returns what went wrong: what did not is kept, and the caller raises when it has shown that.
     """
     path = folder / "outputs.jsonl"
-    scores = read_scores(folder)
+    read_scores(folder)
     # Answers still being written would be judged, but not all of them: refused unless --allow-partial says so.
     check_inputs([path], stage.out.allow_partial)
     outputs = [complete(row) for row in read_jsonl(path, needs=("id", "query"))]
     problems = judge_answers(folder, outputs, judges, stage)
-    save_scores(folder, {**scores, "quality": quality(folder, outputs, judges.judge)})
+    # Read again: another command may have written it in the hours that a judge takes.
+    save_scores(folder, {**read_scores(folder), "quality": quality(folder, outputs, judges.judge)})
     return problems
 
 
