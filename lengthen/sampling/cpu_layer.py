@@ -5,8 +5,7 @@ memory takes, if nothing else is in the way. Two things are, in the model's own 
 one for so few rows, and a layer is about a hundred small operations, each of which costs a CPU 5 to 50 us however
 small it is. So, for fp32 on a CPU:
 
-1. Weights are laid out once, in the packed format of MKL's matrix product; without MKL large ones in oneDNN's blocked
-   format and small ones column by column.
+1. Weights are laid out once, as the processor multiplies them fastest (sampling/layouts.py).
 2. A layer of the Llama, Mistral, Qwen2 and Qwen3 kind runs as `Layer` below: query, key and value as one product,
    gate and up as one, RMSNorm and RoPE in as few passes as torch has. Other layers keep their code, with 1.
 
@@ -19,20 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lengthen.models.cards import physical_memory
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.sampling.batch import Batch, Rule
-
-BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
-ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
-PACKED = 512  # the same of MKL's: packed for 512 rows it is as fast for 4 as packed for 4
+from lengthen.sampling.layouts import Product, lay_out, layout_of
 
 # T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP.
-
-Product = Callable[[Tensor], Tensor]
 
 
 def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None, order: Tensor | None = None) -> Product:
@@ -48,16 +41,7 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None, order: T
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    if torch.backends.mkl.is_available():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach().contiguous(), PACKED)
-        shape, times = weight.new_empty(1).expand(weight.shape), torch.ops.mkl._mkl_linear  # only the shape is read
-        return lambda x: times(x, packed, shape, bias, x.numel() // x.shape[-1])
-    if weight.numel() >= BLOCKED and torch.backends.mkldnn.is_available():
-        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        multiply = torch.ops.mkldnn._linear_pointwise
-        return lambda x: multiply(x, blocked, bias, "none", [], "")
-    by_column = weight.detach().t().contiguous().t()  # same shape and values; F.linear is then a plain product
-    return lambda x: F.linear(x, by_column, bias)
+    return lay_out(layout_of(*weight.shape), weight, bias)
 
 
 class Layer:
@@ -93,7 +77,9 @@ class Layer:
             qk = torch.cat([unit(part, floor) * scale for (floor, scale), part in parts], 1)
         turned = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * self.rope(position_embeddings)
         qk = torch.view_as_real(turned).flatten(-2)
-        out = lengthen_batch.attend(self.index, qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.keys :], self.rule)
+        out = lengthen_batch.attend(
+            self.index, qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.keys :], self.rule
+        )
         h = x + self.out(out.flatten(1))  # [1, T, H]
         gate, up = self.gate_up(unit(h, self.floors[1])).chunk(2, -1)  # [1, T, I] each
         return h + self.down(self.activation(gate) * up)
