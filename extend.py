@@ -281,6 +281,11 @@ class Extension(Task[Writer, Sample]):
         accepted = self.words > self.rules.min_gain * self.record["initial_words"]
         return {**self.record, **changes}, "" if accepted else self.reason
 
+    def to_show(self) -> list[tuple[str, str]]:
+        gain = self.words / max(1, self.record["initial_words"])
+        draft = f"draft, {self.record['initial_words']} words", self.record["initial"]
+        return [draft, (f"extension, {self.words} words, {gain:.2f} times as long", self.text)]
+
 
 # ---------------------------------------------------------------------------------------------------------
 
