@@ -30,6 +30,9 @@ Departures from the paper and its release:
     what each stage before it wrote. 2 is the paper's; 1 is the control, a single call without a prefix.
  8. Jobs run side by side, each at its own stage: another text takes the place of a finished one at once. The longest
     drafts start first, and the slowest are waited for, because they are the longest.
+ 9. --one-pair spends the tokens on more instructions: the jobs of an instruction run one after the other, those of its
+    longest draft first, until one is accepted; the rest are rejected as "has-pair" without a call. Ids and seeds of
+    the calls that are made stay the same.
 
     python extend.py --model smollm2 --input runs/demo/iter_1/responses.jsonl \\
         --output runs/demo/iter_1/extended.jsonl --samples 2 --max-attempts 6
@@ -70,6 +73,9 @@ class ExtendFlags:
         2,
         "calls per round, each over one more part of the text: 2 = the paper's, 1 = one call, the control",
         at_least(1),
+    )
+    one_pair: bool = flag(
+        False, "no more jobs for an instruction once one was accepted: its jobs run one after the other"
     )
     no_length_bias: bool = flag(False, "keep the short texts too")
 
@@ -166,6 +172,8 @@ class Extension(Task[Writer, Sample]):
     reason: str = ""  # why the last failed try failed
     tries: int = 0  # passes of all stages; one that failed early counts
     prefix_tokens: int = 0  # drawn in all stages but the last
+    waits: bool = False  # for an earlier job of its instruction (--one-pair), ...
+    spared: bool = False  # ... and that one, or one before it, was accepted
 
     def __post_init__(self) -> None:
         self.text = self.text or self.record["initial"]
@@ -177,7 +185,8 @@ class Extension(Task[Writer, Sample]):
     @property
     def over(self) -> bool:
         # Tries are shared by all rounds: a hard first round leaves fewer for the others.
-        return len(self.round_words) >= self.rules.rounds or self.attempt >= self.rules.max_attempts
+        used_up = len(self.round_words) >= self.rules.rounds or self.attempt >= self.rules.max_attempts
+        return used_up or self.spared
 
     @property
     def words(self) -> int:
@@ -192,7 +201,11 @@ class Extension(Task[Writer, Sample]):
         return self.attempt, len(self.round_words), self.stage
 
     def draws(self) -> list[Draw]:
-        return [] if self.over else [self.draw()]
+        return [] if self.over or self.waits else [self.draw()]
+
+    def follow(self, task: Task[Writer, Sample]) -> None:
+        assert isinstance(task, Extension)
+        self.waits, self.spared = False, task.spared or not task.outcome()[1]
 
     def request(self, draw: Draw, writer: Writer) -> Request:
         draft = self.draft()
@@ -261,6 +274,8 @@ class Extension(Task[Writer, Sample]):
             "round_words": self.round_words,
             "gain": round(self.words / max(1, self.record["initial_words"]), 4),
         }
+        if self.spared:
+            return {**self.record, **changes}, "has-pair"
         # Also when the tries were used up: a job with one good round of three is worth keeping.
         accepted = self.words > self.rules.min_gain * self.record["initial_words"]
         return {**self.record, **changes}, "" if accepted else self.reason
@@ -293,15 +308,23 @@ def make_extensions(drafts: list[dict], run_id: str, rules: ExtendFlags) -> list
             initial = {"initial": draft["response"], "initial_words": draft["words"]}
             record = new_record("extended", **base, sample=sample, prompt=draft["prompt"], **initial)
             extensions.append(Extension(record, rules))
+    if rules.one_pair:  # one after the other, whatever finishes first: the same records on every machine
+        last: dict[tuple[str, str], Extension] = {}
+        for job in extensions:
+            instruction = job.record["language"], job.record["prompt"]
+            if before := last.get(instruction):
+                before.then, job.waits = job, True
+            last[instruction] = job
     return extensions
 
 
 def statistics_of(extensions: list[Extension], tally: Tally, job: Job) -> dict:
     """The Extender in numbers, before the length bias drops the short texts."""
     gains = [r["gain"] for r in job.records]  # words at the end per word of the draft
+    jobs = len(job.done_ids) - sum(e.spared for e in extensions)
     return {
-        "jobs": len(job.done_ids),
-        "acceptance": round(len(gains) / max(1, len(job.done_ids)), 4),
+        "jobs": jobs,
+        "acceptance": round(len(gains) / max(1, jobs), 4),
         "gain_median": statistics.median(gains) if gains else -1.0,
         "calls": tally.attempts,
         # A try is one pass of all stages: tries_passed / tries is how often a try gives a longer text.
@@ -328,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     rules = cli.take(args, ExtendFlags)
     extensions = make_extensions(read_drafts(args.input, stage.out.language), run_id_of(stage.out.output), rules)
     settings = {**vars(rules), "templates": template_hashes("extend")}
+    if not rules.one_pair:  # files that were begun before there was this flag continue
+        del settings["one_pair"]
     with open_job("extend", stage, args.input, settings) as job:
         stats = {}
         if not job.complete:

@@ -77,6 +77,7 @@ class Task(ABC, Generic[E, R]):
     """One record in the making. A subclass sets `record`, whose `id` is the task's."""
 
     record: dict[str, Any]
+    then: "Task[E, R] | None" = None  # a later task of the list, which wants nothing drawn until this one is over
 
     @property
     def id(self) -> str:
@@ -109,6 +110,9 @@ class Task(ABC, Generic[E, R]):
     @abstractmethod
     def outcome(self) -> tuple[dict[str, Any], str]:
         """(the record, reason) of a task that is over; reason "" = accepted."""
+
+    def follow(self, task: "Task[E, R]") -> None:
+        """The task whose `then` this is is over: ask now, or be over as well."""
 
     # Hook 1: questions about the log-probabilities of texts, about what a task has just drawn
 
@@ -234,7 +238,7 @@ class _Driver(Generic[E, R]):
                 self._apply(task, entry)
         for task in self.tasks.values():
             # Over from the start, killed between its last entry and its record, or stored before.
-            if not task.in_turn and (task.over or task.id in self.job.done_ids):
+            if task.id in self.left and not task.in_turn and (task.over or task.id in self.job.done_ids):
                 self._store(task)
         self._take_turns()
 
@@ -326,7 +330,14 @@ class _Driver(Generic[E, R]):
                 self._ask(task)
 
     def _store(self, task: Task[E, R]) -> None:
-        del self.left[task.id]
-        if task.id not in self.job.done_ids:  # else: stored before a kill, and decided the same way now
-            record, reason = task.outcome()
-            self.job.reject(record, reason) if reason else self.job.accept(record)
+        while True:
+            del self.left[task.id]
+            if task.id not in self.job.done_ids:  # else: stored before a kill, and decided the same way now
+                record, reason = task.outcome()
+                self.job.reject(record, reason) if reason else self.job.accept(record)
+            if task.then is None:
+                return
+            task.then.follow(task)
+            if not task.then.over:
+                return self._ask(task.then)
+            task = task.then

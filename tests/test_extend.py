@@ -351,7 +351,8 @@ def test_the_longest_drafts_start_first_and_seeds_differ(monkeypatch, tmp_path):
     assert len({r.seed for r in sampler.requests}) == len(sampler.requests)
 
 
-def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("flags", [("--samples", "1"), ("--samples", "2", "--one-pair")], ids=["jobs", "one-pair"])
+def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path, capsys, flags):
     """Promise 1, at every third write or rename (tests/test_tasks.py dies at each); each cut tears the line that is
     being written. What the journal holds is not drawn a second time."""
 
@@ -359,7 +360,7 @@ def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path,
         with monkeypatch.context() as patch:
             steps = die_at(patch, die)
             try:
-                return run_stage(patch, tmp_path / name / "run", "--samples", "1", order=order), steps()
+                return run_stage(patch, tmp_path / name / "run", *flags, order=order), steps()
             except Killed:
                 return None, steps()
 
@@ -370,7 +371,7 @@ def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path,
     drafts_file(tmp_path / "whole" / "run")
     sampler, total = run("whole", never)
     whole, whole_summary, calls = result_of(tmp_path / "whole" / "run"), summary(), len(sampler.requests)
-    assert len(whole) == 3 and total > calls > 10
+    assert len(whole) == 3 * int(flags[1]) and total > calls > 10
     for step in range(1, total + 1, 3):
         drafts_file(tmp_path / str(step) / "run")
         assert run(str(step), step)[0] is None
@@ -382,6 +383,43 @@ def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path,
         assert summary() == whole_summary, step
         assert len(sampler.requests) == calls - noted, step
         assert not journal.exists() and read_sidecar(folder / "extended.jsonl")["status"] == "done"
+
+
+def test_one_pair_asks_for_no_more_where_there_is_one_and_draws_what_all_jobs_would_have_drawn(
+    monkeypatch, tmp_path, capsys
+):
+    """Per instruction, the first job in the order of the list that is accepted when all of them run is the one kept."""
+    rules = ["--samples", "3", "--rounds", "1", "--max-attempts", "2", "--no-length-bias"]
+    results, seeds, summaries = [], [], []
+    for name, flags, order in (("all", [], 0), ("one", ["--one-pair"], 0), ("two", ["--one-pair"], 1)):
+        path = drafts_file(tmp_path / name / "run", num=8)
+        rows = [{**row, "prompt": f"Write about {i % 4}."} for i, row in enumerate(read_jsonl(path))]  # two drafts each
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sampler = run_stage(monkeypatch, tmp_path / name / "run", *rules, *flags, order=order)
+        results.append(result_of(tmp_path / name / "run"))
+        seeds.append({request.seed for request in sampler.requests})
+        summaries.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    every, one, two = results
+    assert one == two and seeds[1] == seeds[2] and seeds[1] < seeds[0] and one.keys() == every.keys()
+    longest_first = sorted(every.values(), key=lambda r: (-r["initial_words"], r["parent_id"], r["sample"]))
+    for prompt in {record["prompt"] for record in every.values()}:
+        jobs = [record["id"] for record in longest_first if record["prompt"] == prompt]
+        passed = [i for i, id_ in enumerate(jobs) if "reason" not in every[id_]]
+        asked = passed[0] + 1 if passed else len(jobs)
+        assert all(one[id_] == every[id_] for id_ in jobs[:asked])
+        assert {one[id_]["reason"] for id_ in jobs[asked:]} <= {"has-pair"}
+        assert len(passed) < 2 or asked < len(jobs)  # somewhere there is something to save
+    spared = sum(record.get("reason") == "has-pair" for record in one.values())
+    assert spared >= 4 and summaries[1]["jobs"] == len(one) - spared
+    assert summaries[1]["acceptance"] == pytest.approx(summaries[1]["accepted"] / summaries[1]["jobs"], abs=1e-4)
+
+
+def test_a_file_that_was_begun_before_one_pair_continues(monkeypatch, tmp_path):
+    drafts_file(tmp_path / "run")
+    run_stage(monkeypatch, tmp_path / "run")
+    assert "one_pair" not in read_sidecar(tmp_path / "run" / "iter_1" / "extended.jsonl")["settings"]
+    with pytest.raises(UserError, match="made with one_pair = '\\(not set\\)', this command says True"):
+        run_stage(monkeypatch, tmp_path / "run", "--one-pair")
 
 
 def test_a_finished_stage_is_a_no_op_without_a_model(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -63,6 +64,22 @@ def _mistake(name: str, what: str, error: Exception) -> UserError:
             f"{name} has no safetensors weights", "other formats are pickles, which can run code: convert it"
         )
     return UserError(f"the {what} {name} cannot be loaded: {first_line(error)}", "is the folder or download complete?")
+
+
+def logits_not_finite(model: transformers.PreTrainedModel) -> UserError:
+    """What to raise where a model whose weights are finite (models/loading.py) computes NaN or infinity."""
+    name = model.name_or_path or type(model).__name__
+    if model.dtype == torch.float16:
+        return UserError(
+            f"{name}: the logits are not finite, its values exceed 65,504, the largest that float16 has",
+            "--dtype bfloat16, or float32",
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    wider = "--dtype float32, or " if model.dtype == torch.bfloat16 else ""
+    return UserError(
+        f"{name}: the logits are not finite in {dtype}: its weights, or those of the adapter, are damaged",
+        f"{wider}copy or download them again",
+    )
 
 
 def first_line(error: Exception) -> str:
