@@ -226,7 +226,8 @@ def test_a_run_whose_stage_and_then_whose_server_is_killed_goes_on(tmp_path, eng
     # 2) the server, while the next process samples
     process = started()
     extended = run / "iter_1" / "extended.jsonl"
-    while not extended.with_name("extended.work.jsonl").exists():
+    work = extended.with_name("extended.work.jsonl")
+    while not work.exists() or not work.read_text():  # something is written: the stage has met its server
         assert process.poll() is None
         time.sleep(0.05)
     engine.kill()
