@@ -35,7 +35,8 @@ from lengthen import cli
 from lengthen.evaluation.growth import growth
 from lengthen.evaluation.intervals import bootstrap
 from lengthen.evaluation.scores import MEASURES, cell, complete, measured, overall, values_of
-from lengthen.records import LowYield, UserError, read_jsonl, replace_file, to_line
+from lengthen.reading import read_jsonl
+from lengthen.records import LowYield, UserError, replace_file, to_line
 from lengthen.steps import ROOT, execute, moved
 
 # Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.

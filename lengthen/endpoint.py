@@ -131,8 +131,9 @@ class Servers:
         down_after: float = 600.0,
         tries: int = 5,
         greet: Ask | None = None,
+        key_name: str = "LENGTHEN_ENDPOINT_KEY",
     ):
-        self._key, self.greet = key, greet
+        self._key, self.key_name, self.greet = key, key_name, greet
         self.at_once, self.silence, self.down_after, self.tries = at_once, silence, down_after, tries
         self.waiting: list[tuple[float, int, _Item]] = []
         self.replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
@@ -315,7 +316,10 @@ class Servers:
             return Failure(words) if code >= 500 or code in AGAIN else Unanswered(words, code, words)
         code = error.status_code
         if code in (401, 403):  # its words may quote a part of the key
-            return UserError(f"{server.url} {'refuses the key' if self._key else 'asks for a key'} (HTTP {code})")
+            what = "refuses the key" if self._key else "asks for a key"
+            return UserError(
+                f"{server.url} {what} (HTTP {code})", f"export {self.key_name}=…, and the same command again"
+            )
         if 300 <= code < 400 or code in (404, 405):
             where = self.clean(error.response.headers.get("Location") or "")
             hint = f"it points to {where}" if where else "check the address (it often ends in /v1) and the model's name"

@@ -74,6 +74,7 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[V
     from lengthen.models.loading import load_model
     from lengthen.sampling.cache import FP8
     from lengthen.sampling.engine import Sampler
+    from lengthen.sampling.layouts import recorded
 
     loaded = load_model(
         stage.model.model,
@@ -91,8 +92,17 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[V
         max_rows=stage.sampling.max_rows,
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
+<<<<<<< HEAD
     job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    if sampler.hook.replaced:  # a CPU's: sums are rounded in their order
+        job.update_info(layouts=recorded())
+    recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
+    for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
+        cli.say(line)
+=======
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize, date=loaded.chat.date)
     say_settings(stage, [*loaded.notes, *sampler.notes])
+>>>>>>> main
     return loaded, sampler
 
 
@@ -126,25 +136,17 @@ def check_endpoint(stage: Stage) -> None:
 
 def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     """The servers of --endpoint, with the tokenizer and the template of --model. No weights are loaded."""
-    import transformers
-
-    from lengthen.models.chat import Chat
-    from lengthen.models.loading import context_length, load_config, load_tokenizer
+    from lengthen.models.loading import context_length, load_chat, load_config
     from lengthen.sampling.served import Served
 
     key, flags = key_from(KEY), stage.sampling
     config = load_config(stage.model.model, stage.model.trust_remote_code)
-    tokenizer = load_tokenizer(stage.model.model, stage.model.trust_remote_code)
-    try:
-        ends = transformers.GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
-    except OSError:  # no such file: as transformers does for a model without one
-        ends = transformers.GenerationConfig.from_model_config(config).eos_token_id
-    chat = Chat(tokenizer, [ends] if isinstance(ends, int) else ends or ())
+    chat = load_chat(stage.model.model, stage.model.trust_remote_code)
     served = Served(
         [check_address("--endpoint", url, KEY) for url in flags.endpoint],
-        tokenizer,
+        chat.tokenizer,
         eos_ids=chat.eos_ids,
-        context=context_length(config, tokenizer)[0],
+        context=context_length(config, chat.tokenizer)[0],
         key=key,
         max_rows=flags.max_rows,
         adapter=stage.model.adapter,
@@ -156,11 +158,11 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
         hint = "--overwrite starts it afresh, another --output keeps both"
         raise UserError(f"{job.output} was begun through {before}, {flags.endpoint[0]} is {served.kind}", hint)
     job.settings["engine"] = served.kind
-    job.update_info(endpoint=served.notes, key=bool(key))
+    job.update_info(endpoint=served.notes, key=bool(key), date=chat.date)
     say_settings(
         stage, [f"model: {stage.model.model} (tokenizer and template; the servers hold the weights)", *served.notes]
     )
-    return Vocabulary(tokenizer, chat, served.context), served
+    return Vocabulary(chat.tokenizer, chat, served.context), served
 
 
 def open_writer(stage: Stage, job: Job) -> "Writer":
@@ -205,7 +207,13 @@ class Writer:
         self.sampler.add(request)
 
     def run(self) -> Iterator[Sample]:
-        return self.sampler.run()
+        for sample in self.sampler.run():
+            request = sample.request
+            text, finish = self.chat.answer_of(sample.text, sample.token_ids, sample.finish, request.sampling.stop)
+            if (text, finish) != (sample.text, sample.finish):  # its thought is no part of its length either
+                ids = self.chat.encode_text(text) + sample.token_ids[-1:] * (finish == "eos")
+                sample = replace(sample, text=text, finish=finish, token_ids=ids)
+            yield sample
 
     def progress(self) -> object:
         return self.sampler.progress()

@@ -17,7 +17,7 @@ from lengthen.evaluation.measures import OPENING_TOKENS
 from lengthen.evaluation.questions import hash_of
 from lengthen.evaluation.scores import POSITIONS
 from lengthen.jobs import Job
-from lengthen.records import filter_language, read_jsonl
+from lengthen.reading import filter_language, read_jsonl
 from lengthen.stage import Stage, Writer
 
 if TYPE_CHECKING:
