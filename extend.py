@@ -47,7 +47,8 @@ from lengthen import cli
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.jobs import Job
 from lengthen.models.chat import fill, template_hashes
-from lengthen.records import UserError, filter_language, new_record, read_answers, record_id, run_id_of
+from lengthen.reading import filter_language, read_answers
+from lengthen.records import UserError, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
 from lengthen.tasks import Draw, Entry, Tally, Task, run_tasks
@@ -279,6 +280,11 @@ class Extension(Task[Writer, Sample]):
         # Also when the tries were used up: a job with one good round of three is worth keeping.
         accepted = self.words > self.rules.min_gain * self.record["initial_words"]
         return {**self.record, **changes}, "" if accepted else self.reason
+
+    def to_show(self) -> list[tuple[str, str]]:
+        gain = self.words / max(1, self.record["initial_words"])
+        draft = f"draft, {self.record['initial_words']} words", self.record["initial"]
+        return [draft, (f"extension, {self.words} words, {gain:.2f} times as long", self.text)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -40,16 +40,8 @@ from dataclasses import dataclass
 from lengthen import cli
 from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
 from lengthen.models.chat import fill, template_hashes
-from lengthen.records import (
-    UserError,
-    draw_seed,
-    filter_language,
-    new_record,
-    read_answers,
-    read_prompts,
-    record_id,
-    run_id_of,
-)
+from lengthen.reading import filter_language, read_answers, read_prompts
+from lengthen.records import UserError, draw_seed, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
 from lengthen.tasks import Draw, Entry, Pair, Redraw, Task, run_tasks

@@ -121,8 +121,10 @@ STAGES = {
 SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (
     (ModelFlags, ("model", "device", "dtype", "quantize", "trust_remote_code")),
     (OutputFlags, ("language", "seed")),
-    (SamplingFlags, DECODING := ("max_rows", "kv_cache")),  # training has no use for them
+    (SamplingFlags, DECODING := ("max_rows", "kv_cache", "endpoint", "endpoint_path")),  # training has no use
 )
+# Where servers sample, training alone has a device.
+SERVERS_DECIDE = ("device", "dtype", "quantize", "kv_cache")
 
 Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: by stage ("run" = the loop), by flag
 # The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
@@ -218,7 +220,9 @@ def make_step(own: Settings, part: str, stage: str, decided: dict[str, Any]) -> 
     """A stage with the flags of all stages, those that the loop decides, and the user's own."""
     spec, role = STAGES[stage], decided.get("role", "")
     file = spec.file or (role and f"/{role}")
-    shared = {k: v for k, v in own.shared.items() if SamplingFlags in spec.flags or k not in DECODING}
+    samples = SamplingFlags in spec.flags
+    left_out = SERVERS_DECIDE if samples and own.shared.get("endpoint") else () if samples else DECODING
+    shared = {k: v for k, v in own.shared.items() if k not in left_out}
     # `decided` twice: it stands before the user's flags on the command line, and wins where both name one.
     settings = {**shared, **decided, **own.stages[stage], **decided, "output": f"{own.loop.run}/{part}{file}"}
     return Step(part, f"{spec.command[-1].removesuffix('.py')} {role}".strip(), spec.command, settings)

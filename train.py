@@ -40,6 +40,7 @@ from lengthen.jobs import read_sidecar
 from lengthen.models.cards import out_of_memory
 from lengthen.models.chat import Chat, fill, template_hashes
 from lengthen.records import LowYield, UserError, draw_seed, fingerprint
+from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import remove_lines
 from lengthen.training import parallel, steplog
 from lengthen.training.folder import TrainingFolder, target_tokens_of
@@ -87,6 +88,8 @@ def make_pairs(
     records: list[dict], chat: Chat, flags: PairFlags, seed: int, max_length: int
 ) -> tuple[list[Pair], list[dict]]:
     """(pairs, records left out with `reason`). A pair longer than max_length tokens is left out, never cut."""
+    for record in records:  # a user's own may hold thoughts: they are no part of an answer
+        strip_thoughts(record)
     # A text that was cut at its limit would teach to stop anywhere. A user's own records have no `finish`: all count.
     left_out = [{**r, "reason": "unfinished"} for r in records if r.get("finish", "eos") not in ("eos", "")]
     whole = [r for r in records if r.get("finish", "eos") in ("eos", "")]
@@ -311,15 +314,15 @@ def spike_ceiling(losses: list[float]) -> float:
 def train(training: Training, folder: TrainingFolder, processes: Processes) -> None:
     """From the records to a finished adapter; killed and started again, it goes on from its last checkpoint."""
     from lengthen.models import lora
-    from lengthen.models.loading import context_length, load_config, load_tokenizer
+    from lengthen.models.loading import context_length, load_chat, load_config
     from lengthen.training.learner import prepare
 
     # 1) pairs: all are encoded before the model is loaded, so that a mistake in the input costs no gigabytes
     flags, optimizer = training.model, training.optimizer
-    tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)
-    context, _ = context_length(load_config(flags.model, flags.trust_remote_code), tokenizer)
+    chat = load_chat(flags.model, flags.trust_remote_code)
+    context, _ = context_length(load_config(flags.model, flags.trust_remote_code), chat.tokenizer)
     max_length = training.pairs.longest(context)
-    pairs = pairs_of(training, folder, Chat(tokenizer), max_length, processes)
+    pairs = pairs_of(training, folder, chat, max_length, processes)
     for line in pairs.facts["notes"]:
         cli.say(line)
     # Fewer than asked for is exit code 3, not an adapter that nobody wants.

@@ -45,7 +45,8 @@ from lengthen.evaluation.growth import change, difference, ratio
 from lengthen.evaluation.measures import mean, median
 from lengthen.evaluation.scores import MEASURES, cell, values_of
 from lengthen.jobs import read_sidecar
-from lengthen.records import UserError, read_jsonl, replace_file, to_line
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, replace_file, to_line
 from lengthen.steps import ROOT, Step, execute, moved
 
 # Where run.py's demo is for minutes: breadth, by the table in docs/study.md. A flag overrides each.

@@ -31,7 +31,7 @@ import train
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags
 from lengthen.models.chat import Chat
 from lengthen.models.loading import load_tokenizer
-from lengthen.records import each_record
+from lengthen.reading import each_record
 from lengthen.training.folder import TrainingFolder
 from lengthen.training.packed import pack
 from lengthen.training.parallel import Processes

@@ -1,48 +1,53 @@
-"""Our sampler against transformers' generate and llama.cpp: useful tokens per second on the same job.
+"""Our sampler against transformers' generate, llama.cpp and OpenVINO GenAI on this machine's CPU.
 
-1. The job: real prompts, the recipe's sampling (T 0.7, top-p 0.8, top-k 20, repetition penalty 1.1), natural endings.
-   Same dtype, threads, prompts and token limit for all. Useful tokens = those up to EOS, EOS included.
-2. generate gets its best batch size of --batches, prompts sorted by length, and pads on the left; each size runs once.
-3. llama.cpp, where llama-cpp-python is importable and the model is a GGUF file: the same file, which it computes in its
-   4 bits where we have dequantised to fp32, through its batch calls, a text's place taken as soon as it ends, and the
-   best of --batches. Its sampler chain has the same steps in the same order.
-4. Then all run in turns, --runs times, in this order and its reverse. The table shows medians, the speed-up is the
-   median of the turns' ratios of rate. The texts differ (other random numbers), so do the totals a little.
-5. Beside it: the machine's matrix-product ceiling (a large product), and what part of it each of them reaches,
-   counting 2 operations per parameter of the linear layers and useful token (attention not counted).
-6. --lookup instead: the sampler with and without draft tokens (sampling/lookup.py), --rows texts at once
-   (8 where none is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our
-   LICENSE to be repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this
-   model wrote). A run is one seed with and without, in turns; the speed-up is the median of the runs' ratios of time.
-   Beside it: the share of all tokens that the last three tokens' last successor foretold.
+Every engine is a process of its own with its own defaults (bench/peers.py); all are up at once and work in turns, each
+turn in the reverse order of the last. A speed-up is the median of the turns' ratios, with the least and the most.
 
-    python bench/sampler.py                                        # 2 cores: about half an hour, most of it generate
-    python bench/sampler.py --prompts 16 --max-new-tokens 64 --batches 16 --runs 1     # a minute or two
-    python bench/sampler.py --lookup                               # about ten minutes
+1. Two jobs of --prompts real prompts. "ragged": a quarter each asks for any length, one paragraph, two sentences, one;
+   texts end by EOS, at --max-new-tokens at the latest. "even": EOS does not count, every text gets --even tokens.
+   Rates count useful tokens (up to EOS, EOS included). generate and llama.cpp get the better of --batches, tried once
+   on the ragged job; the other engines choose for themselves.
+2. Decode steps: --rows texts at once, all of one length. A step's time is that of 4 + --steps tokens less that of 4,
+   over --steps. Each engine with its default threads, with one thread, and with its default threads beside one other
+   process that never waits.
+3. --lookup instead: our sampler with and without draft tokens (sampling/lookup.py), --rows texts at once (8 where none
+   is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our LICENSE to be
+   repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this model wrote). A
+   run is one seed with and without, in turns; the speed-up is the median of the runs' ratios of time. Beside it: the
+   share of all tokens that the last three tokens' last successor foretold.
+
+    python bench/sampler.py                                       # all of it: some twenty minutes on 2 cores
+    python bench/sampler.py --only steps --peers generate --rows 1 4 8 32 --runs 1      # while you change a kernel
+    python bench/sampler.py --lookup                              # about ten minutes
+    python bench/sampler.py --python openvino=VENV/bin/python --save sampler_xeon
+
+--python names another interpreter for an engine whose packages do not go with ours. An engine that is missing is left
+out, with the command that installs it. --folder keeps what was converted for the next run.
 """
 
 import argparse
-import gc
-import importlib.util
 import json
-import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait, for both sides
+import harness  # before lengthen
+import peers
 
 # isort: split
-import torch
-from rich.console import Console
-from rich.table import Table
+import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait, for --lookup
 
+# isort: split
 from extend import shown
+from lengthen.cli import say
 from lengthen.models.chat import fill
 from lengthen.models.loading import LoadedModel, demo_file, load_model
 from lengthen.sampling.engine import Sampler
@@ -50,11 +55,13 @@ from lengthen.sampling.lookup import Lookup
 from lengthen.sampling.request import Request, Sampling
 
 PROMPTS = ROOT / "prompts"
-LLAMA_INSTALL = "pip install llama-cpp-python==0.3.36 (it compiles llama.cpp)"
+WISHES = ("", " Write one short paragraph.", " Answer in two sentences.", " Answer in one sentence.")
+WARM = 4  # tokens of a text before its steps are timed
+PLACES = {"default": (0, False), "1 thread": (1, False), "busy": (0, True)}  # threads, a busy neighbour
 
 
 def real_prompts(count: int) -> list[str]:
-    """Our seeds and the mini benchmark's queries, English, in file order."""
+    """Our seeds and the mini benchmark's queries, English, in file order; what they lack of `count`, once more."""
     texts = [json.loads(x)["prompt"] for x in (PROMPTS / "seeds.en.jsonl").read_text("utf-8").splitlines()]
     rows = [json.loads(x) for x in (PROMPTS / "bench_mini.jsonl").read_text("utf-8").splitlines()]
     texts += [row["query"] for row in rows if row["language"] == "en"]
@@ -63,18 +70,153 @@ def real_prompts(count: int) -> list[str]:
     return texts[:count]
 
 
-def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a 2048^3 product, the best of 10."""
-    a, best = torch.randn(2048, 2048, dtype=dtype, device=device), 0.0
-    for _ in range(10):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
-    return best
+# ---------------------------------------------------------------------------------------------------------
+# Against the others
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, list[list[int]]]]:
+    """Write what the engines load, in their formats; (the setup for bench/peers.py, prompts by job as ids)."""
+    loaded = load_model(args.model, device="cpu")
+    weights, setup = folder / "weights", folder / "setup.json"
+    if not weights.exists():
+        loaded.model.save_pretrained(weights)
+        loaded.tokenizer.save_pretrained(weights)
+    gguf = demo_file() if args.model == "smollm2" else args.model if args.model.endswith(".gguf") else ""
+    paths = {"folder": str(weights), "gguf": str(gguf or ""), "openvino": str(folder / "openvino")}
+    setup.write_text(json.dumps({"model": args.model, **paths, "eos": sorted(loaded.chat.eos_ids)}), "utf-8")
+    asked = real_prompts(args.prompts)
+    ragged = [text + WISHES[i % len(WISHES)] for i, text in enumerate(asked)]
+    jobs = {"ragged": ragged, "even": asked}
+    encoded = {
+        job: [loaded.chat.encode([{"role": "user", "content": text}]) for text in texts] for job, texts in jobs.items()
+    }
+    return setup, encoded
+
+
+def runnable(args: argparse.Namespace, gguf: bool) -> dict[str, str]:
+    """{engine: its interpreter}, ours first; says what the missing ones need."""
+    others = dict(pair.split("=", 1) for pair in args.python)
+    found = {"ours": sys.executable}
+    for name in args.peers:
+        python = others.get(name) or others.get(name.partition("-")[0]) or sys.executable
+        module, needs = peers.NEEDS.get(name, ("transformers", ""))
+        known = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+        if name == "llama.cpp" and not gguf:
+            say("llama.cpp: left out, --model is no GGUF file")
+        elif subprocess.run([python, "-c", known]).returncode:
+            say(f"{name}: left out; to have it: {needs}; then --python {name}=ITS/bin/python if it is elsewhere")
+        else:
+            found[name] = python
+    return found
+
+
+def in_turns(runs: int, names: Sequence, work: Callable) -> dict:
+    """{name: [work(name, turn) of each turn]}"""
+    done: dict = {name: [] for name in names}
+    for turn in range(runs):
+        for name in list(names)[:: -1 if turn % 2 else 1]:
+            done[name].append(work(name, turn))
+    return done
+
+
+def faster(peer: list[float], own: list[float]) -> list[float]:
+    """Turn by turn, how many times as long the peer takes."""
+    return [theirs / ours for theirs, ours in zip(peer, own, strict=True)]
+
+
+def bench_jobs(args: argparse.Namespace, engines: dict, prompts: dict) -> tuple[list[dict], dict]:
+    batches, tried = dict.fromkeys(engines, 0), {}
+    job = {"ragged": {"limit": args.max_new_tokens, "exact": False}, "even": {"limit": args.even, "exact": True}}
+
+    def run(name: str, which: str, seed: int, rows: int) -> dict:
+        one = engines[name](prompts=prompts[which], seed=seed, rows=rows, **job[which])
+        rate = one["tokens"] / one["seconds"]
+        say(f"{which}, {name}, {rows or 'its own'} at once: {one['tokens']} tokens, {rate:.1f}/s")
+        return one
+
+    for name in engines.keys() & {"generate", "llama.cpp"}:
+        if len(args.batches) > 1:
+            probes = {rows: run(name, "ragged", 0, rows) for rows in args.batches}
+            tried[name] = {rows: one["tokens"] / one["seconds"] for rows, one in probes.items()}
+        batches[name] = max(tried[name], key=tried[name].__getitem__) if name in tried else args.batches[0]
+    tables, figures = [], {"tokens_per_second_by_batch": tried}
+    for which in job:
+        runs = in_turns(args.runs, list(engines), lambda name, turn: run(name, which, turn + 1, batches[name]))  # noqa: B023
+        pace = {name: [one["seconds"] / one["tokens"] for one in done] for name, done in runs.items()}  # s per token
+        rows = []
+        for name, done in runs.items():
+            middle = {key: statistics.median(one[key] for one in done) for key in ("tokens", "seconds", "eos")}
+            cells = [f"{middle['tokens']:,.0f}", f"{middle['eos']:.0%}", f"{middle['seconds']:.1f}"]
+            cells.append(f"{1 / statistics.median(pace[name]):.1f}")
+            cells.append("" if name == "ours" else harness.spread(faster(pace[name], pace["ours"])))
+            rows.append([f"{name}, {batches[name]} at once" if batches[name] else name, *cells])
+        columns = ["", "tokens", "ended by EOS", "seconds", "tokens/s", "ours is faster by"]
+        tables.append(harness.table(which, columns, rows))
+        figures[which] = runs
+    return tables, figures
+
+
+def bench_steps(args: argparse.Namespace, start: Callable, names: Sequence[str], prompts: dict) -> tuple[dict, dict]:
+    """start(name, threads): an engine, kept."""
+    milliseconds: dict = {}
+    engines = {(name, threads): start(name, threads) for name in names for threads in {t for t, _ in args.places}}
+    same = [prompt[:32] for prompt in prompts["even"] if len(prompt) >= 32] or prompts["even"]
+
+    def step(key: tuple, turn: int) -> float:
+        name, (threads, busy), rows = key
+        some = {"prompts": (same * rows)[:rows], "seed": turn, "rows": rows, "exact": True}
+        with harness.busy_neighbour() if busy else nullcontext():
+            short, long = (engines[name, threads](limit=n, **some) for n in (WARM, WARM + args.steps))
+        return 1000 * (long["seconds"] - short["seconds"]) / args.steps
+
+    for engine in engines.values():  # a first call takes what no later one takes
+        engine(prompts=same[:2], limit=WARM, seed=0, rows=2, exact=True)
+    for rows in args.rows:
+        keys = [(name, place, rows) for place in args.places for name in names]
+        milliseconds |= in_turns(args.runs, keys, step)
+        found = ", ".join(f"{name} {statistics.median(milliseconds[name, place, n]):.1f}" for name, place, n in keys)
+        say(f"a step of {rows} rows, ms: {found}")
+    lines, spelt = [], {place: word for word, place in PLACES.items()}
+    for name in names:
+        for place in args.places:
+            line = [f"{name}, {spelt[place]}"]
+            for rows in args.rows:
+                own, these = milliseconds["ours", place, rows], milliseconds[name, place, rows]
+                ratio = "" if name == "ours" else f" ({statistics.median(faster(these, own)):.2f})"
+                line.append(f"{statistics.median(these):.1f}{ratio}")
+            lines.append(line)
+    columns = ["ms per step (times ours)", *(f"{rows} row{'s' * (rows > 1)}" for rows in args.rows)]
+    flat = {f"{name}, {spelt[place]}, {rows} rows": some for (name, place, rows), some in milliseconds.items()}
+    return harness.table("steps", columns, lines), {"milliseconds_per_step": flat}
+
+
+def bench_peers(args: argparse.Namespace) -> tuple[list[dict], dict]:
+    tables, figures = [], {}
+    with ExitStack() as stack:
+        folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        setup, prompts = prepare(args, folder)
+        pythons = runnable(args, bool(json.loads(setup.read_text("utf-8"))["gguf"]))
+        kept: dict = {}
+
+        def start(name: str, threads: int = 0) -> harness.Engine:
+            if (name, threads) not in kept:
+                command = [pythons[name], str(ROOT / "bench" / "peers.py"), name, str(setup)]
+                kept[name, threads] = harness.Engine(command, threads)
+                stack.callback(kept[name, threads].close)
+            return kept[name, threads]
+
+        if args.only != "steps":
+            more, found = bench_jobs(args, {name: start(name) for name in pythons}, prompts)
+            tables, figures = more, found
+        if args.only != "jobs":
+            one, found = bench_steps(args, start, list(pythons), prompts)
+            tables, figures = [*tables, one], {**figures, **found}
+    return tables, figures
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The three of them: each takes prompts (ids), a token limit, texts at once, a seed; each returns counts and seconds
+# --lookup
 
 
 def run_sampler(
@@ -105,109 +247,6 @@ def run_sampler(
     ended = sum(sample.finish == "eos" for sample in samples)
     counts = {"tokens": sum(s.num_tokens for s in samples), "seconds": seconds, "eos": ended / len(samples)}
     return counts | {"texts": [sample.token_ids for sample in samples], "stats": sampler.stats}
-
-
-@torch.no_grad()
-def run_generate(loaded: LoadedModel, prompts: list[list[int]], limit: int, batch: int, seed: int) -> dict:
-    torch.manual_seed(seed)
-    pad, tokens, ended = loaded.tokenizer.pad_token_id or 0, 0, 0
-    ordered = sorted(prompts, key=len)
-    began = time.perf_counter()
-    for first in range(0, len(ordered), batch):
-        some = ordered[first : first + batch]
-        width = max(map(len, some))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=loaded.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=loaded.device)
-        out = loaded.model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.8,
-            top_k=20,
-            repetition_penalty=1.1,
-            max_new_tokens=limit,
-            eos_token_id=sorted(loaded.chat.eos_ids),
-            pad_token_id=pad,
-        )[:, width:].tolist()
-        for row in out:
-            end = next((i + 1 for i, token in enumerate(row) if token in loaded.chat.eos_ids), None)
-            tokens, ended = tokens + (end or len(row)), ended + (end is not None)
-    return {"tokens": tokens, "seconds": time.perf_counter() - began, "eos": ended / len(prompts)}
-
-
-def run_llama(loaded: LoadedModel, prompts: list[list[int]], limit: int, rows: int, seed: int) -> dict:
-    """llama.cpp's parallel decoding: every running text's newest token, and the prompts of new ones, in one batch."""
-    import llama_cpp as llama
-
-    run_llama.silent = llama.llama_log_callback(lambda level, text, data: None)  # kept: C goes on calling it
-    llama.llama_log_set(run_llama.silent, None)
-    model = llama.llama_model_load_from_file(str(gguf_of(loaded.name)).encode(), llama.llama_model_default_params())
-    room = max(map(len, prompts)) + limit  # of one text
-    params = llama.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = rows * room, rows, 2048, 512
-    params.n_threads = params.n_threads_batch = torch.get_num_threads()
-    context = llama.llama_init_from_model(model, params)
-    memory, batch = llama.llama_get_memory(context), llama.llama_batch_init(2048, 0, 1)
-
-    def chain(number: int) -> object:
-        one = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        vocabulary = loaded.model.config.vocab_size
-        for step in (
-            llama.llama_sampler_init_penalties(vocabulary, room, 1.1, 0.0, 0.0),
-            llama.llama_sampler_init_temp(0.7),
-            llama.llama_sampler_init_top_k(20),
-            llama.llama_sampler_init_top_p(0.8, 1),
-            llama.llama_sampler_init_dist(seed * 1_000_003 + number & 0xFFFFFFFF),
-        ):
-            llama.llama_sampler_chain_add(one, step)
-        for token in prompts[number]:
-            llama.llama_sampler_accept(one, token)
-        return one
-
-    def put(token: int, position: int, place: int, draw: bool) -> int:
-        at = batch.n_tokens
-        batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, position, 1, draw
-        batch.seq_id[at][0] = place
-        batch.n_tokens += 1
-        return at
-
-    began, waiting, running, tokens, ended = time.perf_counter(), list(range(len(prompts)))[::-1], {}, 0, 0
-    while waiting or running:
-        batch.n_tokens, draws = 0, []
-        for place, (number, _, written) in running.items():
-            draws.append((place, put(written[-1], len(prompts[number]) + len(written) - 1, place, True)))
-        for place in set(range(rows)) - running.keys():
-            if not waiting or batch.n_tokens + len(prompts[waiting[-1]]) > 2048:
-                break
-            number = waiting.pop()
-            for position, token in enumerate(prompts[number]):
-                at = put(token, position, place, position + 1 == len(prompts[number]))
-            running[place] = (number, chain(number), [])
-            draws.append((place, at))
-        assert llama.llama_decode(context, batch) == 0
-        for place, at in draws:
-            _, sampler, written = running[place]
-            written.append(llama.llama_sampler_sample(sampler, context, at))  # it accepts the token, too
-            if written[-1] in loaded.chat.eos_ids or len(written) == limit:
-                tokens, ended = tokens + len(written), ended + (written[-1] in loaded.chat.eos_ids)
-                llama.llama_memory_seq_rm(memory, place, -1, -1)
-                llama.llama_sampler_free(sampler)
-                del running[place]
-    seconds = time.perf_counter() - began
-    llama.llama_batch_free(batch)
-    llama.llama_free(context)
-    llama.llama_model_free(model)
-    return {"tokens": tokens, "seconds": seconds, "eos": ended / len(prompts)}
-
-
-def gguf_of(name: str) -> Path | None:
-    """The GGUF file that --model stands for, if it does."""
-    return demo_file() if name == "smollm2" else Path(name) if name.endswith(".gguf") else None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# --lookup
 
 
 def copy_prompts(loaded: LoadedModel, count: int, words: int = 120) -> list[list[int]]:
@@ -247,16 +286,14 @@ def hit_share(prompts: list[list[int]], texts: list[list[int]]) -> float:
     return hits / sum(map(len, texts))
 
 
-def bench_lookup(args: argparse.Namespace, loaded: LoadedModel, say: Callable) -> dict:
-    rows, count = args.rows or 8, min(args.prompts, 16)
+def bench_lookup(args: argparse.Namespace, loaded: LoadedModel) -> tuple[list[dict], dict]:
+    rows, count = args.rows[0], min(args.prompts, 16)
     sets = {
         "copy-heavy": (copy_prompts(loaded, count), {"repetition_penalty": 1.0}),
         "Extender": (extender_prompts(loaded, count, rows, args.max_new_tokens), {"repetition_penalty": 1.1}),
     }
-    table = Table(title=f"{args.model}, {count} prompts, {rows} at once, <= {args.max_new_tokens} tokens")
-    for column in ("", "right guesses", "tokens", "without, tokens/s", "with, tokens/s", "steps saved", "speed-up"):
-        table.add_column(column, justify="right" if column else "left")
-    result = {"bench": "sampler-lookup", "model": args.model, "rows": rows, "prompts": count}
+    columns = ["", "right guesses", "tokens", "without, tokens/s", "with, tokens/s", "steps saved", "speed-up"]
+    lines, figures = [], {"rows": rows, "prompts": count}
     for name, (prompts, sampling) in sets.items():
         runs = {False: [], True: []}
         for seed in range(args.runs):
@@ -264,113 +301,53 @@ def bench_lookup(args: argparse.Namespace, loaded: LoadedModel, say: Callable) -
             for lookup in (False, True) if seed % 2 == 0 else (True, False):
                 one = run_sampler(loaded, prompts, args.max_new_tokens, rows, seed, lookup, **sampling)
                 runs[lookup].append(one)
-                say(
-                    f"{name}, run {seed + 1}, {'with' if lookup else 'without'}: {one['tokens'] / one['seconds']:.1f}/s"
-                )
+                how = "with" if lookup else "without"
+                say(f"{name}, run {seed + 1}, {how}: {one['tokens'] / one['seconds']:.1f}/s")
         same = [a["texts"] == b["texts"] for a, b in zip(runs[False], runs[True], strict=True)]
         rate = {key: statistics.median(one["tokens"] / one["seconds"] for one in done) for key, done in runs.items()}
         steps = {key: sum(one["stats"]["steps"] for one in done) for key, done in runs.items()}
         share = statistics.mean(hit_share(prompts, one["texts"]) for one in runs[True])
         speedups = [a["seconds"] / b["seconds"] for a, b in zip(runs[False], runs[True], strict=True)]
-        speedup, saved = statistics.median(speedups), 1 - steps[True] / steps[False]
-        tokens = f"{statistics.median(one['tokens'] for one in runs[True]):.0f}"
-        by_run = f"{speedup:.2f}x ({min(speedups):.2f} to {max(speedups):.2f})"
-        table.add_row(name, f"{share:.0%}", tokens, f"{rate[False]:.1f}", f"{rate[True]:.1f}", f"{saved:.0%}", by_run)
-        key = name.lower().replace("-", "_")
-        result |= {f"{key}_hit_share": round(share, 3), f"{key}_speedup": round(speedup, 3)}
-        result[f"{key}_speedups"] = [round(one, 3) for one in speedups]
-        result |= {f"{key}_without": round(rate[False], 1), f"{key}_with": round(rate[True], 1)}
-        result[f"{key}_runs_with_equal_texts"] = f"{sum(same)}/{len(same)}"
-    say(table)
-    return result
+        saved = 1 - steps[True] / steps[False]
+        tokens = f"{statistics.median(one['tokens'] for one in runs[True]):,.0f}"
+        cells = (f"{share:.0%}", tokens, f"{rate[False]:.1f}", f"{rate[True]:.1f}", f"{saved:.0%}")
+        lines.append([name, *cells, harness.spread(speedups)])
+        equal = f"{sum(same)}/{len(same)}"
+        figures[name] = {"hit_share": share, "speedups": speedups, "runs_with_equal_texts": equal}
+    return [harness.table("lookup", columns, lines)], figures
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def bench_peers(args: argparse.Namespace, loaded: LoadedModel, say: Callable) -> dict:
-    prompts = [loaded.chat.encode([{"role": "user", "content": text}]) for text in real_prompts(args.prompts)]
-    peers: dict[str, Callable] = {"generate": run_generate}
-    if not gguf_of(args.model):
-        say("llama.cpp: left out, --model is no GGUF file")
-    elif importlib.util.find_spec("llama_cpp") is None:
-        say(f"llama.cpp: left out; for its row: {LLAMA_INSTALL}")
-    else:
-        peers["llama.cpp"] = run_llama
-
-    # 1) the batch size that suits each peer, and a warm-up of ours
-    run_sampler(loaded, prompts[:2], 8, args.rows, 0)
-    run_generate(loaded, prompts[:2], 8, 2, 0)
-    best, probed = {"sampler": args.rows}, {}
-    for name, run in peers.items():
-        probes = {batch: run(loaded, prompts, args.max_new_tokens, batch, 0) for batch in args.batches}
-        probed[name] = {batch: one["tokens"] / one["seconds"] for batch, one in probes.items()}
-        best[name] = max(probed[name], key=probed[name].get)
-        say(f"{name}: " + ", ".join(f"{rate:.1f} tokens/s at {batch}" for batch, rate in probed[name].items()))
-
-    # 2) all, in turns
-    everyone = {**peers, "sampler": run_sampler}
-    runs = {name: [] for name in everyone}
-    for turn in range(args.runs):
-        for name, run in list(everyone.items())[:: -1 if turn % 2 else 1]:
-            one = run(loaded, prompts, args.max_new_tokens, best[name], turn + 1)
-            runs[name].append(one)
-            say(f"turn {turn + 1}, {name}: {one['tokens']} tokens, {one['tokens'] / one['seconds']:.1f}/s")
-            gc.collect()
-
-    # 3) the table
-    dtype = next(loaded.model.parameters()).dtype
-    ceiling = matmul_ceiling(dtype, loaded.device)
-    weights = sum(m.weight.numel() for m in loaded.model.modules() if isinstance(m, torch.nn.Linear))
-    threads = torch.get_num_threads()
-    table = Table(title=f"{args.model}, {args.prompts} prompts, <= {args.max_new_tokens} tokens, {threads} threads")
-    for column in ("", "tokens", "ended by EOS", "seconds", "tokens/s", "of the matmul ceiling"):
-        table.add_column(column, justify="right" if column else "left")
-    result = {"bench": "sampler", "model": args.model, "prompts": args.prompts, "threads": threads}
-    result |= {"dtype": str(dtype).removeprefix("torch."), "machine": platform.processor() or platform.machine()}
-    rates = {name: statistics.median(one["tokens"] / one["seconds"] for one in done) for name, done in runs.items()}
-    for name, done in runs.items():
-        middle = {key: statistics.median(one[key] for one in done) for key in ("tokens", "seconds", "eos")}
-        label = f"{name}, {best[name]} at once" if name in peers else "lengthen.sampling.engine"
-        share = f"{rates[name] * 2 * weights / ceiling:.0%}" if name != "llama.cpp" else "(4 bits)"
-        cells = (f"{middle['tokens']:.0f}", f"{middle['eos']:.0%}", f"{middle['seconds']:.1f}", f"{rates[name]:.1f}")
-        table.add_row(label, *cells, share)
-        result[f"{name.replace('.', '_')}_tokens_per_second"] = round(rates[name], 1)
-    over = []
-    for name in peers:
-        key = "speedup" if name == "generate" else "speedup_over_llama_cpp"
-        turns = [
-            a["tokens"] / a["seconds"] * b["seconds"] / b["tokens"]
-            for a, b in zip(runs["sampler"], runs[name], strict=True)
-        ]
-        result[key], result[f"{key}_by_turn"] = round(statistics.median(turns), 2), [round(one, 2) for one in turns]
-        over.append(f"{result[key]:.2f}x {name} ({min(turns):.2f} to {max(turns):.2f})")
-        result[f"{name.replace('.', '_')}_batches"] = {str(b): round(rate, 1) for b, rate in probed[name].items()}
-    result["ceiling_gflops"] = round(ceiling / 1e9, 1)
-    say(table)
-    say(f"ours: {', '.join(over)}; matrix-product ceiling {result['ceiling_gflops']} GFLOP/s")
-    return result
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = [name for name in peers.ENGINES if name != "ours"]
     p.add_argument("--model", default="smollm2", help="as in every stage (default smollm2)")
+    p.add_argument("--only", default="", choices=["", "jobs", "steps"], help="one of the two parts")
+    p.add_argument("--peers", nargs="+", choices=others, default=others, help="default: all that are installed")
+    p.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PATH", help="interpreter with its packages")
+    p.add_argument("--folder", default="", help="keep converted weights here (default: a temporary folder)")
     p.add_argument("--prompts", type=int, default=48, help="how many prompts (default 48; --lookup: at most 16)")
-    p.add_argument("--max-new-tokens", type=int, default=384, help="limit per text, tokens (default 384)")
-    p.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 48], help="batch sizes the peers may choose")
-    p.add_argument(
-        "--rows", type=int, default=0, help="our texts at once; 0 = its own choice (default), or 8 with --lookup"
-    )
-    p.add_argument("--runs", type=int, default=3, help="alternating runs; medians are shown (default 3)")
+    p.add_argument("--max-new-tokens", type=int, default=384, help="limit of a ragged text, tokens (default 384)")
+    p.add_argument("--even", type=int, default=96, help="tokens of each text of the even job (default 96)")
+    p.add_argument("--batches", type=int, nargs="+", default=[16, 48], help="texts at once; the best counts")
+    p.add_argument("--rows", type=int, nargs="+", default=[], help="decode steps of so many rows (default 1 4 8 32 48)")
+    p.add_argument("--steps", type=int, default=32, help="decode steps that are timed together (default 32)")
+    p.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES), help="how steps run (default: all)")
+    p.add_argument("--runs", type=int, default=3, help="turns; medians are shown (default 3)")
     p.add_argument("--lookup", action="store_true", help="with and without draft tokens, instead of peers")
-    return p.parse_args(argv)
+    harness.add_save(p)
+    args = p.parse_args(argv)
+    args.rows = args.rows or ([8] if args.lookup else [1, 4, 8, 32, 48])
+    args.places = [PLACES[word] for word in args.places]
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, console = parse_args(argv), Console(stderr=True)
-    loaded = load_model(args.model)
-    bench = bench_lookup if args.lookup else bench_peers
-    print(json.dumps(bench(args, loaded, console.print)))
+    args = parse_args(argv)
+    tables, figures = bench_lookup(args, load_model(args.model)) if args.lookup else bench_peers(args)
+    harness.finish("sampler", argv, args.save, tables, figures)
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ class Ids:
     def __init__(self, size: int):
         self.size = size
 
-    def __len__(self) -> int:
-        return self.size
+    def get_vocab(self) -> dict[int, int]:
+        return dict(enumerate(range(self.size)))
 
     def decode(self, ids: list[int], **_: object) -> str:
         return ""

@@ -33,7 +33,8 @@ from rich.table import Table
 
 from lengthen import cli
 from lengthen.jobs import read_sidecar
-from lengthen.records import UserError, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError
 
 STAGES = ("instructions", "responses", "extend", "constrain", "generator", "extender", "evaluate")
 LOSS_TOLERANCE = 1e-6

@@ -18,13 +18,14 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from lengthen.records import LowYield, UserError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0  # without a terminal: one progress line every so many seconds
+OPENING = 320  # characters of a text that is shown while a stage runs
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -207,10 +208,19 @@ class SamplingFlags:
     repetition_penalty: float = flag(1.1, "1 = none", at_least(0.01, float))
     max_new_tokens: int = flag(0, "tokens per sample; 0 = min(16384, context - prompt)", at_least(0))
     max_rows: int = flag(
-        0, "texts decoded at a time; 0 = 48 on a CPU, 256 on a GPU, less where memory is short", at_least(0)
+        0, "texts decoded at a time, per server; 0 = 48 on a CPU, else 256, less where memory is short", at_least(0)
     )
     kv_cache: str = flag(
         "auto", "auto = the model's dtype; fp8 = half the memory of bf16, on a GPU only", choices=("auto", "fp8")
+    )
+    endpoint: list[str] = flag(
+        [],
+        "sample through these vLLM servers, http://HOST:PORT/v1, instead of loading --model, which then names the"
+        " tokenizer; a key: LENGTHEN_ENDPOINT_KEY of the environment",
+        metavar="URL",
+    )
+    endpoint_path: list[str] = flag(
+        [], "where the servers see folders of adapters, if not where they are here", metavar="LOCAL=REMOTE"
     )
 
     def recipe(self) -> dict[str, Any]:
@@ -246,6 +256,26 @@ def say(text: str) -> None:
     console.print(printable(text), markup=False)
 
 
+def show_texts(texts: Sequence[tuple[str, str]]) -> None:
+    """(heading, text) of one text, or of several to be compared: their openings, side by side on a terminal."""
+    openings = [(printable(heading), printable(opening(text))) for heading, text in texts]
+    if not console.is_terminal:
+        for heading, text in openings:
+            say(f"  {heading}: {text}")
+        return
+    table = Table(expand=True, show_edge=False, pad_edge=False)
+    for heading, _ in openings:
+        table.add_column(Text(heading), ratio=1)
+    table.add_row(*(Text(text) for _, text in openings))
+    console.print(table)
+
+
+def opening(text: str) -> str:
+    """Its first words, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= OPENING else (line[:OPENING].rpartition(" ")[0] or line[:OPENING]) + " […]"
+
+
 def emit(summary: dict) -> None:
     """The last line of stdout: one compact JSON document. What would act on a terminal is written as an escape."""
     line = json.dumps(summary, ensure_ascii=False, separators=(",", ":"))
@@ -273,8 +303,8 @@ class _Ticker:
             return  # finished before it needed a progress line
         self.shown = now
         rate = (done - self.first) / (now - self.started)
-        left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 and done < self.total else ""
-        say(f"  {self.what} {done}/{self.total} after {now - self.started:.0f} s{left}{'  ' + note if note else ''}")
+        left = f", about {(self.total - done) / rate:.0f} s left" if rate > 0 and done < self.total else ""
+        say(f"  {self.what} {done}/{self.total} after {now - self.started:.0f} s{left}{'; ' + note if note else ''}")
 
 
 @contextmanager
@@ -289,6 +319,7 @@ def progress(what: str, total: int) -> Iterator[_Ticker]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("left"),
         # What is left of the line: on 80 columns the note is cut, not the bar, the count and the times.
         TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
     )

@@ -26,10 +26,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lengthen.records import Appender, LowYield, UserError, no_room, numbered_lines, replace_file, to_line
+from lengthen.reading import numbered_lines
+from lengthen.records import Appender, LowYield, UserError, no_room, replace_file, to_line
 from lengthen.text.words import quantile
 
 LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
+EARLIER = " #-"  # of inputs with equal names: "iter_1/extended.jsonl #-1" is the one before the last
 WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
 
 
@@ -62,8 +64,11 @@ def read_sidecar(output: str | Path) -> dict:
 
 
 def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
-    """File name (with its folder, two files may share one) -> sha256 of its bytes, 16 hex digits."""
-    return {f"{Path(p).parent.name}/{Path(p).name}": _file_hash(Path(p)) for p in inputs}
+    """File name with its folder -> sha256 of its bytes, 16 hex digits. Of equal names the earlier ones are numbered."""
+    names = [f"{Path(p).parent.name}/{Path(p).name}" for p in inputs]
+    later = [names[i + 1 :].count(name) for i, name in enumerate(names)]
+    keys = [f"{name}{EARLIER * bool(n)}{n or ''}" for name, n in zip(names, later, strict=True)]
+    return {key: _file_hash(Path(p)) for key, p in zip(keys, inputs, strict=True)}
 
 
 def _file_hash(path: Path) -> str:
@@ -95,6 +100,9 @@ def check_settings(meta: dict, settings: dict, output: Path) -> None:
     """Refuse to mix two runs in one file: the sidecar's settings must be ours."""
     before = meta.get("settings", {})
     now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
+    if before.get("inputs") and now.get("inputs"):  # older sidecars hold only the last of several equal names
+        earlier = {k: v for k, v in now["inputs"].items() if EARLIER in k and k.split(EARLIER)[0] in before["inputs"]}
+        before = {**before, "inputs": {**earlier, **before["inputs"]}}
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             old, new = before.get(name, "(not set)"), now.get(name, "(not set)")

@@ -1,20 +1,15 @@
-"""Records and their files: what is in a line, which id it has, how it is read, how it is written whole or not at all.
+"""Records and their files: what is in a line, which id it has, how it is written whole or not at all.
 
-jobs.py holds what a stage does with them. Standard library, jsonlines and lengthen.text only.
+reading.py reads them, jobs.py holds what a stage does with them. Standard library only.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
-
-import jsonlines
-
-from lengthen.text.words import count_words, detect_language
 
 LANGUAGES = ("en", "zh")
 
@@ -237,115 +232,6 @@ def fingerprint(path: str | Path | None) -> str:
                 handle.seek(-(1 << 20), os.SEEK_END)
             total.update(handle.read(1 << 20))
     return total.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_jsonl(path: str | Path, needs: Iterable[str] = ("prompt",)) -> list[dict]:
-    """All records of a JSONL file. Each field in `needs` must be a non-empty string, ids unique.
-
-    Raises UserError that names file and line for anything else, a missing or an empty file included.
-    """
-    return list(each_record(path, needs))
-
-
-def each_record(path: str | Path, needs: Iterable[str] = ("prompt",)) -> Iterator[dict]:
-    """The same, one at a time: a file of any size in little memory."""
-    path = Path(path)
-    seen: dict[str, int] = {}
-    count = 0
-    for line, record in numbered_lines(path):
-        where = f"{path}, line {line}"
-        for field in needs:
-            value = record.get(field)
-            if not isinstance(value, str):
-                what = "no field" if field not in record else f"a {type(value).__name__} in the field"
-                raise UserError(f"{where}: {what} {field!r}, a string is needed")
-            if not value.strip():
-                raise UserError(f"{where}: the field {field!r} is empty")
-        if record.get("language", "en") not in LANGUAGES:
-            raise UserError(f"{where}: language {record['language']!r} is neither 'en' nor 'zh'")
-        if record.get("id") is not None:  # null, as exports write it, is none
-            if isinstance(record["id"], (list, dict)):
-                raise UserError(f"{where}: a {type(record['id']).__name__} in the field 'id', a string is needed")
-            if record["id"] in seen:
-                raise UserError(
-                    f"{where}: id {record['id']!r} was already used in line {seen[record['id']]}",
-                    "remove the second record, or its `id`",
-                )
-            seen[record["id"]] = line
-        count += 1
-        yield record
-    if not count:
-        raise UserError(f"{path} holds no record", "see what the stage before it printed, and its *.rejected.jsonl")
-
-
-def numbered_lines(path: Path) -> Iterable[tuple[int, dict]]:
-    number = 0
-
-    def filled(handle: Iterable[str]) -> Iterable[str]:
-        nonlocal number  # an empty line (an editor's last one) is skipped, yet counted
-        for number, line in enumerate(handle, start=1):  # noqa: B007
-            if line.strip():
-                yield line
-
-    try:
-        with open(path, encoding="utf-8-sig") as handle:
-            for record in jsonlines.Reader(filled(handle)).iter(type=dict):
-                yield number, record
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
-    except jsonlines.InvalidLineError as error:
-        raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "fix or delete that line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: {error}", f"iconv -f GB18030 -t UTF-8 {path}  (or what it is in)"
-        ) from None
-
-
-def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict]:
-    """Seed files or a user's own: any JSONL with `prompt` (and optionally `language`, `id`) as instruction records."""
-    records: list[dict] = []
-    occurrences: Counter[tuple[str, str]] = Counter()
-    origin: dict[str, str] = {}  # id -> where it was read
-    for path in paths:
-        for line, row in enumerate(read_jsonl(path), start=1):
-            language = language_of(row, row["prompt"])
-            known = {k: v for k, v in row.items() if k in Instruction.__annotations__}
-            number = occurrences[language, row["prompt"]]
-            occurrences[language, row["prompt"]] += 1
-            record = new_record("instruction", **{"source": source, "sample": 0, "attempt": 0, **known})
-            record["language"] = language
-            record["id"] = str(row.get("id") or prompt_id(language, row["prompt"], number))
-            record["prompt_words"] = count_words(row["prompt"])
-            if record["id"] in origin:
-                raise UserError(f"{path}, line {line}: id {record['id']!r} is also in {origin[record['id']]}")
-            origin[record["id"]] = f"{path}, line {line}"
-            records.append(record)
-    return records
-
-
-def read_answers(path: str | Path) -> list[dict]:
-    """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
-    rows = read_jsonl(path, needs=("prompt", "response"))
-    for row in rows:
-        row["language"] = language_of(row, row["response"])
-        row["id"] = str(row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"]))
-    return rows
-
-
-def language_of(row: Mapping, text: str, default: str = "en") -> str:
-    """The row's own language, else that of the text, else `default`: a user's file need not name any."""
-    return row.get("language") or detect_language(text) or default
-
-
-def filter_language(records: list[dict], language: str) -> list[dict]:
-    """Those of one language; "both" keeps all."""
-    return [r for r in records if language in ("both", r["language"])]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from lengthen import cli
 from lengthen.jobs import Job
 
+SHOWN = 10  # accepted records a process shows as they come (Task.to_show)
 SCORE_BATCH = 8  # draws whose log-probability questions are asked together, between two steps of the sampler
 
 Draw = tuple[int, ...]  # one call of a task, (attempt,) or (attempt, round, stage): its seed is hashed from id and draw
@@ -110,6 +111,10 @@ class Task(ABC, Generic[E, R]):
     @abstractmethod
     def outcome(self) -> tuple[dict[str, Any], str]:
         """(the record, reason) of a task that is over; reason "" = accepted."""
+
+    def to_show(self) -> list[tuple[str, str]]:
+        """What people see of an accepted record as it comes: texts side by side, (heading, text) each."""
+        return []
 
     def follow(self, task: "Task[E, R]") -> None:
         """The task whose `then` this is is over: ask now, or be over as well."""
@@ -230,6 +235,7 @@ class _Driver(Generic[E, R]):
         self.asked: dict[Hashable, tuple[Task[E, R], Draw]] = {}  # (id, draw) -> what runs
         self.unscored: dict[tuple[str, Draw], Task[E, R]] = {}
         self.engine: E | None = None
+        self.read, self.shown = False, 0  # whether a text was shown as it came; accepted records that were
 
     def replay(self) -> None:
         """The state that earlier processes left."""
@@ -251,7 +257,8 @@ class _Driver(Generic[E, R]):
             while self.left and (self.asked or self.unscored):
                 for reply in engine.run():
                     self._take(reply, engine)
-                    draws = f"{len(self.job.records) - self.others} accepted, {self.tally.attempts} draws"
+                    accepted = len(self.job.records) - self.others
+                    draws = f"{accepted} accepted, {self.tally.attempts} texts written"
                     bar.update(len(self.tasks) - len(self.left), f"{draws}, {engine.progress()}")
                     if self.asked and not self.left:
                         break  # what still runs was drawn ahead, and is not needed
@@ -272,6 +279,10 @@ class _Driver(Generic[E, R]):
     def _take(self, reply: R, engine: E) -> None:
         task, draw = self.asked.pop(reply.request.key)
         entry = task.examine(draw, reply, engine)
+        if not self.read and (text := getattr(reply, "text", "")):  # whatever comes of it: something to read, early
+            failed = f", not used: {entry['reason']}" if entry.get("reason") else ""
+            cli.show_texts([(f"the first text, {reply.num_tokens} tokens{failed}", text)])
+            self.read = True
         if "missing" in entry:
             self.tally.missing[entry["missing"]] += 1
             return
@@ -335,6 +346,9 @@ class _Driver(Generic[E, R]):
             if task.id not in self.job.done_ids:  # else: stored before a kill, and decided the same way now
                 record, reason = task.outcome()
                 self.job.reject(record, reason) if reason else self.job.accept(record)
+                if not reason and self.engine and self.shown < SHOWN and (texts := task.to_show()):
+                    self.shown += 1
+                    cli.show_texts(texts)
             if task.then is None:
                 return
             task.then.follow(task)

@@ -18,7 +18,7 @@ import in_process
 import pytest
 
 from lengthen.jobs import read_sidecar
-from lengthen.records import read_jsonl
+from lengthen.reading import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--instructions 6 --final-instructions 3 --iterations 1 --instructions.long-words 50 --extend.samples 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lengthen.records import read_jsonl
+from lengthen.reading import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = """--instructions 4 --final-instructions 2 --instructions.max-new-tokens 128 --responses.max-new-tokens 400

@@ -247,16 +247,29 @@ def test_answers_without_demand_or_finish_are_measured_as_far_as_it_goes(tmp_pat
 GOOD = {"query": "Write 100 words about tea.", "response": "Tea."}
 
 
+def test_answers_with_the_same_query_and_sample_are_numbered_not_dropped(tmp_path):
+    rows = [{**GOOD, "sample": 0}, {**GOOD, "sample": 0, "response": "Tea is good."}, {**GOOD, "sample": 1}]
+    read = evaluate.read_rows(write_lines(tmp_path / "answers.jsonl", rows), ready_made=True)
+    assert [row["sample"] for row in read] == [0, 1, 2] and len({row["id"] for row in read}) == 3
+    assert len({row["parent_id"] for row in read}) == 1
+
+
+def test_another_engines_stop_is_an_ended_answer(tmp_path):
+    rows = [{**GOOD, "finish_reason": "stop"}, {**GOOD, "finish": "max_tokens"}]
+    read = evaluate.read_rows(write_lines(tmp_path / "answers.jsonl", rows), ready_made=True)
+    assert [row["finish"] for row in read] == ["eos", "length"]
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
         ([GOOD, {"query": "Write a page."}], "line 2: no field 'response'"),
         ([GOOD, {"response": "Tea."}], "line 2: no field 'query'"),
-        ([{**GOOD, "response": None}], "line 1: a NoneType in the field 'response'"),
+        ([{**GOOD, "response": None}], "line 1: no field 'response'"),
         ([{**GOOD, "response": ["Tea."]}], "line 1: a list in the field 'response'"),
         ([{**GOOD, "query": 7}], "line 1: a int in the field 'query'"),
-        ([{**GOOD, "finish": 1}], "line 1: a int in the field 'finish'"),
-        ([{**GOOD, "query": "Écrivez une page sur le thé et la mer dans une ville."}], "line 1: no language given"),
+        ([{**GOOD, "finish": 1}], "line 1: the field 'finish' says 1"),
+        ([{**GOOD, "query": "Écrivez une page sur le thé et la mer dans une ville."}], "line 1: no language is given"),
         ([{**GOOD, "language": "fr"}], "line 1: language 'fr'"),
         ([GOOD, {**GOOD, "constraint": "quite long"}], "line 2: cannot read the constraint 'quite long'"),
         ([{**GOOD, "constraint": "less than 9 words", "type": "above"}], "line 1: type 'above', but the constraint"),

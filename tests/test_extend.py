@@ -13,7 +13,8 @@ from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import extend
 from lengthen.jobs import read_sidecar
-from lengthen.records import LowYield, UserError, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import LowYield, UserError
 from lengthen.text.words import count_words
 
 RULES = extend.ExtendFlags(rounds=2, max_attempts=4)
@@ -193,6 +194,16 @@ def test_a_job_without_gain_is_rejected_with_its_last_reason():
     record, reason = job.outcome()
     assert job.over and reason == "empty" and record["rounds"] == 0 and record["response"] == record["initial"]
     assert record["finish"] == "" and record["attempt"] == -1
+
+
+def test_people_see_the_extension_beside_its_draft():
+    job = extend.Extension(draft_record(initial=prose(1, 40)), extend.ExtendFlags(rounds=1))
+    play(job, sample(prose(2, 60)), sample(prose(3, 60)))
+    record, reason = job.outcome()
+    draft, extension = job.to_show()
+    assert not reason and draft == (f"draft, {record['initial_words']} words", record["initial"])
+    gain = f"{record['response_words'] / record['initial_words']:.2f} times as long"
+    assert extension == (f"extension, {record['response_words']} words, {gain}", record["response"])
 
 
 def test_a_draft_that_does_not_fit_is_given_up_at_once_a_prefix_is_not():

@@ -13,7 +13,8 @@ from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
 
 import generate
 from lengthen.jobs import read_sidecar
-from lengthen.records import UserError, new_record, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, new_record
 from lengthen.text.demands import length_score, parse_demand
 from lengthen.text.selection import length_bias
 from lengthen.text.words import count_words

@@ -6,16 +6,18 @@ What this cannot show is the capture itself: that the steps do the same operatio
 never ask the host, is checked operation by operation.
 """
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_attend_gpu import expect_little, generate, write_hopefully
-from test_sampler import EOS, make_prompts, make_sampler, write
+from test_sampler import EOS, break_forward, make_prompts, make_sampler, write
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lengthen.records import UserError
 from lengthen.sampling import attend_gpu, graphs
 from lengthen.sampling import cache as caches
 from lengthen.sampling.cache import BlockTableCache, StreamedCache
@@ -60,6 +62,17 @@ def test_greedy_is_generate_token_by_token(block_tables, bursts, family):
         assert samples[i].token_ids == generate(model, prompt, 29), i
     assert max(map(len, bursts)) == 5 and max(map(max, bursts)) == graphs.STEPS
     assert samples[None].notes.count("decoding steps are started one by one, not as CUDA graphs: there is no GPU") == 1
+
+
+def test_logits_that_are_not_finite_end_a_burst(block_tables, bursts):
+    sampler = make_sampler(tiny_model(), **OPTIONS)
+    sampler.add(Request(0, make_prompts(1)[0], 0, Sampling(max_new_tokens=60)))
+    sampler.step()  # the prompt; the rest would be bursts
+    sampler.step()
+    assert bursts
+    break_forward(sampler, math.nan)
+    with pytest.raises(UserError, match="logits are not finite"):
+        list(sampler.run())
 
 
 def mixed_requests() -> list[Request]:

@@ -16,7 +16,8 @@ import evaluate
 from lengthen import steps
 from lengthen.evaluation import intervals
 from lengthen.jobs import Job
-from lengthen.records import UserError, new_record, read_jsonl, record_id
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, new_record, record_id
 from lengthen.steps import Step
 from lengthen.text.demands import parse_demand
 

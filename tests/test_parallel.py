@@ -14,7 +14,8 @@ from trainees import record, write
 
 import train
 from lengthen.models import lora
-from lengthen.records import UserError, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError
 from lengthen.training.parallel import Processes
 
 ROOT = Path(__file__).parent.parent

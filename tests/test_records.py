@@ -10,7 +10,8 @@ import pytest
 
 from lengthen import records
 from lengthen.jobs import Job, read_sidecar
-from lengthen.records import Appender, LowYield, UserError, new_record, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import Appender, LowYield, UserError, new_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,86 +73,6 @@ def test_fingerprint_sees_a_changed_weight_and_ignores_logs(tmp_path):
     assert records.fingerprint(tmp_path) != before
     assert records.fingerprint("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
     assert records.fingerprint("") == ""
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading: each mistake names file and line
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        (['{"prompt": "a"}', '{"prompt": '], "line 2"),
-        (['{"prompt": "a"}', "[1]"], "line 2"),
-        (['{"prompt": "a"}', "", '{"promt": "a"}'], "line 3: no field 'prompt'"),
-        (['{"prompt": 7}'], "line 1: a int in the field 'prompt'"),
-        (['{"prompt": " "}'], "line 1: the field 'prompt' is empty"),
-        (['{"prompt": "a", "language": "fr"}'], "line 1: language 'fr'"),
-        (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], "line 2: id 'x' was already used in line 1"),
-        (['{"prompt": "a", "id": [1]}'], "line 1: a list in the field 'id', a string is needed"),
-        ([""], "holds no record"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, lines, message):
-    with pytest.raises(UserError) as error:
-        read_jsonl(write(tmp_path / "in.jsonl", *lines))
-    assert message in error.value.message and "in.jsonl" in error.value.message
-
-
-def test_missing_folder_and_wrong_encoding_are_user_errors(tmp_path):
-    (tmp_path / "gb.jsonl").write_bytes('{"prompt": "写一篇文章"}\n'.encode("gb18030"))
-    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "gb.jsonl"):
-        with pytest.raises(UserError, match=path.name):
-            read_jsonl(path)
-
-
-def test_text_is_verbatim_through_a_file(tmp_path):
-    text = 'tab\t quote" line\u2028separator \u0000 emoji \U0001f600 zh 中文 \r\n end  '
-    out = Appender(tmp_path / "x.jsonl")
-    out.append({"prompt": text})
-    out.append({"prompt": "half a character \ud800"})
-    out.close()
-    assert read_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == text
-    assert read_jsonl(tmp_path / "x.jsonl")[1]["prompt"] == "half a character ?"
-
-
-def test_own_prompts_get_language_id_and_words(tmp_path):
-    path = write(
-        tmp_path / "own.jsonl",
-        '{"prompt": "写一篇关于河流的文章。"}',
-        '{"prompt": "Write a tale."}',
-        '{"prompt": "Write a tale."}',
-    )
-    zh, first, second = records.read_prompts([path])
-    assert (zh["language"], first["language"]) == ("zh", "en")
-    assert first["id"] != second["id"]  # equal prompts are told apart by their occurrence
-    assert first["prompt_words"] == 3 and first["source"] == "file"
-    assert [r["id"] for r in records.read_prompts([path])] == [zh["id"], first["id"], second["id"]]
-    with pytest.raises(UserError, match="is also in"):
-        records.read_prompts(
-            [
-                write(tmp_path / "a.jsonl", '{"prompt": "a", "id": "1"}'),
-                write(tmp_path / "b.jsonl", '{"prompt": "b", "id": "1"}'),
-            ]
-        )
-
-
-def test_own_answers_get_language_and_id(tmp_path):
-    path = write(
-        tmp_path / "own.jsonl",
-        '{"prompt": "Write a tale.", "response": "从前有一条河。"}',
-        '{"prompt": "Write a tale.", "response": "1 2 3"}',
-        '{"prompt": "Write a tale.", "response": "One day.", "id": "mine", "language": "zh"}',
-    )
-    by_text, default, given = records.read_answers(path)
-    assert (by_text["language"], default["language"], given["language"]) == ("zh", "en", "zh")
-    assert given["id"] == "mine" and by_text["id"] != default["id"] != records.read_answers(path)[0]["id"]
-    assert records.read_answers(path) == [by_text, default, given]
-    assert records.language_of({}, "1 2 3", default="") == ""  # a benchmark must say it
-    numbered = write(tmp_path / "numbered.jsonl", *(f'{{"prompt": "a", "response": "b", "id": {i}}}' for i in (7, 8)))
-    assert [row["id"] for row in records.read_answers(numbered)] == ["7", "8"]
-    without = write(tmp_path / "null.jsonl", *(f'{{"prompt": "{p}", "response": "b", "id": null}}' for p in "ac"))
-    assert len({row["id"] for row in records.read_answers(without)}) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -247,6 +168,31 @@ def test_a_changed_input_is_noticed(tmp_path):
         j.accept(row("1"))
     write(source, '{"prompt": "b"}')
     with pytest.raises(UserError, match="inputs"), job(tmp_path, inputs=[source]):
+        pass
+
+
+def test_inputs_of_equal_names_are_all_hashed_and_older_sidecars_go_on(tmp_path):
+    a, b = (tmp_path / run / "iter_1" / "extended.jsonl" for run in "ab")
+    for path in (a, b):
+        path.parent.mkdir(parents=True)
+        write(path, json.dumps({"prompt": str(path)}))
+    with job(tmp_path, inputs=[a, b]) as j:
+        pass
+    meta = read_sidecar(j.output)
+    inputs = meta["settings"]["inputs"]
+    assert len(set(inputs.values())) == 2 and "iter_1/extended.jsonl" in inputs
+    with job(tmp_path, inputs=[a, b]):
+        pass
+    # As the program wrote it before: the last file alone.
+    meta["settings"]["inputs"] = {"iter_1/extended.jsonl": inputs["iter_1/extended.jsonl"]}
+    sidecar = j.output.with_name("x.meta.json")
+    sidecar.write_text(json.dumps(meta))
+    with job(tmp_path, inputs=[a, b]):
+        pass
+    meta["settings"]["inputs"] = inputs
+    sidecar.write_text(json.dumps(meta))
+    write(a, '{"prompt": "edited"}')
+    with pytest.raises(UserError, match="inputs"), job(tmp_path, inputs=[a, b]):
         pass
 
 

@@ -3,6 +3,7 @@
 python -m pytest -q tests/test_sampler.py
 """
 
+import json
 import math
 import sys
 import tracemalloc
@@ -10,10 +11,12 @@ import tracemalloc
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -125,7 +128,7 @@ def test_attention_sinks_are_carried():
 
 def test_a_row_returns_to_a_line_of_the_penalty_table_that_it_had_before():
     """Preempted twice, it is given its first line again, where nobody else has drawn meanwhile."""
-    drawer = Drawer(slots=2, vocabulary=300, eos_ids={EOS}, device=torch.device("cpu"))
+    drawer = Drawer(slots=2, unknown=torch.tensor([], dtype=torch.long), eos_ids={EOS}, device=torch.device("cpu"))
     request = Request(0, [5, 6], 0, Sampling(temperature=0, repetition_penalty=1000))  # greedy: the highest new id
     row = Row(request, 0, [5, 6], 99, set(), [], {5, 6})
     for slot in (0, 1, 1, 0, 0):
@@ -430,6 +433,83 @@ def test_ids_the_tokenizer_does_not_know_are_never_drawn():
     hot = Sampling(temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=60)
     sample = write(model, [Request(0, [5, 6, 7], 0, hot)])[0]
     assert max(sample.token_ids) < len(TOKENIZER)  # a tail of 200 ids would be missed 60 times with p < 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_vocabulary_with_holes_and_its_end_at_the_far_end(tied):
+    """Ids above len(tokenizer) are drawn if the tokenizer has them, holes never are: greedy text is generate's."""
+    state = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    size = 2 * len(TOKENIZER) + 300
+    moved = {token: id_ if id_ < 500 else id_ + 700 for token, id_ in state["model"]["vocab"].items()}
+    end = moved["<|im_end|>"] = size - 3
+    state["model"]["vocab"] = moved
+    for token in state["added_tokens"]:
+        token["id"] = moved[token["content"]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+    assert tokenizer.eos_token_id == end and len(tokenizer) == len(TOKENIZER)
+    holes = sorted(set(range(size)) - set(tokenizer.get_vocab().values()))
+    model = tiny_model("llama", vocab_size=size, tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.lm_head.weight[end] *= 2.5  # or a text of 80 tokens would rarely end
+    # One EOS more that the tokenizer lacks, as a generation config may name one.
+    ends, prompts = {end, holes.pop(1)}, make_prompts(8)
+    sampler = Sampler(model, tokenizer, eos_ids={*ends, size + 5}, context=2048)  # one that the head lacks
+    for i, prompt in enumerate(prompts):
+        sampler.add(Request(i, prompt, i, Sampling(temperature=0, max_new_tokens=80)))
+    samples = {sample.request.key: sample for sample in sampler.run()}
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 80, "eos_token_id": sorted(ends)}
+        options |= {"suppress_tokens": holes, "attention_mask": torch.ones_like(ids)}
+        want = model.generate(ids, **options)[0, len(prompt) :].tolist()
+        assert samples[i].token_ids == want or samples[i].finish == "repetition", i
+    assert {"eos"} <= {sample.finish for sample in samples.values()}
+    assert max(max(sample.token_ids[:-1], default=0) for sample in samples.values()) > len(tokenizer)
+    early = Sampling(min_new_tokens=10, max_new_tokens=12, temperature=0)
+    sampler.add(Request(0, prompts[0], 0, early))
+    assert all(token not in ends for sample in sampler.run() for token in sample.token_ids[:10])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Logits that are not finite
+
+
+def break_forward(sampler: Sampler, value: float) -> None:
+    """From now on column 7 of what every pass returns is that value."""
+    own = sampler.hook.forward
+    sampler.hook.forward = lambda *args, **more: own(*args, **more).index_fill(1, torch.tensor([7]), value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(), Sampling(top_k=0, top_p=1)], ids=str)
+def test_logits_that_are_not_finite_end_the_run(sampling, value):
+    """In the middle of it, too: not token 0 for ever, and not a text drawn from the other logits."""
+    sampler = make_sampler(tiny_model())
+    sampler.add(Request(0, [5, 6, 7], 0, sampling))
+    break_forward(sampler, value)
+    with pytest.raises(UserError, match="logits are not finite in float32"):
+        list(sampler.run())
+    with pytest.raises(UserError, match="logits are not finite in float32"):
+        sampler.logprobs([([5, 6], [7, 8])])
+
+
+def test_a_model_without_finite_logits_is_not_called_one_that_cannot_be_carried():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
+    with pytest.raises(UserError, match="logits are not finite in float32") as error:
+        make_sampler(model)
+    assert "softmax" not in error.value.hint and "copy or download" in error.value.hint
+
+
+def test_values_that_float16_cannot_hold_are_said_to_be_its_fault():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 3e4
+    make_sampler(model)  # in float32 all is well
+    with pytest.raises(UserError, match="largest that float16 has") as error:
+        make_sampler(model.half())
+    assert error.value.hint == "--dtype bfloat16, or float32"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import torch
 from scripted import Killed, die_at
 
 from lengthen.jobs import LAYOUT, Job, read_sidecar, sidecar_path
-from lengthen.records import UserError, draw_seed, read_jsonl
-from lengthen.tasks import SCORE_BATCH, Draw, Entry, Pair, Redraw, Task, run_tasks
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, draw_seed
+from lengthen.tasks import SCORE_BATCH, SHOWN, Draw, Entry, Pair, Redraw, Task, run_tasks
 
 # ---------------------------------------------------------------------------------------------------------
 # An engine without a model, and two kinds of tasks
@@ -425,3 +426,35 @@ def test_an_engine_that_loses_a_request_is_a_mistake_and_not_an_endless_loop(tmp
 def test_two_tasks_of_one_id_are_a_mistake(tmp_path):
     with open_file(tmp_path) as job, pytest.raises(AssertionError, match="same id"):
         run_tasks(job, [*tosses(2), *tosses(1)], ScriptedEngine, "things")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Something to see
+
+
+@dataclass
+class Written(Got):
+    @property
+    def text(self) -> str:
+        return f"text {self.number}"
+
+
+class Seen(Toss):
+    def to_show(self) -> list[tuple[str, str]]:
+        return [("before", self.id), ("after", f"number {self.record['number']}")]
+
+
+def test_the_first_text_and_the_first_accepted_records_are_shown_as_they_come(tmp_path, capsys):
+    """Whatever comes of the first text; and what an earlier process has shown is not shown again."""
+    ids = [f"t{i}" for i in range(60)]
+    for half in (ids[:30], ids):
+        engine = ScriptedEngine(reply=lambda got: Written(got.request, got.number))
+        with Job("toss", str(tmp_path / "x.jsonl"), settings={}, journal=True) as job:
+            before = len(job.records)
+            run_tasks(job, [Seen({"id": id_}, 3) for id_ in half], lambda engine=engine: engine, "things")
+            accepted = len(job.records) - before
+        lines = capsys.readouterr().err.splitlines()
+        first = [line for line in lines if line.startswith("  the first text, 3 tokens")]
+        assert len(first) == 1 and lines.index(first[0]) == 0
+        assert [line for line in lines if line.startswith("  before: t")][:1] and accepted > SHOWN
+        assert sum(line.startswith("  after: number ") for line in lines) == SHOWN

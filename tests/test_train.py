@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import train
 from lengthen.models import lora
 from lengthen.models.chat import Chat
-from lengthen.records import LowYield, UserError, new_record, read_jsonl
+from lengthen.reading import read_jsonl
+from lengthen.records import LowYield, UserError, new_record
 from lengthen.training import checkpoint, folder, lean_layer, learner, policy, shapes
 from lengthen.training.packed import examine
 from lengthen.training.pairs import left_out_notes
@@ -192,6 +193,13 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[:3] == [0.5, 1.0, 1.0] and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
     assert rates[11] == pytest.approx(0.5) and 0 < rates[-1] < 0.01  # cosine: half the rate at half the way
     assert train.learning_rate(0, 1, 1.0) == 1.0
+
+
+def test_training_in_float16_is_refused_with_the_reason(tmp_path):
+    flags = ["--role", "generator", "--model", "smollm2", "--input", "x.jsonl", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="loss scaling") as error:
+        train.main([*flags, "--dtype", "float16"])
+    assert error.value.hint == "--dtype bfloat16, or float32" and not (tmp_path / "out").exists()
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------

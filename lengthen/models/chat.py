@@ -5,18 +5,23 @@ sentinels in place of the contents and split at its control tokens; only then do
 between two control tokens is encoded without any (`<|im_end|>` in a prompt stays ten characters of text). A prefilled
 answer is encoded after the assistant header and never sees the template: one that trims would eat its trailing blank
 line. Nor are contents trimmed: they go in as they are. No torch here.
+
+Models that think first are asked for the answer alone: templates have switches for it, and a thought that a template
+opens in front of the answer is closed at once, in every prompt and in training alike.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from lengthen.records import LANGUAGES, UserError
+from lengthen.text.thoughts import closing_of, is_opening, open_thought, without_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +76,11 @@ def template_hashes(*names: str) -> dict[str, str]:
 SENTINEL = "Qz{}kVx"  # mixed case and digits: a template that changes case, or drops or doubles contents, is noticed
 SENTINELS = re.compile(SENTINEL.format(r"(\d+)"))
 # Variables that templates ask for. No thinking: a prefilled answer cannot follow an unfinished thought.
-TEMPLATE_OPTIONS = {"enable_thinking": False}
+TEMPLATE_OPTIONS = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
+# What templates that print today's date are told: one day for all stages and runs, or a resumed run would go on with
+# other prompts, and a training would show others than were asked. It is the one that Llama 3's prints without a clock.
+TODAY = datetime(2024, 7, 26)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 ANCHORS = ("\n", "a", "0")  # put before a text that must not be encoded as the first, and its ids cut off again
 ROUND_TRIP = "Two  spaces,\n\n\ta tab - and 12.5 things."
 
@@ -80,41 +89,57 @@ class Chat:
     """Renders conversations for one tokenizer; see the module's docstring.
 
     eos_ids: ids that end an answer (the tokenizer's, `extra_eos` of the model's generation config, and end_id).
-    end_id: what the template itself puts after an answer of the assistant.
+    end_id: what the template itself puts after an answer of the assistant. notes: lines for people.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", extra_eos: Iterable[int] = ()):
         self.tokenizer: Any = tokenizer
         self.name = tokenizer.name_or_path
+        self.notes: list[str] = []
+        self.date = ""  # what a template prints as today's
         self._runs: dict[tuple[str, ...], list[str]] = {}
+        self._answer_header = ""  # what an answer has in front of it besides the generation prompt
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer {self.name} has no chat template", "take the instruct or chat version of the model"
             )
-        header, whole = self._render(("user",), True), self._render(("user", "assistant"), False)
+        self._template = self._dated(tokenizer.get_chat_template())
+        whole = self._render(("user", "assistant"), False)
+        around = whole.split(SENTINEL.format(1))[0]
+        header = self._close_thought(self._render(("user",), True), around)
         self._controls = self._control_tokens(header + whole)
         self._control_ids = set(self._controls.values())
         self._check_round_trip()
         self._header_end = "control" if self._split(header)[-1] == "" else "text"
 
         # Llama-2 writes " answer </s>" where its header ends without the space: what stands around an answer is kept.
-        around, answer = whole.split(SENTINEL.format(1))[0], self._split(whole.split(SENTINEL.format(1))[1])
+        answer = self._split(whole.split(SENTINEL.format(1))[1])
         lead = around.removeprefix(header)
         self._lead = lead if lead.isspace() else ""
-        self._trail, end = (answer[0], self._controls[answer[1]]) if len(answer) > 1 else ("", tokenizer.eos_token_id)
+        extra_eos, own = set(extra_eos), tokenizer.eos_token_id
+        # The generation config may know ends that the tokenizer does not.
+        ends = [own] if own is not None else sorted(extra_eos)
+        self._trail, end = (answer[0], self._controls[answer[1]]) if len(answer) > 1 else ("", (ends or [None])[0])
         if end is None:
             raise UserError(
-                f"nothing ends an answer: the template of {self.name} writes no EOS, its tokenizer has none"
+                f"nothing ends an answer: the template of {self.name} writes no EOS, its tokenizer has none",
+                "set eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json",
             )
         self.end_id: int = end
-        self.eos_ids = {self.end_id, *extra_eos} | ({tokenizer.eos_token_id} - {None})
+        self.eos_ids = {self.end_id, *extra_eos} | ({own} - {None})
+        # Tokens that a decoded text does not show, and those of them that begin a thought.
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        self._hidden = {name: i for name, i in self._controls.items() if i in special}
+        self._opens_hidden = {i for name, i in self._hidden.items() if is_opening(name)}
 
     @cached_property
     def hash(self) -> str:
         """16 hex digits over vocabulary, merges and chat template: what the ids of a text depend on."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{rules}\x1f{self.tokenizer.chat_template}".encode()).hexdigest()[:16]
+        template = f"{self.tokenizer.chat_template}{self._answer_header}{self.date}"
+        return hashlib.sha256(f"{rules}\x1f{template}".encode()).hexdigest()[:16]
 
     def encode(self, messages: list[dict[str, str]], prefill: str = "") -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header, then of the answer that is begun for it.
@@ -132,7 +157,7 @@ class Chat:
         for messages in conversations:
             roles = tuple(m["role"] for m in messages)
             if roles not in self._runs:
-                self._runs[roles] = self._split(self._render(roles, True))
+                self._runs[roles] = self._split(self._render(roles, True) + self._answer_header)
             wholes.append([])
             for i, run in enumerate(self._runs[roles]):  # text, control token, text, ..., text
                 if i % 2:
@@ -160,7 +185,48 @@ class Chat:
         encoded = self._encode_all([(self._lead + text + self._trail, self._header_end) for text in texts])
         return [[*ids, self.end_id] for ids in encoded]
 
+    def answer_of(self, text: str, token_ids: list[int], finish: str, stop: Iterable[str] = ()) -> tuple[str, str]:
+        """(text, finish) of a drawn text without the thoughts in front of it; "length" where one has no end.
+
+        `token_ids` and `stop`, its stop strings, count where the tags of a thought are tokens that no text shows.
+        """
+        shown = text
+        if self._opens_hidden.intersection(token_ids):
+            ids = token_ids[: len(token_ids) - (finish == "eos")]
+            shown = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        answer, ended = without_thought(shown)
+        if shown is not text:
+            for name in self._hidden:
+                answer = answer.replace(name, "")
+            for end in stop:
+                answer = answer.split(end)[0]
+        return (answer, finish) if ended and (answer or not text) else ("", finish if finish == "error" else "length")
+
     # -- the template --------------------------------------------------------------------------------------
+
+    def _close_thought(self, header: str, around: str) -> str:
+        """The generation prompt, with what must follow it so that an answer does; kept in `_answer_header`.
+
+        around: what the template writes in front of an answer of a finished conversation.
+        """
+        more = around.removeprefix(header) if around.startswith(header) else ""
+        if more.strip():  # gpt-oss' final channel; the end of the thought that Qwen3's opens
+            self._answer_header = more
+        opening = open_thought((header + self._answer_header).rpartition(SENTINEL.format(0))[2])
+        if opening and not (closing := closing_of(opening)):
+            raise UserError(
+                f"the chat template of {self.name} opens a thought, {opening}, and nothing is known to end it",
+                "set a chat_template without it in the model's folder, or take the model without thoughts",
+            )
+        if opening:
+            # As models are trained to skip it: <think>, an empty line, </think>, an empty line; control tokens alone.
+            gap = "" if "|" in opening or opening.startswith("[") else "\n"
+            self._answer_header += gap * (2 - header.endswith("\n")) + closing + 2 * gap
+        if self._answer_header:
+            self.notes.append(
+                f"chat template: the prompt ends in {self._answer_header!r}, so that no thought is written"
+            )
+        return header + self._answer_header
 
     def _render(self, roles: tuple[str, ...], header: bool) -> str:
         """The template's text with a sentinel for each content."""
@@ -169,7 +235,7 @@ class Chat:
         messages = [{"role": role, "content": SENTINEL.format(i)} for i, role in enumerate(roles)]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=header, **TEMPLATE_OPTIONS
+                messages, tokenize=False, add_generation_prompt=header, chat_template=self._template, **TEMPLATE_OPTIONS
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"the chat template of {self.name} refuses the roles {', '.join(roles)}: {error}") from None
@@ -181,6 +247,19 @@ class Chat:
                     "set a plain chat_template in the model's folder",
                 )
         return text
+
+    def _dated(self, template: str) -> str:
+        """The template with a date in place of each call of the clock."""
+        dated = CLOCK.sub(lambda match: json.dumps(TODAY.strftime(match[2])), template)
+        if "strftime_now(" in dated:
+            raise UserError(
+                f"the chat template of {self.name} prints the date in a way that is not known",
+                "set a chat_template without strftime_now in the model's folder",
+            )
+        if dated != template:
+            self.date = f"{TODAY:%Y-%m-%d}"
+            self.notes.append(f"chat template: it prints the date, which is {self.date} in all stages and runs")
+        return dated
 
     def _control_tokens(self, rendered: str) -> dict[str, int]:
         """Text -> id of all tokens that the tokenizer calls special, and of added tokens that the template writes."""

@@ -9,8 +9,10 @@ penalties are not ours.
 from __future__ import annotations  # transformers loads its classes when they are named: not for a type hint
 
 import importlib.util
+import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,9 @@ def load_model(
     config, source = load_config(name, trust_remote_code), _resolve(name)
     quantize, quantize_why = _choose_quantize(quantize, target, config, name)
     weight_dtype, dtype_why = _choose_dtype(dtype, target)
-    tokenizer = load_tokenizer(name, trust_remote_code)
-    with explained(name):
+    chat = load_chat(name, trust_remote_code)
+    tokenizer = chat.tokenizer
+    with explained(name, own_code=trust_remote_code):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -82,19 +85,23 @@ def load_model(
             output_loading_info=True,
         )
     model, loading = loaded  # loading: which tensors were missing, or not used
-    _check_weights(name, model, tokenizer, loading)
+    _check_weights(name, model, chat, loading, weight_dtype)
+    if type(model).__module__.startswith("transformers_modules"):  # the repository's code may only load
+        with explained(name, own_code=True), torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]], device=target), use_cache=False)
     if quantize == "nf4" and target.type == "cpu":
         _check_rows(name, model)
     model = model.eval().requires_grad_(False)
     if target.type not in ("cuda", "cpu"):
         model = model.to(target)
-    eos = _take_generation_config(model)
+    _drop_generation_config(model, chat.eos_ids)
     context, context_why = context_length(config, tokenizer)
     text_config = config.get_text_config()
     size = f"{text_config.model_type}, {model.num_parameters() / 1e9:.3g}B parameters"
     notes = [
         f"model: {name} ({size}), context {context:,} tokens{context_why}",
         *origin_notes(source),
+        *chat.notes,
         f"device: {device_why}",
         f"dtype: {str(weight_dtype).removeprefix('torch.')} ({dtype_why})",
         f"quantize: {quantize} ({quantize_why})",
@@ -104,14 +111,14 @@ def load_model(
         notes.append(f"warning: {len(unused)} tensors of the files are not used by this model, {unused[0]} for one")
     if adapter and not train:
         notes += _apply(adapter, model, quantize)
-    return LoadedModel(model, tokenizer, Chat(tokenizer, eos), target, weight_dtype, quantize, context, name, notes)
+    return LoadedModel(model, tokenizer, chat, target, weight_dtype, quantize, context, name, notes)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The sizes of the model, without its weights."""
     _quiet()
     source = _resolve(name)
-    with explained(name):
+    with explained(name, own_code=trust_remote_code):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -119,8 +126,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
     """The tokenizer alone."""
     _quiet()
     source = _resolve(name)
-    with explained(name, what="tokenizer"):
+    with explained(name, "tokenizer", own_code=trust_remote_code):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_chat(name: str, trust_remote_code: bool = False) -> Chat:
+    """The tokenizer and its template, with every EOS that the model's files name; without its weights."""
+    tokenizer, source = load_tokenizer(name, trust_remote_code), _resolve(name)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError):  # there is none, or one that transformers refuses for its sampling
+        generation = transformers.GenerationConfig.from_model_config(load_config(name, trust_remote_code))
+    eos = generation.eos_token_id
+    return Chat(tokenizer, [eos] if isinstance(eos, int) else eos or ())
 
 
 def _quiet() -> None:
@@ -160,10 +178,41 @@ def _resolve(name: str) -> str:
     return name
 
 
+def folder_of(name: str) -> Path:
+    """Where the files of a model are; those of a hub id are its snapshot, completed by the small ones."""
+    source = _resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    with explained(name):
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name in DTYPES that most bytes of a folder's safetensors files have."""
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for tensor in (t for name, t in header.items() if name != "__metadata__"):
+            sizes[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    names = {"F32": "float32", "F16": "float16"}
+    return names.get(sizes.most_common(1)[0][0] if sizes else "", "bfloat16")
+
+
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         # With PEFT installed transformers would apply it silently.
         raise UserError(f"{folder} is an adapter", f"--model its base model, --adapter {folder}")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        with explained(str(folder)):
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if missing := [file for file in files if not (folder / file).exists()]:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of its {len(files)} weight files, {missing[0]} for one",
+                "copy or download it again",
+            )
     if not (folder / "config.json").exists():
         found = sorted(folder.glob("*.gguf"))
         hint = f"--model {found[0]}" if found else "a model's folder is what save_pretrained or a download wrote"
@@ -253,21 +302,37 @@ def _nf4(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
 # After loading
 
 
-def _check_weights(
-    name: str, model: Any, tokenizer: transformers.PreTrainedTokenizerBase, loading: dict[str, Any]
-) -> None:
+def _check_weights(name: str, model: Any, chat: Chat, loading: dict[str, Any], dtype: torch.dtype) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{name}: the files hold no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             "is the download complete, and config.json of this model?",
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
+    # An image token above them does no harm (Gemma 3 1B has one): it is never drawn, and no text becomes it.
+    special = {i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    written = chat.encode([{"role": "user", "content": "a"}])
+    largest = max({*chat.tokenizer.get_vocab().values()} - special | set(written))
     if largest >= rows:
         raise UserError(
             f"{name}: the tokenizer has ids up to {largest}, the model only {rows} embeddings",
             "the tokenizer's files are of another model: copy both from the same place",
         )
+    if damaged := _not_finite(model):
+        why = ("holds NaN or infinity", "copy or download it again")
+        if dtype == torch.float16:
+            why = ("holds numbers that are too large for float16", "--dtype bfloat16, or float32")
+        raise UserError(f"{name}: {damaged} {why[0]}", why[1])
+
+
+def _not_finite(model: torch.nn.Module) -> str:
+    """The name of a parameter that holds NaN or infinity, "" = none. Packed 4-bit weights are not looked at."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.dtype in DTYPES.values() and p.numel()]
+    # Both pass on a NaN, and neither adds up to an infinity. One read of the device for all.
+    extremes = torch.stack([torch.stack(p.aminmax()).float() for _, p in parameters])  # [n, 2]
+    return next(
+        (name for (name, _), ok in zip(parameters, extremes.isfinite().all(1).tolist(), strict=True) if not ok), ""
+    )
 
 
 def _check_rows(name: str, model: Any) -> None:
@@ -310,12 +375,16 @@ def embeddings_to_host(model: transformers.PreTrainedModel) -> None:
     model.set_input_embeddings(HostEmbedding(weight if weight.is_meta else weight.cpu()))
 
 
-def _take_generation_config(model: transformers.PreTrainedModel) -> set[int]:
-    """The EOS ids of the generation config, which is then reduced to them: its sampling defaults must not leak in."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    ids = {eos} if isinstance(eos, int) else set(eos or ())
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ids) or None)
-    return ids
+def _drop_generation_config(model: transformers.PreTrainedModel, eos_ids: set[int]) -> None:
+    """Nothing but EOS stays in it: its sampling defaults must not leak in. UserError where the head has no EOS."""
+    ends = sorted(i for i in eos_ids if i < model.config.get_text_config().vocab_size)
+    if not ends:
+        raise UserError(
+            f"{model.name_or_path}: every EOS id ({', '.join(map(str, sorted(eos_ids)))}) is above its vocabulary of"
+            f" {model.config.get_text_config().vocab_size}: no text would end",
+            "the tokenizer or generation_config.json is of another model: copy them from the same place",
+        )
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
 
 
 def context_length(

@@ -20,25 +20,26 @@ from lengthen.sampling.scheduler import Row
 CANDIDATES = 64  # highest logits looked at for a draw; top-k above this (or off) sorts the whole vocabulary
 COLUMNS = 256  # distinct ids per row that the penalty table begins with; it doubles when a text has more
 GREEDY = 1e-5  # temperatures below it are 0, as in vLLM
+NOT_FINITE = -1  # drawn where a logit is NaN or +inf, or all are -inf
 
 
 class Drawer:
     """Draws the next tokens of rows, and holds the penalty table: `seen` [slots, W] int64, a line of ids per slot.
 
-    `vocabulary`: ids from here on are never drawn (padding, which the tokenizer does not know).
+    `unknown`: int64 ids that are never drawn, because the tokenizer does not know them.
     """
 
-    def __init__(self, slots: int, vocabulary: int, eos_ids: set[int], device: torch.device):
-        self.vocabulary, self.eos_ids, self.device = vocabulary, sorted(eos_ids), device
+    def __init__(self, slots: int, unknown: Tensor, eos_ids: set[int], device: torch.device):
+        self.unknown, self.eos_ids, self.device = unknown.to(device), sorted(eos_ids), device
         self.seen = torch.zeros(slots, COLUMNS, dtype=torch.long, device=device)
         self.owners: list[Row | None] = [None] * slots  # whose ids a line has
 
     def draw(self, draws: Sequence[tuple[Row, int]], logits: Tensor) -> list[int]:
         """A token for each (row, drafts before it) from its logits [n, V] fp32, changed in place. A row's are in order.
 
-        One read of the device, at the end.
+        NOT_FINITE where the logits are not. One read of the device, at the end.
         """
-        logits[:, self.vocabulary :] = float("-inf")  # [n, V]
+        logits.index_fill_(1, self.unknown, float("-inf"))  # [n, V]
         settings, counts = [row.request.sampling for row, _ in draws], self._update(draws)
         as_floats = torch.tensor([(s.temperature, s.top_p, s.repetition_penalty) for s in settings], device=self.device)
         as_ints = torch.tensor(
@@ -158,12 +159,14 @@ def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, [n] int64. logits [n, V] fp32, penalised; the others [n], temperature, top_p fp32."""
+    """One token per row, [n] int64, or NOT_FINITE. logits [n, V] fp32, penalised; the others [n], temperature fp32."""
     greedy = (temperature < GREEDY) | (top_k == 1)
     if greedy.all():  # no noise, no sorting
-        return logits.argmax(-1)
+        tokens = logits.argmax(-1)
+        return torch.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), tokens, NOT_FINITE)
     V = logits.shape[1]
     values, ids = top_candidates(logits)
+    finite = values[:, 0].isfinite()  # NaN is the highest of all, to argmax and topk
     scores, kept, whole = keep(values, temperature, top_k, top_p)
     short = ~whole & ~greedy & (values.shape[1] < V)  # rows that need more than the candidates
     tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
@@ -171,7 +174,8 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed
         values, ids = logits[few].sort(descending=True)  # [few, V] each
         scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
         tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
-    return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
+    tokens = torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
+    return torch.where(finite, tokens, NOT_FINITE)
 
 
 def keep(values: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,8 +30,10 @@ from transformers import PreTrainedModel
 
 from kernels.linear_cross_entropy import plain_head
 from lengthen.models.cards import out_of_memory
+from lengthen.models.errors import logits_not_finite
+from lengthen.models.threads import Neighbours
 from lengthen.sampling.cache import BlockTableCache, bytes_per_token
-from lengthen.sampling.draw import Drawer
+from lengthen.sampling.draw import NOT_FINITE, Drawer
 from lengthen.sampling.graphs import DecodeGraphs
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS
@@ -68,7 +70,7 @@ class Sampler:
         lookup: bool = True,
         kv_dtype: torch.dtype | None = None,
     ):
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, set(eos_ids)
+        self.model, self.tokenizer = model, tokenizer
         self.notes: list[str] = []
         self.hook = Hook(model)
         self.device, cuda = self.hook.device, self.hook.device.type == "cuda"
@@ -76,7 +78,10 @@ class Sampler:
         max_rows = max_rows or (256 if cuda else 48)
         chunk, page_tokens = prefill_tokens or (8192 if cuda else 512), page_tokens or (256 if cuda else 64)
         config = model.config.get_text_config()  # of multimodal models the part that writes
-        vocabulary = min(len(tokenizer), config.vocab_size)  # a padded head has ids without a text
+        self.eos_ids = {i for i in eos_ids if i < config.vocab_size}
+        # A padded head, or a vocabulary with holes, has ids without a text: they are never drawn.
+        known = {*tokenizer.get_vocab().values(), *self.eos_ids}
+        unknown = torch.tensor([i for i in range(config.vocab_size) if i not in known], dtype=torch.long)
         context = self._within_rope(context)
 
         # 1) the cache: sized by what is free, and never larger than all rows at full length could fill
@@ -103,12 +108,14 @@ class Sampler:
             special=special,
             drafts=COSTS.get(self.device.type, COSTS["cpu"]) if lookup else None,
         )
-        self.drawer = Drawer(max_rows, vocabulary, self.eos_ids, self.device)
+        self.drawer = Drawer(max_rows, unknown, self.eos_ids, self.device)
         self.stopping = Stopping(tokenizer, self.eos_ids)
         self.graphs: DecodeGraphs | None = None
         if isinstance(self.cache, BlockTableCache):
-            size = {"rows": max_rows, "context": self.context, "vocabulary": vocabulary}
-            self.graphs = DecodeGraphs(self.hook, self.cache, **size, eos_ids=self.eos_ids, notes=self.notes)
+            size = {"rows": max_rows, "context": self.context}
+            self.graphs = DecodeGraphs(
+                self.hook, self.cache, **size, unknown=unknown, eos_ids=self.eos_ids, notes=self.notes
+            )
 
         # 3) scores, and how fast it all is
         head, why = plain_head(model)
@@ -119,6 +126,7 @@ class Sampler:
         self.stats = self.scheduler.stats  # one set of counts for people
         self.stats["seconds"] = 0.0
         self.meter, self.weight_bytes = Meter(), weight_bytes(model)  # bytes that every pass reads
+        self.neighbours = Neighbours()
 
     def __enter__(self) -> "Sampler":
         return self
@@ -129,6 +137,7 @@ class Sampler:
     def close(self) -> None:
         """Gives the memory of keys and values and of the weights' copies back."""
         self.hook.replaced.clear()
+        self.neighbours.close()
         self.graphs = None  # they hold buffers, and the memory of their captures
         self.scheduler.prefixes.close()
         self.cache.close()
@@ -181,7 +190,10 @@ class Sampler:
         pairs: (prompt ids, continuation ids). Returns one fp32 tensor [len(continuation)] on the CPU per pair. Pairs
         that differ in their last token only (a judge's yes and no) share one pass. Also while `run` is being read.
         """
-        return self.scores.logprobs(pairs, self._forward)
+        values = self.scores.logprobs(pairs, self._forward)
+        if any(x.isnan().any() for x in values):
+            raise logits_not_finite(self.model)
+        return values
 
     def progress(self) -> Progress:
         """Where it stands."""
@@ -203,6 +215,7 @@ class Sampler:
 
     def step(self) -> None:
         """One step, timed: seconds, bytes that had to be read, tokens written."""
+        self.neighbours.look()
         began, steps, tokens = time.perf_counter(), self.stats["steps"], self.stats["decode_tokens"]
         rows = self._step()
         seconds = time.perf_counter() - began
@@ -227,6 +240,8 @@ class Sampler:
         step.mark_computed()
         self.stats["steps"] += 1  # a forward pass
         tokens = self.drawer.draw(draws, logits) if draws else []
+        if NOT_FINITE in tokens:
+            raise logits_not_finite(self.model)
         for i, (row, drafts) in enumerate(draws):
             if not drafts:  # the first of the row's draws: with it those after its drafts
                 self._advance(row, tokens[i : i + 1 + len(row.draft)])

@@ -61,8 +61,8 @@ def buckets(rows: int) -> list[int]:
 class DecodeGraphs:
     """Bursts of decoding steps for up to `rows` texts in pages of `cache`.
 
-    `context`: most tokens of a text. `vocabulary`: ids from here on are never drawn. `eos_ids` are not drawn before a
-    row's `min_new_tokens`. Lines for people are appended to `notes`.
+    `context`: most tokens of a text. `unknown`: int64 ids that are never drawn. `eos_ids` are not drawn before a row's
+    `min_new_tokens`. Lines for people are appended to `notes`.
     """
 
     def __init__(
@@ -72,13 +72,14 @@ class DecodeGraphs:
         *,
         rows: int,
         context: int,
-        vocabulary: int,
+        unknown: Tensor,
         eos_ids: set[int],
         notes: list[str],
         steps: int = STEPS,
     ):
-        self.hook, self.cache, self.rows, self.steps, self.vocabulary = hook, cache, rows, steps, vocabulary
+        self.hook, self.cache, self.rows, self.steps = hook, cache, rows, steps
         self.device = cache.device
+        self.unknown = unknown.to(self.device)
         self.width = hook.model.config.get_text_config().vocab_size  # of the logits
         new = partial(torch.zeros, device=self.device)
         # token, position, end, written, least, seed, top_k, line: see _step
@@ -88,8 +89,7 @@ class DecodeGraphs:
         self.seen = new(rows + 1, self.width, dtype=torch.bool)  # the last is that of rows in excess
         self.out, self.step = new(steps, rows, dtype=torch.long), new(1, dtype=torch.long)
         self.every = torch.arange(rows, device=self.device)
-        ends = [token for token in sorted(eos_ids) if token < self.width]
-        self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
+        self.ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self.marked: dict[int, tuple[Row, int]] = {}  # slot -> whose ids, and how many of them, its mask has
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool: Any = None  # of the memory that all graphs use in turn
@@ -292,7 +292,7 @@ class DecodeGraphs:
         logits = self.hook.forward(batch, token, position, self.every[:size]).float()
 
         # 2) what must not be drawn, and the repetition penalty: as draw.Drawer and draw.penalise
-        logits[:, self.vocabulary :].fill_(float("-inf"))
+        logits.index_fill_(1, self.unknown, float("-inf"))
         ends = logits.index_select(1, self.ends).masked_fill((written < least)[:, None], float("-inf"))
         logits.index_copy_(1, self.ends, ends)
         factor = penalty[:, None]  # [size, 1]
@@ -305,10 +305,9 @@ class DecodeGraphs:
         scores, kept, whole = keep(values, temperature, top_k, top_p)
         drawn = ids.gather(1, race(scores, kept, ids, seeds, written))[:, 0]
         drawn = torch.where(greedy, logits.argmax(-1), drawn)
+        short = active & ~values[:, 0].isfinite()  # `Drawer` draws it again, and says what is wrong
         if values.shape[1] < self.width:
-            short = active & ~whole & ~greedy
-        else:
-            short = torch.zeros_like(active)
+            short |= active & ~whole & ~greedy
 
         # 4) the next step's input
         self.out[:, :size].index_copy_(0, self.step, torch.where(short, -1, drawn)[None])

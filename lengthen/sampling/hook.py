@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from lengthen.models.errors import logits_not_finite
 from lengthen.models.flash import dense
 from lengthen.records import UserError
 from lengthen.sampling import cpu_layer
@@ -146,6 +147,8 @@ class Hook:
         every = torch.arange(PROBE, device=self.device)
         ids = (every * 7919 + 11) % config.vocab_size  # spread over the vocabulary, all different
         own = self.model(input_ids=ids[None], use_cache=False).logits[0]  # [PROBE, V]
+        if not own.amax(-1).isfinite().all():  # one that masks a token by -inf is served
+            raise logits_not_finite(self.model)
         batch = ProbeBatch()  # no pages yet: their shapes are what it finds out
         try:
             packed = self.forward(batch, ids, every, every)

@@ -30,6 +30,14 @@ _NOT_ENGLISH = frozenset(
     "el los las del y en por para con una su como más pero es lo al "
     "il di che per non della dei gli sono nel o os um uma não com do da dos das em mais se".split()
 )
+# What prompts in these languages begin with: a short one may have no other word that tells.
+_REQUESTS = frozenset(
+    "écris écrivez écrire rédige rédigez décris décrivez explique expliquez raconte racontez "
+    "schreib schreibe schreiben verfasse verfassen erkläre beschreibe erzähle "
+    "escribe escriba escribir redacta explica cuéntame cuenta escreva explique descreva conte "
+    "scrivi scrivere spiega descrivi racconta schrijf beschrijf skriv beskriv napisz opisz yaz tulis tuliskan buatlah "
+    "kirjoita napiš írj scrie hãy viết".split()
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words and language
@@ -85,7 +93,7 @@ def detect_language(text: str) -> str:
     if len(latin) > half:
         counts = Counter(word.lower() for word in latin)
         english = sum(counts[word] for word in _ENGLISH)
-        foreign = sum(counts[word] for word in _NOT_ENGLISH)
+        foreign = sum(counts[word] for word in _NOT_ENGLISH) + 2 * sum(counts[word] for word in _REQUESTS)
         return "en" if foreign <= max(english, 1) else ""
     return ""
 

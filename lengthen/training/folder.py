@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
-from lengthen.records import Appender, UserError, read_jsonl, replace_file
+from lengthen.reading import numbered_lines
+from lengthen.records import Appender, UserError, replace_file
 from lengthen.training.pairs import NAME as PAIRS
 from lengthen.training.parallel import Processes
 
@@ -114,7 +115,7 @@ class TrainingFolder(OneWriter):
         if self.writes:
             Appender(path).close()  # cuts a torn last line
         size = path.stat().st_size if path.exists() else 0
-        entries = [e for e in read_jsonl(path, needs=()) if e["step"] <= steps_done] if size else []
+        entries = [e for _, e in numbered_lines(path) if e["step"] <= steps_done] if size else []
         if self.writes:
             replace_file(path, "".join(json.dumps(e) + "\n" for e in entries))
             self.log_file = Appender(path)

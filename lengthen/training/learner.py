@@ -8,7 +8,8 @@ import torch
 from lengthen import cli
 from lengthen.cli import ModelFlags
 from lengthen.models import lora
-from lengthen.models.loading import embeddings_to_host, load_model
+from lengthen.models.export import merge_to
+from lengthen.models.loading import embeddings_to_host, folder_of, load_model, stored_dtype
 from lengthen.records import UserError
 from lengthen.training.packed import Abilities, examine
 from lengthen.training.parallel import Processes
@@ -56,7 +57,7 @@ def prepare(training: Training, longest: int, processes: Processes) -> tuple[Lea
     nf4 = loaded.quantize == "nf4"
     memory = memory_of(shape, training.memory, bits, model, abilities, longest, processes, nf4=nf4)
     parameters = lora.lora_parameters(model)
-    for line in abilities.notes:
+    for line in [*abilities.notes, *filter(None, [lora.out_of_reach(model)])]:
         cli.say(line)
     need = memory.budget.card_bytes(memory.choice(longest), longest)
     cli.say(
@@ -84,14 +85,18 @@ def adamw(parameters: list[torch.nn.Parameter], rate: float, bits: int) -> Any:
 
 
 def write_merged(flags: ModelFlags, adapter: str, folder: str) -> None:
-    """The adapter merged into the unquantised base model, read afresh: never into rounded 4-bit weights."""
+    """The adapter merged into the unquantised base model, read afresh: never into rounded 4-bit weights.
+
+    In the dtype of the base's files, whatever it was trained in.
+    """
+    base = folder_of(flags.model)
     cli.say(f"merging into {folder}")
     merged = load_model(
         flags.model,
         adapter=adapter,
         device="cpu",
-        dtype=flags.dtype,
+        dtype=stored_dtype(base),
         quantize="none",
         trust_remote_code=flags.trust_remote_code,
     )
-    lora.merge_to(merged.model, merged.tokenizer, folder)
+    merge_to(merged.model, base, folder)

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
-from lengthen.records import LowYield, each_record, language_of, no_room, to_line
+from lengthen.reading import each_record
+from lengthen.records import LowYield, no_room, to_line
 from lengthen.text.words import count_words
 from lengthen.training.parallel import Processes
 
@@ -190,8 +191,7 @@ def encode_pairs(
 def records_of(paths: Iterable[str], needs: Iterable[str], language: str) -> Iterator[dict]:
     """The records of all files, in the wanted language; `language` is detected where a user's file has none."""
     seen = wanted = 0
-    for record in (record for path in paths for record in each_record(path, needs)):
-        record["language"] = language_of(record, record["prompt"])
+    for record in (record for path in paths for record in each_record(path, needs, spoken=("prompt", "response"))):
         seen += 1
         if language in ("both", record["language"]):
             wanted += 1
