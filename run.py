@@ -46,7 +46,7 @@ from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
-from lengthen.steps import ROOT, Step, as_shell, execute, moved
+from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
@@ -78,6 +78,7 @@ class LoopFlags:
         "continue = the adapter of the iteration before learns the new pairs; restart = a new one learns all pairs",
         choices=("continue", "restart"),
     )
+    train_launcher: str = flag("python", 'what starts train.py; for several GPUs "torchrun --nproc-per-node 8"')
     evaluate: str = flag("all", "which models; ends = only the base and the final one", choices=("all", "ends"))
     controls: list[str] = flag(
         [],
@@ -225,7 +226,8 @@ def make_step(own: Settings, part: str, stage: str, decided: dict[str, Any]) -> 
     shared = {k: v for k, v in own.shared.items() if k not in left_out}
     # `decided` twice: it stands before the user's flags on the command line, and wins where both name one.
     settings = {**shared, **decided, **own.stages[stage], **decided, "output": f"{own.loop.run}/{part}{file}"}
-    return Step(part, f"{spec.command[-1].removesuffix('.py')} {role}".strip(), spec.command, settings)
+    name, launcher = f"{spec.command[-1].removesuffix('.py')} {role}".strip(), own.loop.train_launcher
+    return Step(part, name, spec.command, settings, launcher=launcher if stage == "train" else "python")
 
 
 def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
@@ -423,6 +425,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1) what will be done
     steps = plan(own)
+    launched(own.loop.train_launcher)  # a mistake in it is found now, not after hours of sampling
     if left_out := sorted(set(own.loop.controls) - {step.control for step in steps}):
         cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
     if own.loop.dry_run:

@@ -138,6 +138,7 @@ class Servers:
         self.waiting: list[tuple[float, int, _Item]] = []
         self.replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self.pending = self.again = 0  # requests without a reply; tries that failed
+        self.over: Exception | None = None  # why nothing is asked any more
         self._order = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -231,6 +232,8 @@ class Servers:
         return task
 
     def _push(self, item: _Item) -> None:
+        if self.over:
+            return item.done(self.over)
         if not self.waiting and not any(server.calls for server in self.servers):
             for server in self.servers:  # it was idle: nobody could have been heard
                 server.heard = time.monotonic()
@@ -356,9 +359,9 @@ class Servers:
         import openai
 
         try:
-            await call.client.get(f"{call.server.root}/health", cast_to=object, options={"timeout": self.silence})
+            await call.client.get(f"{call.server.root}/health", cast_to=object)
         except openai.NotFoundError:
-            await call.client.get("/models", cast_to=object, options={"timeout": self.silence})
+            await call.client.get("/models", cast_to=object)
 
     async def _greet(self, server: Server) -> None:
         if self.greet:
@@ -403,13 +406,11 @@ class Servers:
 
     def _give_up(self, error: Exception) -> None:
         """Tell everybody who waits."""
-        waiting, self.waiting = self.waiting, []
-        for server in self.servers:
-            server.resting = True
+        self.over = error
         self.replies.put(("", error))
-        for _, _, item in waiting:
-            if item.rank == float("-inf"):
-                item.done(error)
+        for _, _, item in self.waiting:
+            item.done(error)
+        self.waiting.clear()
 
     def clean(self, text: str) -> str:
         """A server's words without our key, should it write it back."""

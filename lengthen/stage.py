@@ -92,17 +92,10 @@ def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[V
         max_rows=stage.sampling.max_rows,
         kv_dtype=FP8 if stage.sampling.kv_cache == "fp8" else None,
     )
-<<<<<<< HEAD
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize)
+    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize, date=loaded.chat.date)
     if sampler.hook.replaced:  # a CPU's: sums are rounded in their order
         job.update_info(layouts=recorded())
-    recipe = ", ".join(f"{name} {value}" for name, value in stage.sampling.recipe().items())
-    for line in [*loaded.notes, *sampler.notes, f"sampling: {recipe}, seed {stage.out.seed}"]:
-        cli.say(line)
-=======
-    job.update_info(device=str(loaded.device), dtype=str(loaded.dtype), quantize=loaded.quantize, date=loaded.chat.date)
     say_settings(stage, [*loaded.notes, *sampler.notes])
->>>>>>> main
     return loaded, sampler
 
 

@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lengthen import cli
-from lengthen.records import no_room
+from lengthen.records import UserError, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_WIDTH = 116  # columns of a line in a shell script, before the backslash
@@ -40,6 +41,9 @@ class Step:
     command: tuple[str, ...]  # script and subcommand: ("generate.py", "responses")
     settings: dict[str, Any]  # its flags, `output` among them: {"model": "smollm2", "max_new_tokens": 360, ...}
     control: str = ""  # the control it belongs to; the method itself has none
+    launcher: str = (
+        "python"  # what starts the script: "torchrun --nproc-per-node 8" for a training in several processes
+    )
 
     @property
     def output(self) -> str:
@@ -100,7 +104,7 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
     for before, step in zip([None, *steps], steps, strict=False):
         if before is None or heading(before) != heading(step):
             lines.append(f"# {heading(step)}")
-        line = f"python {' '.join(step.command)}"
+        line = f"{step.launcher} {' '.join(step.command)}"
         for name, value in step.settings.items():
             text = " ".join(map(word, flag_words(name, value)))
             if text and len(line) + len(text) > SHELL_WIDTH:
@@ -131,7 +135,7 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
             if step.control in ended:
                 continue
             cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-            cli.say(f"$ python {shlex.join(command_of(step))}")
+            cli.say(f"$ {step.launcher} {shlex.join(command_of(step))}")
             if (result := run_step(step, log)) is None:
                 ended.append(step.control)
             else:
@@ -146,9 +150,9 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
     """
     command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
     # The header is on disk before the stage starts: a run that hangs says in which.
-    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
+    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ {step.launcher} {shlex.join(command)}\n")
     # Looked up when called: tests put a function in its place that runs the stage in this process.
-    code, output = run_command(command, log)
+    code, output = run_command(command, log) if step.launcher == "python" else run_command(command, log, step.launcher)
     keep(log, f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
     if code == 3 and step.control:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
@@ -164,7 +168,20 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
+def launched(launcher: str) -> list[str]:
+    """The words that start a script; a program is also looked for where our interpreter is, environment active or not."""
+    if launcher == "python":
+        return [sys.executable]
+    program, *rest = shlex.split(launcher) or [""]
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if (found := shutil.which(program, path=places)) is None:
+        raise UserError(
+            f"--train-launcher: there is no program {program!r}", '--train-launcher "torchrun --nproc-per-node 8"'
+        )
+    return [found, *rest]
+
+
+def run_command(command: Sequence[str], log: BinaryIO, launcher: str = "python") -> tuple[int, str]:
     """Run a script of ours; (its exit code, its stdout). Its stderr is shown as it comes, its lines are kept in `log`.
 
     Ctrl-C reaches the script by itself: both are in the terminal's foreground. SIGTERM is passed on.
@@ -180,7 +197,7 @@ def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     if os.isatty(theirs):
         tty.setraw(theirs)  # bytes pass as they are: the real terminal does the rest
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        [*launched(launcher), str(ROOT / command[0]), *command[1:]],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": str(cli.console.width)},
         stdout=subprocess.PIPE,

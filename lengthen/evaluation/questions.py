@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lengthen.models.chat import fill
+from lengthen.text.thoughts import without_thought
 
 # The quality criteria of LonGen's evaluation, 1 to 10 each.
 CRITERIA = ("relevance", "coherence", "accuracy", "consistency", "clarity", "creativity", "engagement")
@@ -94,10 +95,6 @@ class JudgeReply:
 # ---------------------------------------------------------------------------------------------------------
 # Verdicts
 
-# Where a thought begins and ends, as reasoning models write it.
-THINK = "think|thinking|thoughts?|reasoning|seed:think"
-THOUGHT = re.compile(rf"<(?:{THINK})>|\[THINK\]|◁think▷|<\|channel\|>(?:analysis|commentary)", re.IGNORECASE)
-THOUGHT_END = re.compile(rf"</(?:{THINK})>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 BRACE = re.compile(r"[{}]")
 # Braces, but not those in strings. (A string has an end to look for: without one, every quote would look to the end.)
 TOKEN = re.compile(r"""[{}]|"(?:[^"\\]|\\.){0,2000}"|(?<=[\s{,:])'(?:[^'\\\n]|\\.){0,2000}'(?=\s*[:,}])""", re.DOTALL)
@@ -151,9 +148,9 @@ def read_verdict(question: Question, text: str, ended: bool = True) -> tuple[dic
     Two different verdicts count as none: one of them may be quoted from the answer. So does a reply that repeats the
     fence: a weak judge copies the prompt, and with it what the answer says about itself.
     """
-    text = THOUGHT_END.split(text)[-1]  # what a reasoning model considers first is not its verdict
-    text, *thought = THOUGHT.split(text, maxsplit=1)
-    if not ended:
+    # What a reasoning model considers first is not its verdict. A template may have begun the thought in the prompt.
+    text, thought_ended = without_thought(text.rpartition("</think>")[2])
+    if not (ended and thought_ended):
         return {}, "unfinished"
     if question.mark in text:
         return {}, "echo"
@@ -164,7 +161,7 @@ def read_verdict(question: Question, text: str, ended: bool = True) -> tuple[dic
         verdicts = [v for c in candidates if word in c.lower() and (v := read(parsed(c)))]
         if verdicts:
             return (verdicts[0], "") if all(v == verdicts[0] for v in verdicts) else ({}, "several-verdicts")
-    return {}, "unfinished" if thought else "out-of-form" if candidates else "no-json"
+    return {}, "out-of-form" if candidates else "no-json"
 
 
 def read_scores(candidate: dict) -> dict:
