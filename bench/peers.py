@@ -190,7 +190,9 @@ class OpenVino:
             tool, task = Path(sys.executable).parent / "optimum-cli", "text-generation-with-past"
             export = [tool, "export", "openvino", "--model", setup["folder"], "--task", task]
             export += ["--weight-format", weights, folder]
-            subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run(export, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
         properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads()} if threads() else {}
         if weights == "fp32":
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

@@ -15,15 +15,15 @@ the longest T that trains, by bisection to 2 %. The methods:
     the same + Liger     with Liger's kernels patched in, its fused loss among them
     Unsloth              needs real files: --unsloth-model FOLDER of that shape; skipped without
 
-On a CPU: fp32, both in one process, one step each in turn, each first every other time; medians, quartiles, and the
-median of the turns' ratios: what slows a shared machine for minutes slows both of a turn.
-The table goes to stderr, the same data as one JSON line to stdout. No GPU has run this yet.
+On a CPU: fp32, each in a process of its own with its own defaults, one step each in turn, each first every other time;
+medians, quartiles, and the median of the turns' ratios: what slows a shared machine for minutes slows both of a turn.
+The table goes to stderr, the same data as one JSON line to stdout; --save keeps it (harness.py). No GPU has run this
+yet.
 """
 
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,8 +32,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import harness
+
+# isort: split
+if "--worker" in sys.argv and "ours" not in sys.argv:
+    import torch  # before lengthen, which sets how OpenMP's threads wait: another's process keeps its own defaults
+
+# isort: split
+import lengthen  # noqa: F401  before torch
 
 # isort: split
 import torch
@@ -287,40 +294,49 @@ def missing(method: str, args: argparse.Namespace) -> str:
     return "" if method != "Unsloth" or args.unsloth_model else "--unsloth-model FOLDER"
 
 
-def on_cpu(args: argparse.Namespace) -> list[dict]:
-    """Ours and PEFT's in turns: what else the machine does meets both."""
-    rows = []
+def cpu_stepper(method: str, shape: str, longest: int) -> Callable[..., dict]:
+    """What answers the requests of `on_cpu`: a step over one sample of so many tokens."""
+    if shape == "SmolLM2-135M":
+        model = load_model("smollm2", device="cpu", train=True).model
+    else:
+        model = random_model(shape, torch.device("cpu"), nf4=False)
+    rank, vocab = 8, model.config.vocab_size
+    if method == "ours":
+        step = ours(model, rank, 0.0, longest)
+    else:
+        model.set_attn_implementation("sdpa")
+        step = with_peft(model, rank, checkpointing=False)
+
+    def answer(tokens: int) -> dict:
+        pairs = [sample(tokens, vocab)]
+        return {"seconds": seconds(lambda: step(pairs), "cpu")}
+
+    return answer
+
+
+def on_cpu(args: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
+    """Ours and PEFT's in turns: what else the machine does meets both. -> (lines of the table, all seconds)"""
+    lines, figures = [], []
     for shape in args.shapes:
-        if shape == "SmolLM2-135M":
-            models = [load_model("smollm2", device="cpu", train=True).model for _ in range(2)]
-        else:
-            models = [random_model(shape, torch.device("cpu"), nf4=False) for _ in range(2)]
-        models[1].set_attn_implementation("sdpa")
-        rank, vocab = 8, models[0].config.vocab_size
-        steps = {"ours": ours(models[0], rank, 0.0, max(args.tokens)), METHODS[1]: with_peft(models[1], rank, False)}
+        command = [sys.executable, __file__, "--device", "cpu", "--shapes", shape, "--tokens", *map(str, args.tokens)]
+        engines = {name: harness.Engine([*command, "--worker", name]) for name in METHODS[:2]}
         for tokens in args.tokens:
-            pairs = [sample(tokens, vocab)]
-            times: dict[str, list[float]] = {name: [] for name in steps}
+            times: dict[str, list[float]] = {name: [] for name in engines}
             for repeat in range(args.repeats + 1):
-                for name, step in list(steps.items())[:: -1 if repeat % 2 else 1]:
-                    took = seconds(lambda step=step, pairs=pairs: step(pairs), "cpu")
+                for name, engine in list(engines.items())[:: -1 if repeat % 2 else 1]:
+                    took = engine(tokens=tokens)["seconds"]
                     if repeat:  # the first is a warm-up
                         times[name].append(took)
-            medians = {name: statistics.median(some) for name, some in times.items()}
-            print(f"\n{shape}, fp32, rank {rank}, samples of {tokens:,} tokens, {args.repeats} steps", file=sys.stderr)
+            ratios = [theirs / own for own, theirs in zip(*times.values(), strict=True)]
             for name, some in times.items():
                 quartiles = statistics.quantiles(some, n=4) if len(some) > 1 else [some[0]] * 3
-                speeds = [tokens / t for t in quartiles[::-1]]
-                rows.append(
-                    {"shape": shape, "method": name, "tokens": tokens, "tokens_per_second": tokens / medians[name]}
-                )
-                rows[-1]["quartiles"] = speeds
-                print(f"{name:30}{speeds[1]:9.1f} tokens/s ({speeds[0]:.1f} to {speeds[2]:.1f})", file=sys.stderr)
-            ratios = [theirs / own for own, theirs in zip(*times.values(), strict=True)]
-            ratio = statistics.median(ratios)
-            rows[-2]["ratio"] = round(ratio, 3)
-            print(f"{'ours / theirs':30}{ratio:9.2f} ({min(ratios):.2f} to {max(ratios):.2f})", file=sys.stderr)
-    return rows
+                low, middle, high = (tokens / t for t in quartiles[::-1])
+                faster = "" if name == "ours" else harness.spread(ratios)
+                lines.append([name, shape, f"{tokens:,}", f"{middle:.1f} ({low:.1f} to {high:.1f})", faster])
+            figures.append({"shape": shape, "tokens": tokens, "seconds": times})
+        for engine in engines.values():
+            engine.close()
+    return lines, figures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -336,6 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--unsloth-model", default="", help="folder with weights of that shape, for Unsloth")
     p.add_argument("--worker", default="", choices=["", *METHODS], help="used by the script itself")
+    harness.add_save(p)
     args = p.parse_args(argv)
     args.shapes = args.shapes or (["SmolLM2-135M"] if args.device == "cpu" else ["Qwen2.5-7B", "Llama-3.1-8B"])
     args.tokens = args.tokens or (LENGTHS if args.device == "cuda" else [1024])
@@ -344,16 +361,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.worker:
+    if args.worker and args.device == "cpu":
+        harness.serve(lambda: cpu_stepper(args.worker, args.shapes[0], max(args.tokens)))
+    elif args.worker:
         work(args)
-        return
-    if args.device == "cuda" and not torch.cuda.is_available():
+    elif args.device == "cpu":
+        lines, figures = on_cpu(args)
+        columns = ["", "model", "tokens of a sample", "tokens/s (quartiles)", "ours is faster by"]
+        harness.finish("training", argv, args.save, [harness.table("steps", columns, lines)], {"runs": figures})
+    elif torch.cuda.is_available():
+        columns = ["", "shape", "tokens", "tokens/s", "peak GB", "longest row", "settings"]
+        keys = ("method", "shape", "tokens", "tokens_per_second", "peak_gb", "longest", "settings")
+        rows = on_gpu(args)
+        lines = [[str(row.get(key, "")) for key in keys] for row in rows]
+        harness.finish("training", argv, args.save, [harness.table("steps", columns, lines)], {"rows": rows})
+    else:
         sys.exit("no CUDA device: --device cpu")
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or 'CPU'}"
-    machine += "" if args.device == "cuda" else f", {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}", file=sys.stderr)
-    rows = on_gpu(args) if args.device == "cuda" else on_cpu(args)
-    print(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -131,12 +131,14 @@ class Servers:
         down_after: float = 600.0,
         tries: int = 5,
         greet: Ask | None = None,
+        key_name: str = "LENGTHEN_ENDPOINT_KEY",
     ):
-        self._key, self.greet = key, greet
+        self._key, self.key_name, self.greet = key, key_name, greet
         self.at_once, self.silence, self.down_after, self.tries = at_once, silence, down_after, tries
         self.waiting: list[tuple[float, int, _Item]] = []
         self.replies: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self.pending = self.again = 0  # requests without a reply; tries that failed
+        self.over: Exception | None = None  # why nothing is asked any more
         self._order = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -230,6 +232,8 @@ class Servers:
         return task
 
     def _push(self, item: _Item) -> None:
+        if self.over:
+            return item.done(self.over)
         if not self.waiting and not any(server.calls for server in self.servers):
             for server in self.servers:  # it was idle: nobody could have been heard
                 server.heard = time.monotonic()
@@ -312,7 +316,10 @@ class Servers:
             return Failure(words) if code >= 500 or code in AGAIN else Unanswered(words, code, words)
         code = error.status_code
         if code in (401, 403):  # its words may quote a part of the key
-            return UserError(f"{server.url} {'refuses the key' if self._key else 'asks for a key'} (HTTP {code})")
+            what = "refuses the key" if self._key else "asks for a key"
+            return UserError(
+                f"{server.url} {what} (HTTP {code})", f"export {self.key_name}=…, and the same command again"
+            )
         if 300 <= code < 400 or code in (404, 405):
             where = self.clean(error.response.headers.get("Location") or "")
             hint = f"it points to {where}" if where else "check the address (it often ends in /v1) and the model's name"
@@ -352,9 +359,9 @@ class Servers:
         import openai
 
         try:
-            await call.client.get(f"{call.server.root}/health", cast_to=object, options={"timeout": self.silence})
+            await call.client.get(f"{call.server.root}/health", cast_to=object)
         except openai.NotFoundError:
-            await call.client.get("/models", cast_to=object, options={"timeout": self.silence})
+            await call.client.get("/models", cast_to=object)
 
     async def _greet(self, server: Server) -> None:
         if self.greet:
@@ -399,13 +406,11 @@ class Servers:
 
     def _give_up(self, error: Exception) -> None:
         """Tell everybody who waits."""
-        waiting, self.waiting = self.waiting, []
-        for server in self.servers:
-            server.resting = True
+        self.over = error
         self.replies.put(("", error))
-        for _, _, item in waiting:
-            if item.rank == float("-inf"):
-                item.done(error)
+        for _, _, item in self.waiting:
+            item.done(error)
+        self.waiting.clear()
 
     def clean(self, text: str) -> str:
         """A server's words without our key, should it write it back."""

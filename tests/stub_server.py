@@ -35,9 +35,10 @@ class Stub:
         port: int = 0,
         context: int = 4096,
         loads: int = 200,
+        kind: str = "stub",
     ):
         self.write, self.fault, self.lacks, self.delay, self.port = write, fault, lacks, delay, port
-        self.context, self.loads = context, loads
+        self.context, self.loads, self.kind = context, loads, kind
         self.tokenizer = tiny_tokenizer()
         self.known_adapters: dict[str, str] = {}
         self.requests: list[dict] = []  # bodies of the streamed ones
@@ -160,7 +161,7 @@ class Stub:
             case "/version":
                 return 200, {"version": "0.0"}
             case "/v1/models":
-                model = {"id": "base", "owned_by": "stub", "max_model_len": self.context}
+                model = {"id": "base", "owned_by": self.kind, "max_model_len": self.context}
                 return 200, {"data": [{"id": "other", "parent": "base"}, model]}
             case "/tokenize":
                 ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)

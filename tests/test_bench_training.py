@@ -22,13 +22,31 @@ def test_the_cpu_table_has_both_and_the_ratio_of_their_turns(monkeypatch, capsys
     """A machine that grows slower from turn to turn: only steps of one turn are compared."""
     bench = load("training")
     script = iter((9, 9, 3, 1, 10, 20, 50, 10))  # a warm-up; theirs, ours; ours, theirs; theirs, ours
-    monkeypatch.setattr(bench, "seconds", lambda work, device: work() and next(script))
+
+    class Engine:
+        def __init__(self, command):
+            pass
+
+        def __call__(self, tokens):
+            return {"seconds": next(script)}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(bench.harness, "Engine", Engine)
     bench.main(["--device", "cpu", "--shapes", "tiny", "--tokens", "48", "--repeats", "3"])
-    out, err = capsys.readouterr()
-    ours, theirs = json.loads(out)["rows"]
-    assert ours["ratio"] == 3 and "3.00 (2.00 to 5.00)" in err  # the ratio of the medians is 2
-    assert (ours["tokens_per_second"], theirs["tokens_per_second"]) == (48 / 10, 48 / 20)
-    assert "ours / theirs" in err and theirs["method"] == "transformers + PEFT"
+    result = json.loads(capsys.readouterr().out)
+    ours, theirs = result["tables"][0]["rows"]
+    assert theirs[-1] == "3.00 (2.00 to 5.00)"  # the ratio of the medians is 2
+    assert (ours[3].split()[0], theirs[3].split()[0]) == ("4.8", "2.4") and theirs[0] == "transformers + PEFT"
+
+
+def test_both_are_processes_that_train(capsys):
+    """The real thing on a tiny model."""
+    bench = load("training")
+    bench.main(["--device", "cpu", "--shapes", "tiny", "--tokens", "48", "--repeats", "1"])
+    (run,) = json.loads(capsys.readouterr().out)["figures"]["runs"]
+    assert [len(some) for some in run["seconds"].values()] == [1, 1]
 
 
 def test_random_nf4_weights_train_as_any_model_does():

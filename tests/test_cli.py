@@ -153,8 +153,29 @@ def test_on_a_narrow_terminal_the_note_is_cut_and_not_the_count(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(cli, "console", Console(file=shown, width=80, force_terminal=True, color_system=None))
     with cli.progress("instructions", total=5000) as ticker:
-        ticker.update(134, "8 accepted, 134 draws, 3201 tok/s = 8% of memory speed, 46 rows, KV 17%, ~4 s left")
+        ticker.update(134, "8 accepted, 134 texts written, 3201 tokens/s (8% of the memory's speed)")
     assert "134/5000" in shown.getvalue() and "8 accepted" in shown.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_texts_are_shown_side_by_side_on_a_terminal_and_line_by_line_elsewhere(monkeypatch, terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=shown, width=80, force_terminal=terminal, color_system=None))
+    long = "[b]long[/b] " + "word " * 200
+    cli.show_texts([("draft, 2 words", "A\n\nbell\x07."), ("extension, 201 words", long)])
+    lines = shown.getvalue().splitlines()
+    assert len(long) > 3 * cli.OPENING / 2 and "[…]" in shown.getvalue() and "\x07" not in shown.getvalue()
+    if terminal:
+        assert any("draft, 2 words" in line and "extension, 201 words" in line for line in lines)
+        assert any("A bell\\x07." in line and "[b]long[/b] word" in line for line in lines)
+    else:
+        assert lines[0] == "  draft, 2 words: A bell\\x07." and "  extension, 201 words: [b]long[/b]" in lines[1]
+
+
+def test_an_opening_ends_with_a_word_if_there_is_one():
+    assert cli.opening("a b\n\nc") == "a b c"
+    assert cli.opening("word " * 100) == ("word " * 64).strip() + " […]" and cli.OPENING == 320
+    assert cli.opening("字" * 400) == "字" * 320 + " […]"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -196,6 +196,16 @@ def test_a_job_without_gain_is_rejected_with_its_last_reason():
     assert record["finish"] == "" and record["attempt"] == -1
 
 
+def test_people_see_the_extension_beside_its_draft():
+    job = extend.Extension(draft_record(initial=prose(1, 40)), extend.ExtendFlags(rounds=1))
+    play(job, sample(prose(2, 60)), sample(prose(3, 60)))
+    record, reason = job.outcome()
+    draft, extension = job.to_show()
+    assert not reason and draft == (f"draft, {record['initial_words']} words", record["initial"])
+    gain = f"{record['response_words'] / record['initial_words']:.2f} times as long"
+    assert extension == (f"extension, {record['response_words']} words, {gain}", record["response"])
+
+
 def test_a_draft_that_does_not_fit_is_given_up_at_once_a_prefix_is_not():
     job = extend.Extension(draft_record(), RULES)
     play(job, sample("", "error"))

@@ -121,15 +121,20 @@ def test_no_imports_in_a_circle():
 
 
 def test_the_package_imports_nothing_of_ours():
-    assert imports(ROOT / "lengthen" / "__init__.py") == {"os"}
+    assert imports(ROOT / "lengthen" / "__init__.py") == {"fcntl", "os", "sys"}
 
 
 def test_the_way_in_which_threads_wait_is_the_users_choice_first():
-    """OpenMP reads its policy when torch loads it: a spinning thread made steps ten times as long beside other work.
-    (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
-    code = "import os; import lengthen; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    """OpenMP reads its policy when torch loads it: threads that always spin made steps ten times as long beside other
+    work. (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import os; import lengthen; print(*(os.environ.get(name) for name in {names}))"
+    for given, want in (
+        ({}, "PASSIVE 50000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k not in names} | given
         assert cold.interpreter("-c", code, env=env).stdout.strip() == want
 
 

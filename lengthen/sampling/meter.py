@@ -72,7 +72,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a sampler stands. `str()` of it is short enough for a progress line."""
+    """Where a sampler stands. `str()` of it is short enough for a progress line, which has its own time left."""
 
     finished: int
     total: int  # finished, running and queued
@@ -85,13 +85,10 @@ class Progress:
     seconds_left: float  # of what is queued and running, by expected lengths; -1 = not known yet
 
     def __str__(self) -> str:
-        parts = [f"{self.tokens_per_second:.0f} tok/s = {self.roofline:.0%} of memory speed", f"{self.rows} rows"]
-        parts.append(f"KV {self.kv:.0%}")
+        parts = [f"{self.tokens_per_second:.0f} tokens/s ({self.roofline:.0%} of the memory's speed)"]
+        parts += [f"{self.rows} texts at once", f"KV cache {self.kv:.0%} full"]
         if self.preemptions:
             parts.append(f"{self.preemptions} preempted")
         if self.accepted >= 0.05:
             parts.append(f"{self.accepted:.1f} draft tokens accepted per step")
-        if self.seconds_left >= 0:
-            left = self.seconds_left
-            parts.append(f"~{left:.0f} s left" if left < 120 else f"~{left / 60:.0f} min left")
         return ", ".join(parts)

@@ -8,6 +8,7 @@ it gets its first request, and what a stage needs and a server lacks is refused 
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Served:
         adapter: str = "",
         paths: Sequence[tuple[str, str]] = (),
     ):
-        self.tokenizer, self.eos_ids, self.context = tokenizer, set(eos_ids), context
+        self.tokenizer, self.eos_ids, self.context, self.kind = tokenizer, set(eos_ids), 0, ""
         self.stopping = Stopping(tokenizer, self.eos_ids)
         self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.adapter, self.paths = adapter, paths
@@ -64,9 +65,8 @@ class Served:
         except BaseException:
             self.servers.close()
             raise
-        met = [server for server in self.servers.servers if server.facts]
+        met = [server for server in self.servers.servers if not server.resting]
         self.context = min(context, *(server.facts["context"] or context for server in met))
-        self.kind = met[0].facts["kind"]
         self.notes += [
             f"endpoint: {server.url}, {server.facts['about']}, context {self.context:,}, up to"
             f" {self.servers.at_once} texts at a time"
@@ -240,15 +240,14 @@ class Served:
         except (AttributeError, LookupError, TypeError, ValueError):
             raise UserError(f"{call.server.url} gives no log-probabilities of a given text", SERVER) from None
 
-    async def _once(self, call: Call, prompt: list[int], max_tokens: int, **extra: Any) -> Any:
-        """The only choice of a request that is not streamed, greedy unless `extra` says otherwise."""
-        plain = {"temperature": 0, "seed": 0, "top_p": 1, "logprobs": extra.pop("logprobs", None)} | {
-            name: extra.pop(name) for name in ("temperature", "seed") if name in extra
-        }
-        body = {"repetition_penalty": 1.0, "top_k": 0, "return_token_ids": True, **extra}
-        reply = await call.client.completions.create(
-            model=self._model(call), prompt=prompt, max_tokens=max_tokens, extra_body=body, **plain
-        )
+    async def _once(
+        self, call: Call, prompt: list[int], max_tokens: int, temperature: float = 0, seed: int = 0, **extra: Any
+    ) -> Any:
+        """The only choice of a request that is not streamed; greedy, unless `extra` says otherwise."""
+        extra = {"top_k": 0, "min_p": 0, "repetition_penalty": 1.0, "return_token_ids": True, **extra}
+        settings: Any = {"max_tokens": max_tokens, "temperature": temperature, "top_p": 1, "seed": seed}
+        create = call.client.completions.create
+        reply = await create(model=self._model(call), prompt=prompt, extra_body=extra, **settings)
         if not getattr(reply, "choices", None):
             raise Failure("a reply that is not a completion")
         return reply.choices[0]
@@ -273,6 +272,10 @@ class Served:
         except Exception:
             version = ""  # for people only
         kind, context = str(first.get("owned_by") or "unknown"), int(first.get("max_model_len") or 0)
+        self.kind = self.kind or kind  # of the first that answers
+        if kind != self.kind or 0 < context < self.context:
+            here, others = (kind, self.kind) if kind != self.kind else (f"{context} tokens", f"{self.context} tokens")
+            raise UserError(f"{call.server.url} is another engine than the others: {here}, not {others}", SERVER)
         call.server.facts.update(
             model=first["id"], kind=kind, context=context, about=f"{kind} {version}, model {first['id']}"
         )
@@ -330,8 +333,6 @@ class Served:
 
     async def _load(self, call: Call) -> None:
         """The adapter, under the name of its hash."""
-        import os
-
         import openai
 
         path = os.path.abspath(self.adapter)
