@@ -162,7 +162,12 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     job.settings["engine"] = served.kind
     job.update_info(endpoint=served.notes, key=bool(key), date=chat.date)
     say_settings(
-        stage, [f"model: {stage.model.model} (tokenizer and template; the servers hold the weights)", *served.notes]
+        stage,
+        [
+            f"model: {stage.model.model} (tokenizer and template; the servers hold the weights)",
+            *chat.notes,
+            *served.notes,
+        ],
     )
     return Vocabulary(chat.tokenizer, chat, served.context), served
 

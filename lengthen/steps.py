@@ -227,7 +227,7 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
 
 
 def launched(launcher: str) -> list[str]:
-    """The words that start a script; a program is also looked for where our interpreter is, environment active or not."""
+    """The words that start a script. A program is looked for beside our interpreter first."""
     if launcher == "python":
         return [sys.executable]
     program, *rest = shlex.split(launcher) or [""]

@@ -13,7 +13,8 @@ from tokenizers import AddedToken
 
 from lengthen.evaluation.benchmark import read_rows
 from lengthen.models.chat import TODAY, Chat
-from lengthen.records import UserError, read_answers
+from lengthen.reading import read_answers
+from lengthen.records import UserError
 from lengthen.sampling.request import Request
 from lengthen.stage import Writer
 from lengthen.text.filters import clean_answer

@@ -57,9 +57,14 @@ class ServedJudge:
         self.takes_schema = False  # it has been seen to
         key = key_from(*KEY_NAMES)
         self.with_key = bool(key)
-        waits = {"silence": silence, "down_after": DOWN_AFTER + silence}
         self.servers = Servers(
-            [self.url], key=key, key_name=KEY_NAMES[0], at_once=connections, greet=self._greet, **waits
+            [self.url],
+            key=key,
+            key_name=KEY_NAMES[0],
+            at_once=connections,
+            greet=self._greet,
+            silence=silence,
+            down_after=DOWN_AFTER + silence,
         )
         try:
             self.servers.meet()

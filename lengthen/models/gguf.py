@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -89,7 +90,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     # stderr: a progress bar that transformers cannot switch off
     with explained(str(gguf)), _cut_short(gguf), redirect_stderr(io.StringIO()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,
             # else 5.23 keeps the blocks packed: 10x slower on a CPU
@@ -97,6 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=dtype,
             output_loading_info=True,
         )
+    model, loading = loaded  # loading: which tensors were missing
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{gguf} lacks {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""),
