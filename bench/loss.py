@@ -12,15 +12,13 @@ Hidden states with peaks, because noise flatters kernels that skip small gradien
 1; h is a sum of eight of them, the largest with coefficient log V + u, u uniform in [-4, 8], the others following at
 exponential distances (mean 2); targets are drawn from softmax(h W^T), so that the loss equals the entropy, as in a
 calibrated model. A method that is not installed or does not know a shape's softcap has no row; the reason is printed.
-The table goes to stderr, the same data as one JSON line to stdout.
+The table goes to stderr, the same data as one JSON line to stdout; --save keeps it (harness.py).
 """
 
 import argparse
 import importlib.util
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -32,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import harness
+
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 # name: (vocabulary, hidden size, softcap)
@@ -216,6 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: the three 7-9B models; SmolLM2 on a CPU")
     p.add_argument("--tokens", nargs="+", type=int, help="sequence lengths; default 2K to 64K, on a CPU 512 and 2048")
     p.add_argument("--repeats", type=int, default=0, help="timed runs of each; default 20, on a CPU 5")
+    harness.add_save(p)
     return p.parse_args(argv)
 
 
@@ -223,15 +224,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cuda = args.device == "cuda"
     repeats = args.repeats or (20 if cuda else 5)
-    machine = (
-        torch.cuda.get_device_name() if cuda else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    )
     rows = []
-    print(f"{machine}, torch {torch.__version__}", file=sys.stderr)
     for name in args.shapes or (GPU_SHAPES if cuda else ["SmolLM2-135M"]):
         for dtype in [args.dtype] if args.dtype else ["bfloat16"] if cuda else ["float32", "bfloat16"]:
             rows += bench_shape(name, getattr(torch, dtype), args, repeats)
-    print(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}))
+    lines = []
+    for row in rows:
+        floor = f"{row['floor_ms'] / row['ms']:.0%}" if row["ms"] > 0 else ""
+        errors = [f"{row[key]:.1e}" for key in ("loss_error", "dh_error")]
+        cells = [row["method"], row["dtype"], f"{row['tokens']:,}", f"{row['ms']:.1f}", floor, f"{row['extra_gb']:.2f}"]
+        lines.append([row["shape"], *cells, *errors])
+    columns = ["", "method", "dtype", "tokens", "ms", "floor", "extra GB", "loss error", "dH error"]
+    harness.finish("loss", argv, args.save, [harness.table("loss", columns, lines)], {"rows": rows})
 
 
 def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats: int) -> list[dict]:

@@ -8,7 +8,7 @@ checksum, opens it again and packs every pair of one epoch into its row. The bar
 and answers as one list in memory: `tokenizer(texts)`. Each runs in a process of its own, so that peak memory is its
 own, too; in turns, --repeats times. Medians of the seconds, and of the ratio of the two in each turn. The texts are
 random words of the tokenizer's vocabulary in lines and paragraphs: only their length matters. The table goes to stderr,
-the same data as one JSON line to stdout.
+the same data as one JSON line to stdout; --save keeps it (harness.py).
 """
 
 import argparse
@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import harness
+
 import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
 # isort: split
@@ -93,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--model", default="smollm2", help="whose tokenizer")
     p.add_argument("--repeats", type=int, default=3, help="runs of each, in turns")
     p.add_argument("--worker", nargs=2, metavar=("WHO", "FILE"), help="used by the script itself")
+    harness.add_save(p)
     return p.parse_args(argv)
 
 
@@ -113,17 +116,15 @@ def main(argv: list[str] | None = None) -> None:
                 command = [sys.executable, __file__, "--model", args.model, "--worker", who, str(path)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found.append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {who: statistics.median(r["seconds"] for r in found) for who, found in rows.items()}
-    for who, found in rows.items():
-        memory = max(r["grown_gb"] for r in found)
-        print(
-            f"{who:6}{medians[who]:9.1f} s{found[0]['tokens']:14,} tokens{memory:8.2f} GB more memory", file=sys.stderr
-        )
     # turn by turn: what slows a shared machine for minutes slows both of a turn
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(*rows.values(), strict=True)]
-    ratio = statistics.median(ratios)
-    print(f"ours / bare {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", file=sys.stderr)
-    print(json.dumps({"pairs": args.pairs, "ratio": round(ratio, 3), "seconds": medians, "rows": rows}))
+    lines = []
+    for who, found in rows.items():
+        middle, memory = statistics.median(r["seconds"] for r in found), max(r["grown_gb"] for r in found)
+        times = harness.spread(ratios) if who == "ours" else ""
+        lines.append([who, f"{found[0]['tokens']:,}", f"{middle:.1f}", times, f"{memory:.2f}"])
+    columns = ["", "tokens", "seconds", "times the tokenizer's", "GB more memory"]
+    harness.finish("pairs", argv, args.save, [harness.table("pairs", columns, lines)], {"runs": rows})
 
 
 if __name__ == "__main__":
