@@ -135,8 +135,8 @@ class Study:
         return moved(step, part, benchmark=benchmark, **changes)
 
     def contest(self, part: str, entrants: dict[str, Step]) -> list[Step]:
-        """Trainings, and the answers of each and of base to the search instructions."""
-        steps = [self.asked("search/base", self.searched)]
+        """Trainings, and the answers of each to the search instructions; those of base once, in the first contest."""
+        steps = [self.asked("search/base", self.searched)] if part == "search" else []
         for name, train in entrants.items():
             steps += [train, self.asked(f"{part}/{name}/eval", self.searched, adapter=train.output)]
         return steps

@@ -127,9 +127,18 @@ def test_seeds_and_queries_differ_from_each_other(language):
     distinct = NearDuplicates(threshold=0.25)
     for seed in rows(f"seeds.{language}.jsonl"):
         assert distinct.add(seed["prompt"], language), seed["prompt"]
-    for row in rows("bench_mini.jsonl"):
-        if row["language"] == language:
-            assert distinct.add(row["query"], language), row["query"]
+    for name, field in (("bench_mini", "query"), ("heldout.en", "prompt"), ("bench_more.en", "query")):
+        for row in rows(f"{name}.jsonl"):
+            if row["language"] == language:
+                assert distinct.add(row[field], language), row[field]
+
+
+def test_held_out_instructions_are_of_the_kinds_of_the_seeds_and_of_others_in_turn():
+    held_out, kinds = rows("heldout.en.jsonl"), {seed["kind"] for seed in rows("seeds.en.jsonl")}
+    assert [row["kind"] in kinds for row in held_out] == [True, False] * 36
+    for row in held_out:
+        assert set(row) == {"language", "kind", "prompt"} and detect_language(row["prompt"]) == row["language"] == "en"
+        assert stated_demands(row["prompt"], "en") == [] and not has_chatter(row["prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def demand(row: dict) -> tuple[str, int, int]:
 
 
 def test_every_query_is_readable_and_states_exactly_its_demand():
-    for row in rows("bench_mini.jsonl"):
+    for row in rows("bench_mini.jsonl") + rows("bench_more.en.jsonl"):
         assert list(row) == ["language", "range", "type", "constraint", "query"]
         assert demand(row)[0] == row["type"]
         assert states_demand(row["query"], *demand(row), row["language"]), row["query"]
@@ -159,6 +168,8 @@ def test_the_mini_benchmark_is_balanced():
         types = Counter(row["type"] for row in bench if row["language"] == language)
         assert set(types) == set(TYPES) and len(set(types.values())) == 1
         assert len({row["range"] for row in bench if row["language"] == language}) == 3
+    cells = Counter((row["type"], row["range"]) for row in rows("bench_more.en.jsonl"))
+    assert len(cells) == 12 and set(cells.values()) == {4}
     numerals = [row for row in bench if row["language"] == "zh" and not re.search(r"\d", row["constraint"])]
     assert len(numerals) >= 4
 
