@@ -396,6 +396,45 @@ def test_killed_and_run_again_it_is_the_uninterrupted_run(monkeypatch, tmp_path,
         assert not journal.exists() and read_sidecar(folder / "extended.jsonl")["status"] == "done"
 
 
+@pytest.mark.parametrize("rounds", ["1", "3"])
+def test_with_more_attempts_and_samples_it_becomes_what_had_them_from_the_start(monkeypatch, tmp_path, capsys, rounds):
+    """Also jobs that were accepted with fewer rounds than asked for get their further tries."""
+    results, summaries, drawn = [], [], []
+    more = ["--samples", "3", "--max-attempts", "7"]
+    for name, runs in (("whole", [more]), ("grown", [["--samples", "2", "--max-attempts", "2"], more])):
+        drafts_file(tmp_path / name / "run", num=6)
+        for flags in runs:
+            sampler = run_stage(monkeypatch, tmp_path / name / "run", "--rounds", rounds, *flags)
+            drawn += [request.key for request in sampler.requests] if name == "grown" else []
+            summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        results.append(result_of(tmp_path / name / "run"))
+        summaries.append({**summary, "output": "", "seconds": 0})
+    assert results[0] == results[1] and summaries[0] == summaries[1]
+    assert len(drawn) == len(set(drawn)) == summaries[0]["calls"]
+
+
+def test_drafts_may_join_but_not_change(monkeypatch, tmp_path, capsys):
+    run, flags = tmp_path / "run", ["--max-attempts", "3", "--rounds", "1"]
+    path = drafts_file(run, num=3)
+    run_stage(monkeypatch, run, *flags)
+    before, sidecar = result_of(run), (run / "iter_1" / "extended.meta.json").read_bytes()
+    lines = path.read_text().splitlines()
+    changed = json.dumps({**json.loads(lines[0]), "prompt": "Write something else entirely."})
+    path.write_text("\n".join([changed, *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match="inputs that have changed: 'prompt' of record"):
+        run_stage(monkeypatch, run, *flags)
+    assert result_of(run) == before and (run / "iter_1" / "extended.meta.json").read_bytes() == sidecar
+    joined = json.dumps({**json.loads(lines[0]), "id": "new", "prompt": "Write about the harbour."})
+    path.write_text("\n".join([*lines[1:], joined]) + "\n")  # one joins, and one is gone
+    sampler = run_stage(monkeypatch, run, *flags)
+    after, gone = result_of(run), json.loads(lines[0])["id"]
+    assert {r.key[0] for r in sampler.requests} == after.keys() - before.keys() != set()
+    assert all(r["reason"] for r in after.values() if r["parent_id"] == gone)
+    same = [id_ for id_, r in before.items() if r["parent_id"] != gone and r.get("reason", "") != "length-bias"]
+    kept = [id_ for id_ in same if after[id_].get("reason", "") != "length-bias"]
+    assert kept and all(after[id_] == before[id_] for id_ in kept)
+
+
 def test_one_pair_asks_for_no_more_where_there_is_one_and_draws_what_all_jobs_would_have_drawn(
     monkeypatch, tmp_path, capsys
 ):

@@ -430,8 +430,36 @@ def test_a_finished_stage_is_a_no_op_without_a_model(monkeypatch, tmp_path, caps
     first, before = last_json(capsys), result_of(tmp_path, command)
     sampler = stage(monkeypatch, tmp_path, *flags, **options)
     assert last_json(capsys) == first and not sampler.requests and result_of(tmp_path, command) == before
-    with pytest.raises(UserError, match="max_attempts"):
-        stage(monkeypatch, tmp_path, *flags[:-2], "--max-attempts", "7", **options)
+    with pytest.raises(UserError, match="max_attempts = .*, this command says 1, and what is there is not taken back"):
+        stage(monkeypatch, tmp_path, *flags, "--max-attempts", "1", **options)
+    with pytest.raises(UserError, match="temperature"):
+        stage(monkeypatch, tmp_path, *flags, "--temperature", "0.3", **options)
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_with_more_attempts_a_finished_stage_becomes_the_one_that_had_them_from_the_start(
+    monkeypatch, tmp_path, command
+):
+    stage, flags, options = STAGES[command]
+    more = [*flags, "--max-attempts", "6", *(["--samples", "3"] if command == "responses" else [])]
+    stage(monkeypatch, tmp_path / "whole" / "run", *more, **options)
+    whole = result_of(tmp_path / "whole" / "run", command)
+    first = stage(monkeypatch, tmp_path / "grown" / "run", *flags, "--max-attempts", "1", **options)
+    sampler = stage(monkeypatch, tmp_path / "grown" / "run", *more, order=3, **options)
+    grown = result_of(tmp_path / "grown" / "run", command)
+    assert grown == whole and sampler.requests
+    assert not {r.key for r in first.requests} & {r.key for r in sampler.requests}
+
+
+def test_a_larger_count_keeps_what_is_there_and_its_language(monkeypatch, tmp_path):
+    instructions(monkeypatch, tmp_path, "--count", "4")
+    before = result_of(tmp_path, "instructions")
+    instructions(monkeypatch, tmp_path, "--count", "9")
+    after = result_of(tmp_path, "instructions")
+    assert len(after) == 9 and before == {id_: after[id_] for id_ in before}
+    seeds = [{"language": "en"}, {"language": "zh"}]
+    assert generate.split_count(8, seeds, [2, 4]) == ["en", "zh", "en", "zh", "en", "en", "zh", "zh"]
+    assert generate.split_count(8, seeds) == ["en"] * 4 + ["zh"] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------
