@@ -66,9 +66,8 @@ from lengthen.evaluation.quality import judge_answers, quality, show_quality
 from lengthen.evaluation.questions import hash_of
 from lengthen.evaluation.report.figures import length_following
 from lengthen.evaluation.report.page import write_report
-from lengthen.evaluation.scores import complete, rounded, score, show
+from lengthen.evaluation.scores import complete, read_outputs, rounded, score, show
 from lengthen.jobs import Job, check_inputs
-from lengthen.reading import read_jsonl
 from lengthen.records import UserError, record_id, replace_file, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, open_job, open_writer
@@ -239,13 +238,9 @@ def write_scores(job: Job, rows: Sequence[dict], about: dict, summary: dict) -> 
         "short_tasks": summary.get("short_tasks", ""),
     }
     save_scores(folder, scores)
-    # The figure is of demands: without any there is nothing to draw. Whatever goes wrong with it, hours of answers do
-    # not fail for a picture.
+    # The figure is of demands: without any there is nothing to draw.
     if scores["constant_writer"]:
-        try:
-            replace_file(folder / "length_following.png", length_following(outputs, scores, folder.name))
-        except Exception as error:
-            cli.say(f"no length_following.png: {type(error).__name__}: {error}")
+        cli.save_figure(folder / "length_following.png", lambda: length_following(outputs, scores, folder.name))
 
 
 def save_scores(folder: Path, scores: dict) -> None:
@@ -276,12 +271,13 @@ def judge_run(folder: Path, judges: JudgeFlags, stage: Stage) -> list[UserError]
     Returns what went wrong: what did not is kept, and the caller raises when it has shown that.
     """
     path = folder / "outputs.jsonl"
-    scores = read_scores(folder)
+    read_scores(folder)
     # Answers still being written would be judged, but not all of them: refused unless --allow-partial says so.
     check_inputs([path], stage.out.allow_partial)
-    outputs = [complete(row) for row in read_jsonl(path, needs=("id", "query"))]
+    outputs = read_outputs(path)
     problems = judge_answers(folder, outputs, judges, stage)
-    save_scores(folder, {**scores, "quality": quality(folder, outputs, judges.judge)})
+    # Read again: another command may have written it in the hours that a judge takes.
+    save_scores(folder, {**read_scores(folder), "quality": quality(folder, outputs, judges.judge)})
     return problems
 
 
@@ -336,12 +332,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     # A local judge runs on the device, and in the dtype, that the flags of a model name. `answer` has those flags for
     # its own model, and judges share them. How a judge's reply is sampled is not the user's choice: greedily.
-    recipe = SamplingFlags().recipe()
+    recipe = (*SamplingFlags().recipe(), "endpoint", "endpoint_path")
     for name in ("answer", "score", "judge", "compare"):
         cli.add_flags(sub[name], "judges", JudgeFlags)
         if name != "answer":
             cli.add_flags(sub[name], "local judges", ModelFlags, leave_out=("model", "adapter"))
-            cli.add_flags(sub[name], "memory of local judges", SamplingFlags, leave_out=tuple(recipe))
+            cli.add_flags(sub[name], "memory of local judges", SamplingFlags, leave_out=recipe)
             sub[name].set_defaults(model="", adapter="")
     sub["report"].add_argument("run", metavar="RUN", help="the run's folder, as in run.py --run")
     return parser

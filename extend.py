@@ -172,6 +172,7 @@ class Extension(Task[Writer, Sample]):
     prefix: str = ""  # what is left of the stages before it
     reason: str = ""  # why the last failed try failed
     tries: int = 0  # passes of all stages; one that failed early counts
+    passed: int = 0  # of them, those that gave a longer text
     prefix_tokens: int = 0  # drawn in all stages but the last
     waits: bool = False  # for an earlier job of its instruction (--one-pair), ...
     spared: bool = False  # ... and that one, or one before it, was accepted
@@ -207,6 +208,16 @@ class Extension(Task[Writer, Sample]):
     def follow(self, task: Task[Writer, Sample]) -> None:
         assert isinstance(task, Extension)
         self.waits, self.spared = False, task.spared or not task.outcome()[1]
+
+    def restore(self, stored: dict, attempts: int) -> None:
+        self.text, self.round_words = stored["response"], list(stored["round_words"])
+        self.accepted_attempt, self.reason = stored["attempt"], stored.get("reason", "")
+        self.attempt, self.stage, self.prefix = attempts, 1, ""
+        self.record["response_tokens"] = stored["response_tokens"]
+        self.spared = self.reason == "has-pair"
+
+    def passes(self, entry: Entry) -> bool:
+        return not entry["reason"] and entry["stage"] == self.rules.stages
 
     def request(self, draw: Draw, writer: Writer) -> Request:
         draft = self.draft()
@@ -260,6 +271,7 @@ class Extension(Task[Writer, Sample]):
             self.text, self.accepted_attempt = entry["text"], self.attempt
             self.stage, self.prefix = 1, ""
             self.round_words.append(count_words(self.text))
+            self.passed += 1
             # From the journal, so that a resumed run needs no tokenizer to know it.
             self.record["response_tokens"] = entry["response_tokens"]
             self.attempt += 1
@@ -335,7 +347,7 @@ def statistics_of(extensions: list[Extension], tally: Tally, job: Job) -> dict:
         "calls": tally.attempts,
         # A try is one pass of all stages: tries_passed / tries is how often a try gives a longer text.
         "tries": sum(e.tries for e in extensions),
-        "tries_passed": sum(len(e.round_words) for e in extensions),
+        "tries_passed": sum(e.passed for e in extensions),
         "tokens": tally.tokens,
         "prefix_tokens": sum(e.prefix_tokens for e in extensions),
     }
@@ -367,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
             stats = statistics_of(extensions, tally, job)
             # 2) only now, because the rank of a text depends on all others
             if not rules.no_length_bias:
-                job.drop(length_bias_drops(job.records, stage.out.seed))
+                job.drop(length_bias_drops(job.records, stage.out.seed, stage.out.min_yield))
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 

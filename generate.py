@@ -43,7 +43,7 @@ from lengthen.models.chat import fill, template_hashes
 from lengthen.reading import filter_language, read_answers, read_prompts
 from lengthen.records import UserError, draw_seed, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
-from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
+from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer, smaller_values
 from lengthen.tasks import Draw, Entry, Pair, Redraw, Task, run_tasks
 from lengthen.text.demands import make_demand, states_demand
 from lengthen.text.filters import clean_answer, finish_reason, strip_chatter
@@ -142,8 +142,15 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
 
 
-def split_count(count: int, seeds: list[dict]) -> list[str]:
-    """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh")."""
+def split_count(count: int, seeds: list[dict], before: list[int] = []) -> list[str]:  # noqa: B006  not changed
+    """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh").
+
+    before: the smaller counts that this output was asked for earlier; what was of a language then stays of it.
+    """
+    if before:
+        languages = split_count(before[-1], seeds, before[:-1])
+        now = Counter(split_count(count, seeds)) - Counter(languages)
+        return (languages + ["en"] * now["en"] + ["zh"] * now["zh"])[:count]
     # English gets the rounding, Chinese the rest: together they are always `count`.
     num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
     return ["en"] * num_en + ["zh"] * (count - num_en)
@@ -246,6 +253,15 @@ class NewInstruction(Task[Writer, Sample]):
             self.record |= {"attempt": self.attempt, "prompt": prompt, "prompt_words": count_words(prompt)}
         return reason
 
+    def restore(self, stored: dict, attempts: int) -> None:
+        reason = stored.get("reason", "")
+        if reason and stored["attempt"] + 1 < self.rules.max_attempts:
+            self.attempt = stored["attempt"] + 1
+        else:
+            self.reason = reason
+        if not reason:
+            self.distinct.add(stored["prompt"], self.record["language"])
+
     def outcome(self) -> tuple[dict, str]:
         return self.record, self.reason or ""
 
@@ -257,7 +273,7 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
         raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
     # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
     run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
-    for sample, language in enumerate(split_count(rules.count, seeds)):
+    for sample, language in enumerate(split_count(rules.count, seeds, smaller_values(stage, "count", rules.count))):
         id_ = record_id("instruction", "", sample, scope=run_id)
         shots = draw_shots(id_, language, seeds)
         base = {"id": id_, "language": language, "run_id": run_id, "sample": sample, "source": "self-instruct"}
@@ -312,7 +328,7 @@ def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "answers").statistics()
             # 3) only now, because the rank of an answer depends on all others
             if not rules.no_length_bias:
-                job.drop(length_bias_drops(job.records, stage.out.seed))
+                job.drop(length_bias_drops(job.records, stage.out.seed, stage.out.min_yield))
         summary = job.finish(stage.out.min_yield, **stats)
     cli.emit(summary)
 

@@ -15,13 +15,16 @@ said is in run.log.
 The plan is data: a list of steps, each with the settings of one stage. A flag of a stage is given here under the
 stage's name, with a dot: --extend.rounds 1, --train.rank 16. `answers` is the drafting of the last stage. Killed at
 any point and started again with the same flags, the run continues where it was: every stage resumes, and a finished
-one loads no model. Relative paths are below the repository, wherever run.py is started.
+one loads no model. More may be asked of it: --instructions, --extend.max-attempts, --evaluate.samples and their like
+only add work, what is there is kept, and what was learned from it is learned again. Any other change needs --redo.
+Relative paths are below the repository, wherever run.py is started.
 
 Examples
     python run.py                                   the demo: SmolLM2-135M on a CPU with 2 cores
     python run.py --dry-run                         only print the commands, as a shell script (recipes/demo.sh)
     python run.py --model Qwen/Qwen2.5-7B-Instruct --run runs/qwen --instructions 5000 --iterations 3
     python run.py --instructions 24 --extend.samples 4 --evaluate.limit 16
+    python run.py --extend.rounds 2 --redo extend   that stage afresh, and all that stands on it
 """
 
 import argparse
@@ -46,7 +49,7 @@ from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import cell
 from lengthen.records import UserError, replace_file
-from lengthen.steps import ROOT, Step, as_shell, execute, moved
+from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, standing_on
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
@@ -70,6 +73,7 @@ class LoopFlags:
 
     run: str = flag("runs/paper", "folder of the run; its name is part of every record's id")
     dry_run: bool = flag(False, "only print the commands, as a shell script")
+    redo: str = flag("", "start this stage afresh, and what stands on it: extend, iter_2/extend, final, ...")
     iterations: int = flag(3, "macro-iterations", at_least(1))
     instructions: int = flag(5000, "new instructions per macro-iteration", at_least(1))
     final_instructions: int = flag(0, "new instructions for the last stage; 0 = as --instructions", at_least(0))
@@ -78,6 +82,7 @@ class LoopFlags:
         "continue = the adapter of the iteration before learns the new pairs; restart = a new one learns all pairs",
         choices=("continue", "restart"),
     )
+    train_launcher: str = flag("python", 'what starts train.py; for several GPUs "torchrun --nproc-per-node 8"')
     evaluate: str = flag("all", "which models; ends = only the base and the final one", choices=("all", "ends"))
     controls: list[str] = flag(
         [],
@@ -121,8 +126,10 @@ STAGES = {
 SHARED: tuple[tuple[type, tuple[str, ...]], ...] = (
     (ModelFlags, ("model", "device", "dtype", "quantize", "trust_remote_code")),
     (OutputFlags, ("language", "seed")),
-    (SamplingFlags, DECODING := ("max_rows", "kv_cache")),  # training has no use for them
+    (SamplingFlags, DECODING := ("max_rows", "kv_cache", "endpoint", "endpoint_path")),  # training has no use
 )
+# Where servers sample, training alone has a device.
+SERVERS_DECIDE = ("device", "dtype", "quantize", "kv_cache")
 
 Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: by stage ("run" = the loop), by flag
 # The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
@@ -218,10 +225,35 @@ def make_step(own: Settings, part: str, stage: str, decided: dict[str, Any]) -> 
     """A stage with the flags of all stages, those that the loop decides, and the user's own."""
     spec, role = STAGES[stage], decided.get("role", "")
     file = spec.file or (role and f"/{role}")
-    shared = {k: v for k, v in own.shared.items() if SamplingFlags in spec.flags or k not in DECODING}
+    samples = SamplingFlags in spec.flags
+    left_out = SERVERS_DECIDE if samples and own.shared.get("endpoint") else () if samples else DECODING
+    shared = {k: v for k, v in own.shared.items() if k not in left_out}
     # `decided` twice: it stands before the user's flags on the command line, and wins where both name one.
     settings = {**shared, **decided, **own.stages[stage], **decided, "output": f"{own.loop.run}/{part}{file}"}
-    return Step(part, f"{spec.command[-1].removesuffix('.py')} {role}".strip(), spec.command, settings)
+    name = f"{spec.command[-1].removesuffix('.py')} {role}".strip()
+    launcher = own.loop.train_launcher if stage == "train" else "python"
+    return Step(part, name, spec.command, settings, launcher=launcher, spelt=spellings(part, stage, name))
+
+
+def spellings(part: str, stage: str, name: str) -> dict[str, str]:
+    """{a flag of a stage: what it is called here}, for the hints of a stage that was started by run.py."""
+    shared = {flag for _, names in SHARED for flag in names}
+    own = [field.name for kind in STAGES[stage].flags for field in fields(kind)]
+    flags = {name: f"--{stage}.{name}" for name in own if name not in (*shared, *STAGES[stage].decided)}
+    flags |= {"overwrite": f"--redo {part}/{name.replace(' ', '-')}", "output": "--run"}
+    flags |= {"count": "--final-instructions" if part == "final" else "--instructions"}
+    return {f"--{name.replace('_', '-')}": spelt.replace("_", "-") for name, spelt in flags.items()} | {
+        "--overwrite": flags["overwrite"]  # a part's name keeps its _
+    }
+
+
+def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
+    named = {"answers": "final/responses"}.get(redo, redo)
+    found = [s for s in steps if named in (s.label, s.part, s.name, s.name.partition(" ")[0], s.name.replace(" ", "-"))]
+    if redo and not found:
+        raise UserError(f"--redo: this run has no stage {redo!r}", f"one of {', '.join(s.label for s in steps)}")
+    return found
 
 
 def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
@@ -419,6 +451,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1) what will be done
     steps = plan(own)
+    launched(own.loop.train_launcher)  # a mistake in it is found now, not after hours of sampling
     if left_out := sorted(set(own.loop.controls) - {step.control for step in steps}):
         cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
     if own.loop.dry_run:
@@ -428,10 +461,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
+    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
+    for step in afresh:
+        there = "is made afresh" if Path(step.output).exists() else "is not there yet"
+        cli.say(f"--redo: {step.output} {there} ({step.label})")
+    if afresh:
+        cli.say("stopped in the middle, go on without --redo: what was made afresh is kept then")
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(steps, run)
+    results, ended = execute(steps, run, afresh)
 
     # 3) say what came of it
     summary = summary_of(own, results, ended, time.monotonic() - started)

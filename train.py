@@ -31,7 +31,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -352,7 +352,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
         return
     lora.save_adapter(learner.model, folder.folder, facts["base"])
     title = f"{training.pairs.role}, {folder.folder.parent.name}"
-    steplog.plot_loss(entries, folder.folder / "loss.png", title)
+    cli.save_figure(folder.folder / "loss.png", lambda: steplog.plot_loss(entries, title))
     summary = {"stage": "train", "role": training.pairs.role, "output": training.out.output, "pairs": len(pairs)}
     summary |= {"left_out": pairs.facts["left_out"], "steps": total, **steplog.totals(entries)}
     folder.save_meta("done", summary=summary)
@@ -368,6 +368,7 @@ def run_steps(
     processes: Processes,
 ) -> list[dict[str, Any]]:
     """Steps up to `total`, from where the folder's checkpoint is -> the log of all of them."""
+    from lengthen.models.threads import Neighbours
     from lengthen.training.checkpoint import resume, state_bytes
     from lengthen.training.plan import peak_flops
 
@@ -379,8 +380,10 @@ def run_steps(
     cli.say(f"peak: {speed / 1e12:,.3g} TFLOP/s ({source})" if speed else f"peak of {source}: unknown")
     # Read back from the log, so that a resumed run calls the same losses spikes as an unbroken one.
     losses = [e["loss"] for e in entries if not e["skipped"]]
-    with cli.progress("step", total) if cli.console.is_terminal else nullcontext() as bar:
+    progress = cli.progress("step", total) if cli.console.is_terminal else nullcontext()
+    with progress as bar, closing(Neighbours()) as neighbours:
         for step in range(done, total):
+            neighbours.look()
             started = time.monotonic()
             batch = [pairs[i] for i in step_pairs(step, len(pairs), flags.pairs_per_step, seed)]
             rate = learning_rate(step, total, flags.learning_rate)

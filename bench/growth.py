@@ -1,28 +1,35 @@
-"""Does it work? Words per answer, iteration by iteration, on instructions that no training has seen.
+"""Does it grow? The study: what two iterations and the last stage make of a model, with every control beside them.
 
-    1. The base model invents instructions that are held out: some to choose hyper-parameters by (--search), the
-       others (--held-out) to report on. No training instruction repeats one of them.
-    2. Iteration 1 up to its pairs. Every setting of --try trains a Generator on them; the one that writes most on the
-       search instructions, at no worse EOS share and loop rate than the base model, is taken.
-    3. The loop of run.py with that setting, without its last stage (no length demands here), and controls beside it:
-       the base model told to write more, the base model with EOS banned, and fine-tunes on the model's own unextended
-       drafts with as many target tokens.
-    4. Every model answers every held-out instruction --answers times. Median words, of the answers that ended by EOS
-       and of all, EOS share, loop rate; growth = the ratio of medians to the base model's, with a 95 % bootstrap
-       interval over instructions, paired; and the same to the fine-tune on unextended drafts: what extending adds.
+Four phases, each of which ends in a table that can be reported by itself. --until PHASE stops after one.
 
-Goal: the lower end of growth after the last iteration above 1.5, EOS share and loop rate at most 5 points worse than
-the base model's. Killed and started again with the same flags, it continues. Flags not listed below go to run.py.
+    iter_1  Instructions, drafts, extensions. Every setting of --try trains a Generator on them; the one that writes
+            most on the first --search held-out instructions, at no worse EOS share and loop rate than the base model,
+            is taken, and these instructions are not reported on. Then the answers of base and iteration 1 to the other
+            held-out instructions and to some of its own, and the controls told, eos-ban and drafts (run.py --controls).
+    parts   What one stage instead of two, and no length bias, would have made of iteration 1.
+    iter_2  Its texts. Restarting on all pairs and continuing on the new ones are tried with half of the new
+            instructions, the better one (chosen as above) is trained whole; its own drafts control.
+    final   Answers, length demands, the Generator that learns them; 64 demands to it, to base, and to base told to
+            write more.
 
-    python bench/growth.py                                          # SmolLM2: hours on 2 cores
-    python bench/growth.py --model Qwen/Qwen2.5-7B-Instruct --run runs/growth-qwen --instructions 500 --held-out 60
+Every fine-tune but those that are tried sees as many target tokens as the Generator of its iteration. Intervals are of
+95 %, over queries, paired. What the study reads from its folder it writes to growth.json there, with what every stage
+took. Killed and started again with the same flags, it continues; --show prints what there is and starts nothing. Flags
+not listed below go to run.py.
+
+    python bench/growth.py --until iter_1                            # SmolLM2: hours on 2 cores (docs/study.md)
+    python bench/growth.py --show
+    python bench/growth.py --model Qwen/Qwen2.5-7B-Instruct --run runs/growth-qwen --instructions 5000
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,82 +39,198 @@ from rich.table import Table
 
 import run as loop
 from lengthen import cli
-from lengthen.evaluation.growth import growth
-from lengthen.evaluation.intervals import bootstrap
-from lengthen.evaluation.scores import MEASURES, cell, complete, measured, overall, values_of
+from lengthen.evaluation.benchmark import BENCHMARKS
+from lengthen.evaluation.compare import read_run
+from lengthen.evaluation.growth import change, difference, ratio
+from lengthen.evaluation.measures import mean, median
+from lengthen.evaluation.scores import MEASURES, cell, values_of
+from lengthen.jobs import read_sidecar
 from lengthen.reading import read_jsonl
-from lengthen.records import LowYield, UserError, replace_file, to_line
-from lengthen.steps import ROOT, execute, moved
+from lengthen.records import UserError, replace_file, to_line
+from lengthen.steps import ROOT, Step, execute, moved
 
-# Where run.py's own demo settings are for minutes: more instructions, longer limits. A flag overrides each.
+# Where run.py's demo is for minutes: breadth, by the table in docs/study.md. A flag overrides each.
 SMOLLM2: loop.Preset = {
-    "run": {"instructions": 96, "control_words": 450, "evaluate": "all"},
-    "extend": {"max_attempts": 2, "max_new_tokens": 1024},
-    "evaluate": {"limit": 0, "max_new_tokens": 1024},
+    "run": {"run": "runs/growth", "instructions": 400, "final_instructions": 100, "control_words": 450},
+    "responses": {"max_attempts": 2, "max_new_tokens": 560},
+    "extend": {"samples": 2, "max_attempts": 4, "rounds": 2, "one_pair": True, "max_new_tokens": 1024},
+    "answers": {"max_new_tokens": 1024},
+    "evaluate": {"limit": 0, "no_probes": False, "max_new_tokens": 1024},
 }
-# From iteration 2 on: what the Extender of that iteration can still lengthen, and fewer jobs for each of the drafts,
-# of which there are three times as many (of 138 jobs 100 passed).
-LATER: loop.Preset = {"responses": {"max_new_tokens": 560}, "extend": {"samples": 2}}
-# 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same pairs (docs/study.md).
-TRIES = ["rank=8,learning_rate=2e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
+# 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same 62 pairs (docs/study.md).
+TRIES = ["rank=8,learning_rate=3e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
+PHASES = ("iter_1", "parts", "iter_2", "final")
+OWN = 20  # of the instructions that iteration 1 was trained on, answered as well
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
-GOAL = 1.5
+GROWTH = {"iter_1": 1.2, "iter_2": 1.5}  # bars: the lower end of the interval is above
+OVER_DRAFTS = 1.15  # the same against a fine-tune on own drafts
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The study
+# Files that are made of others
 
 
-def hold_out(args: argparse.Namespace, settings: loop.Settings) -> tuple[str, Path, Path]:
-    """(file of all held-out instructions, benchmark to search on, benchmark to report on)."""
-    wanted = args.search + args.held_out
-    [step] = [s for s in loop.method(settings) if (s.part, s.name) == ("iter_1", "instructions")]
-    # Some are given up by the judge: as many as asked for are left of a few more.
-    step = moved(step, "heldout", count=wanted + -(-wanted // 4))
-    execute([step], args.run)
-    rows = sorted(read_jsonl(step.output), key=lambda r: r["sample"])[:wanted]
-    if len(rows) < wanted:
-        raise LowYield(f"{len(rows)} held-out instructions, {wanted} are wanted", f"another --seed; see {step.output}")
-    searched, reported = (Path(step.output).with_name(name) for name in ("search.jsonl", "report.jsonl"))
-    for path, some in ((searched, rows[: args.search]), (reported, rows[args.search :])):
-        asked = [{"id": r["id"], "language": r["language"], "constraint": "", "query": r["prompt"]} for r in some]
-        replace_file(path, b"".join(map(to_line, asked)))
-    return step.output, searched, reported
+def write_rows(path: Path, rows: Sequence[dict]) -> str:
+    """The rows as a file that a stage reads; of the same rows the same bytes, so a finished stage stays finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, b"".join(map(to_line, rows)))
+    return str(path)
 
 
-def search(tries: list[str], settings: loop.Settings, benchmark: Path) -> tuple[str, list[dict]]:
-    """The setting whose Generator writes most at no worse EOS share and loop rate, and what each of them did."""
-    steps = loop.method(settings)
-    iteration = [s for s in steps if s.part == "iter_1" and s.name in ("instructions", "responses", "extend")]
-    [train] = [s for s in steps if (s.part, s.name) == ("iter_1", "train generator")]
-    [evaluate] = [s for s in steps if s.part == "eval/base"]
-    names = {"base": "base", **{text: text.replace(",", "_").replace("=", "-") for text in tries}}  # of their folders
+def as_queries(rows: Sequence[dict]) -> list[dict]:
+    """Instructions as a benchmark without demands; each prompt once."""
+    prompts = {r["prompt"]: r["language"] for r in rows}
+    return [{"language": language, "constraint": "", "query": prompt} for prompt, language in prompts.items()]
 
-    trained = {text: moved(train, f"search/{names[text]}", **setting_of(text)) for text in tries}
-    adapters = {"base": "", **{text: step.output for text, step in trained.items()}}
-    asked = {
-        text: moved(evaluate, f"search/{names[text]}/eval", adapter=adapter, benchmark=str(benchmark))
-        for text, adapter in adapters.items()
-    }
-    plan = [*iteration, asked["base"], *(step for text in tries for step in (trained[text], asked[text]))]
-    by_part = {r["part"]: r for r in execute(plan, settings.loop.run)[0] if r["stage"] == "evaluate"}
-    scores = {text: by_part[step.part] for text, step in asked.items()}
-    base = scores["base"]
 
-    def worth(text: str) -> float:
-        score = scores[text]
-        worse = score["eos_share"] < base["eos_share"] - TOLERATED or score["loop_rate"] > base["loop_rate"] + TOLERATED
-        return -1 if worse or score["words_median"] is None else score["words_median"]
+def by_chance(rows: Sequence[dict]) -> list[dict]:
+    """In an order that depends on the instructions alone: all rows of one stay together."""
+    return sorted(rows, key=lambda r: (hashlib.sha256(r["prompt"].encode()).hexdigest(), r["id"]))
 
-    chosen = max(tries, key=worth)
-    generator = Path(train.output)
-    if not generator.exists():  # by the command that iteration 1 would run: what is trained is not trained again
-        half = generator.with_name(".generator")
-        shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(trained[chosen].output, half)
-        half.rename(generator)
-    figures = ("words_median", "words_median_all", "eos_share", "loop_rate")
-    return chosen, [{"setting": text, **{n: score[n] for n in figures}} for text, score in scores.items()]
+
+def half_of(rows: Sequence[dict]) -> list[dict]:
+    """The rows of half of the instructions."""
+    prompts = list(dict.fromkeys(r["prompt"] for r in by_chance(rows)))
+    taken = set(prompts[: -(-len(prompts) // 2)])
+    return [r for r in by_chance(rows) if r["prompt"] in taken]
+
+
+def with_dropped(file: str | Path) -> tuple[list[dict], list[dict]]:
+    """(the records of a stage, those that only its length bias dropped)"""
+    path = Path(file).with_suffix(".rejected.jsonl")
+    rejected = read_jsonl(path, needs=()) if path.exists() and path.stat().st_size else []
+    dropped = [{k: v for k, v in r.items() if k != "reason"} for r in rejected if r["reason"] == "length-bias"]
+    return read_jsonl(file), dropped
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The study as data: phases of steps. What is decided on the way is read from the folder.
+
+
+class Study:
+    """The steps of each phase, for settings that grow by what the study finds: `setting`, then `mode`."""
+
+    def __init__(self, args: argparse.Namespace, own: loop.Settings):
+        self.run, self.own, self.tries = Path(own.loop.run), own, args.tries
+        self.setting = self.mode = ""
+        held_out = read_jsonl(args.held_out)
+        if len(held_out) < args.search + 2:
+            raise UserError(f"{args.held_out} has {len(held_out)} instructions", f"more than {args.search + 1}")
+        self.searched = write_rows(self.run / "queries" / "search.jsonl", as_queries(held_out[: args.search]))
+        reported = write_rows(self.run / "queries" / "report.jsonl", as_queries(held_out[args.search :]))
+        demands = [row for file in (BENCHMARKS["mini"], args.demands) for row in read_jsonl(file, needs=("query",))]
+        self.demands = write_rows(self.run / "queries" / "demands.jsonl", [r for r in demands if r["language"] == "en"])
+        own.stages["evaluate"]["benchmark"] = reported
+        asked = own.stages["instructions"]
+        asked["dedup_against"] = [*asked.get("dedup_against", []), args.held_out]  # nobody trains on what is reported
+
+    def steps(self, *names: str, control: str = "") -> list[Step]:
+        """The steps of run.py's plan whose part, or part and name, is one of the names, in the order of the names."""
+        plan = loop.plan(self.own)
+        return [s for name in names for s in plan if s.control == control and name in (s.part, f"{s.part} {s.name}")]
+
+    def asked(self, part: str, benchmark: str, like: str = "eval/base", **changes: Any) -> Step:
+        """An evaluation of the plan, with other queries."""
+        [step] = [s for s in loop.plan(self.own) if s.part == like]
+        return moved(step, part, benchmark=benchmark, **changes)
+
+    def contest(self, part: str, entrants: dict[str, Step]) -> list[Step]:
+        """Trainings, and the answers of each and of base to the search instructions."""
+        steps = [self.asked("search/base", self.searched)]
+        for name, train in entrants.items():
+            steps += [train, self.asked(f"{part}/{name}/eval", self.searched, adapter=train.output)]
+        return steps
+
+    def winner(self, part: str, names: Sequence[str]) -> str:
+        """The one that wrote most, where its EOS share and loop rate are not worse than the base model's."""
+        base = read_run(str(self.run / "search/base"))
+
+        def worth(name: str) -> float:
+            scores = read_run(str(self.run / part / name / "eval"))
+            return -1 if worse(base, scores) or scores["words_median"] is None else scores["words_median"]
+
+        return max(names, key=worth)
+
+    def phases(self) -> Iterator[tuple[str, list[Step]]]:
+        """(phase, steps) in order; a phase has several lists where a decision comes in between."""
+        texts = ("instructions", "responses", "extend")
+        yield "iter_1", self.steps(*(f"iter_1 {name}" for name in texts))
+        pairs = str(self.run / "iter_1/extended.jsonl")
+        [train] = self.steps("iter_1 train generator")
+        folders = {folder_of(text): text for text in self.tries}
+        entrants = {n: moved(train, f"search/{n}", **setting_of(text)) for n, text in folders.items()}
+        yield "iter_1", self.contest("search", entrants)
+        found = self.winner("search", list(folders))
+        self.setting = folders[found]
+        self.own.stages["train"].update(setting_of(self.setting))
+        adopt(entrants[found].output, train.output)
+        own = write_rows(self.run / "queries/own.jsonl", as_queries(by_chance(read_jsonl(pairs)))[:OWN])
+        yield (
+            "iter_1",
+            [
+                *self.steps("iter_1 train generator", "eval/base", "eval/iter_1"),
+                *self.steps("controls/drafts_1", "eval/control_drafts_1", control="drafts"),
+                *self.steps("eval/control_told", control="told"),
+                *self.steps("eval/control_eos-ban", control="eos-ban"),
+                *(self.asked(f"own/{name}", own, f"eval/{name}") for name in ("base", "iter_1")),
+            ],
+        )
+        yield (
+            "parts",
+            [*self.steps("controls/one-stage", "eval/control_one-stage", control="one-stage"), *self.no_bias()],
+        )
+
+        yield "iter_2", self.steps("iter_1 train extender", *(f"iter_2 {name}" for name in texts))
+        new = str(self.run / "iter_2/extended.jsonl")
+        half = write_rows(self.run / "half/extended.jsonl", half_of(read_jsonl(new)))
+        [before], [train] = self.steps("iter_1 train generator"), self.steps("iter_2 train generator")
+        modes = {
+            mode: moved(train, f"half/{mode}", **loop.train_settings(mode, [pairs, half], before.output))
+            for mode in ("restart", "continue")
+        }
+        yield "iter_2", self.contest("half", modes)
+        self.mode = self.winner("half", list(modes))
+        self.own = replace(self.own, loop=replace(self.own.loop, adapter_mode=self.mode))
+        drafts = self.steps("controls/drafts_2", "eval/control_drafts_2", control="drafts")
+        yield "iter_2", [*self.steps("iter_2 train generator", "eval/iter_2"), *drafts]
+
+        [generator] = self.steps("iter_2 train generator")
+        yield (
+            "final",
+            [
+                replace(s, settings={**s.settings, "budget_of": generator.output}) if s.name == "train generator" else s
+                for s in self.steps("final")
+            ]
+            + [
+                *self.steps("eval/final"),
+                *(
+                    self.asked(f"demands/{name}", self.demands, f"eval/{name}")
+                    for name in ("base", "final", "control_told")
+                ),
+                self.asked("own/iter_2", own, "eval/iter_2"),
+            ],
+        )
+
+    def no_bias(self) -> list[Step]:
+        """run.py's control no-bias, without drawing again what iteration 1 drew and its length bias dropped."""
+        drafts, extend, train = self.steps("iter_1 responses", "iter_1 extend", "iter_1 train generator")
+        kept, dropped = with_dropped(extend.output)
+        reached = {r["prompt"] for r in kept + dropped} if extend.settings.get("one_pair") else set()
+        missed = [r for r in with_dropped(drafts.output)[1] if r["prompt"] not in reached]
+        inputs, steps = [extend.output], []
+        if dropped:
+            inputs.append(write_rows(self.run / "controls/no-bias/dropped.jsonl", dropped))
+        if missed:
+            file = write_rows(self.run / "controls/no-bias/drafts.jsonl", missed)
+            steps = [moved(extend, "controls/no-bias", "no-bias", input=[file], no_length_bias=True)]
+            inputs.append(steps[0].output)
+        learn = moved(train, "controls/no-bias", "no-bias", input=inputs, budget_of=train.output)
+        answers = self.steps("eval/base")[0]
+        return [*steps, learn, moved(answers, "eval/control_no-bias", "no-bias", adapter=learn.output)]
+
+
+def folder_of(text: str) -> str:
+    return text.replace(",", "_").replace("=", "-")
 
 
 def setting_of(text: str) -> dict[str, Any]:
@@ -119,89 +242,218 @@ def setting_of(text: str) -> dict[str, Any]:
         raise UserError(f"--try {text}: {error.message}", "--try rank=8,learning_rate=2e-4,epochs=2") from None
 
 
+def adopt(trained: str, output: str) -> None:
+    """A finished training as that of the iteration: its command would be the same, so it is not done twice."""
+    if not Path(output).exists():
+        half = Path(output).with_name(".generator")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(trained, half)
+        half.rename(output)
+
+
+def worse(base: dict, scores: dict) -> list[str]:
+    """What is worse than the base model's by more than is tolerated."""
+    return [
+        name for name, sign in (("eos_share", -1), ("loop_rate", 1)) if sign * (scores[name] - base[name]) > TOLERATED
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------
-# The result
+# The result: everything is read from the folder, so that --show and a finished run say the same
 
 
-def answers_of(folder: Path) -> list[dict]:
-    """What each answer of an evaluation gives to each measure (scores.measured), in the order of their ids."""
-    rows = read_jsonl(folder / "outputs.jsonl", needs=("query",))
-    return measured([complete(row) for row in sorted(rows, key=lambda r: (r["parent_id"], r["sample"]))])
+def sidecar_of(step: Step) -> dict:
+    """The sidecar of what a step writes, {} before it starts."""
+    return read_sidecar(f"{step.output}/outputs.jsonl" if step.name == "evaluate" else step.output)
 
 
-def row_of(base: list[dict], other: list[dict]) -> dict:
-    """One row of the table: each figure as {"value", "interval"}, the interval [low, high] or None."""
-
-    def alone(key: str) -> dict:
-        interval = bootstrap(values_of(key, other), MEASURES[key][1])
-        return {"value": overall(key, other), "interval": interval}
-
-    return {
-        "answers": len(other),
-        **{key: alone(key) for key in ("words_median", "words_median_all", "eos_share", "loop_rate")},
-        "growth": grown(base, other),
-        "growth_all": grown(base, other, "words_median_all"),
-    }
+def finished(step: Step) -> bool:
+    done = sidecar_of(step).get("status") == "done"
+    return done and (step.name != "evaluate" or (Path(step.output) / "scores.json").exists())
 
 
-def grown(base: list[dict], other: list[dict], key: str = "words_median") -> dict:
-    """The ratio of median words; of the answers that ended by EOS, or by "words_median_all" of all."""
-    found = growth(values_of(key, base), values_of(key, other))
+def cost_of(step: Step) -> dict:
+    """What a finished step took and gave: seconds, tokens (drawn, or trained on), records or pairs."""
+    meta = sidecar_of(step)
+    stats, trained = meta.get("stats", {}), meta.get("summary", {})
+    tokens = stats.get("tokens", trained.get("target_tokens"))
+    if step.name == "evaluate":
+        tokens = read_run(step.output)["tokens"]
+    records, seconds = trained.get("pairs", meta.get("accepted")), round(meta["seconds"], 1)
+    hourly = round(3600 * records / seconds) if step.name == "extend" and seconds else None
+    known = {"seconds": seconds, "tokens": tokens, "records": records, "pairs_per_hour": hourly}
+    return {"part": step.part, "stage": step.name, **known}
+
+
+def texts_of(step: Step) -> dict:
+    """[texts, their instructions, median words] of drafts or extensions, before the length bias and after it."""
+
+    def counted(rows: list[dict]) -> list:
+        return [len(rows), len({r["prompt"] for r in rows}), median([r["response_words"] for r in rows])]
+
+    kept, dropped = with_dropped(step.output)
+    return {"before": counted(kept + dropped), "after": counted(kept)}
+
+
+def changed(key: str, before: dict, after: dict) -> dict:
+    """How a measure differs between two runs (words as a multiple), with the paired interval."""
+    if key == "short_loss":
+        values, total = [{i: [x] for i, x in enumerate(run["short_losses"])} for run in (before, after)], mean
+    else:
+        values, total = [values_of(key, run["measured"]) for run in (before, after)], MEASURES[key][1]
+    found = change(*values, total, ratio if key.startswith("words") else difference)
     return {"value": found.value, "interval": found.interval}
 
 
-def verdict(base: dict, last: dict) -> str:
-    low = (last["growth"]["interval"] or [0])[0]
-    worse = [
-        name
-        for name, sign in (("eos_share", -1), ("loop_rate", 1))
-        if sign * (last[name]["value"] - base[name]["value"]) > TOLERATED
-    ]
-    reached = low > GOAL and not worse
-    return f"goal {'reached' if reached else 'not reached'}: lower end of growth {low:.2f} (goal {GOAL})" + (
-        f"; worse than the base model by more than {TOLERATED:.0%}: {', '.join(worse)}" if worse else ""
-    )
-
-
-def show(rows: dict[str, dict]) -> None:
-    table = Table(title="Held-out instructions; [95 % intervals]; growth = ratio of median words to the base model's")
-    columns = {
-        "words_median": ("words (EOS)", "{:.0f}"),
-        "words_median_all": ("words (all)", "{:.0f}"),
-        "eos_share": ("EOS share", "{:.0%}"),
-        "loop_rate": ("loops", "{:.0%}"),
-        "growth": ("growth (EOS)", "{:.2f}"),
-        "growth_all": ("growth (all)", "{:.2f}"),
+def rows_of(runs: dict[str, dict], tables: Sequence[str]) -> dict[str, dict]:
+    """{model: {measure: {"value", "interval", "change": {"value", "interval"}}}}; changes from the first, the base."""
+    keys = [key for key, (*_, where) in COLUMNS.items() if set(tables) & set(where.split())]
+    return {
+        name: {"answers": run["answers"]}
+        | {
+            key: {"value": run[key], "interval": run["intervals"].get(key), "change": changed(key, runs["base"], run)}
+            for key in keys
+        }
+        for name, run in runs.items()
+        if "base" in runs
     }
-    table.add_column("model")
-    for title in ("answers", *(title for title, _ in columns.values())):
-        table.add_column(title, justify="right")
-    for name, row in rows.items():
-        cells = [cell(row[key]["value"], form, row[key]["interval"]) for key, (_, form) in columns.items()]
-        table.add_row(name, str(row["answers"]), *map(cli.shown, cells))
+
+
+COLUMNS = {  # measure of scores.json: (title, format, its tables)
+    "words_median": ("words (EOS)", "{:.0f}", "eval own demands"),
+    "words_median_all": ("words (all)", "{:.0f}", "eval own"),
+    "eos_share": ("EOS share", "{:.0%}", "eval own demands"),
+    "loop_rate": ("loops", "{:.0%}", "eval own demands"),
+    "rank_correlation": ("wanted/written", "{:+.2f}", "demands"),
+    "length_score": ("length score", "{:.1f}", "demands"),
+    "perplexity": ("perplexity", "{:.2f}", "probes"),
+    "own_prompt_gain": ("gain by own query", "{:.3f}", "probes"),
+    "short_loss": ("short tasks", "{:.2f}", "probes"),
+    "distinct_3": ("distinct-3", "{:.3f}", "probes"),
+}
+TABLES = {
+    "eval": "Held-out instructions; x = median words as a multiple of the base model's",
+    "probes": "The same answers, probed",
+    "own": "Instructions that iteration 1 was trained on",
+    "demands": "Length demands; in the second line the difference from the base model",
+}
+
+
+def result_of(study: Study, steps: Sequence[Step]) -> dict:
+    """All that the finished steps say."""
+    answered = {s.part: s.output for s in steps if s.name == "evaluate"}
+    groups: dict[str, dict[str, dict]] = {"eval": {}, "own": {}, "demands": {}}
+    for part, output in answered.items():
+        if part.partition("/")[0] in groups:
+            groups[part.partition("/")[0]][part.partition("/")[2]] = read_run(output)
+    runs = groups["eval"]
+    over = {
+        f"{model} / {other}": changed("words_median", runs[other], runs[model])
+        for model, others in OVER.items()
+        for other in others
+        if model in runs and other in runs
+    }
+    tables = {"eval": ("eval", "probes"), "own": ("own",), "demands": ("demands",)}
+    rows = {group: rows_of(read, tables[group]) for group, read in groups.items()}
+    return {
+        "bench": "growth",
+        "model": study.own.shared["model"],
+        "setting": study.setting,
+        "mode": study.mode,
+        "bars": bars(rows, over, runs),
+        "rows": rows,
+        "over": over,
+        "searched": {
+            part: read_run(out)["words_median"] for part, out in answered.items() if part[:4] in ("sear", "half")
+        },
+        "texts": {f"{s.part} {s.name}": texts_of(s) for s in steps if s.name in ("responses", "extend")},
+        "cost": (cost := [cost_of(s) for s in steps]),
+        "seconds": round(sum(c["seconds"] for c in cost)),
+    }
+
+
+# What each ratio separates is in the study's text: selection, extension, the second stage, the bias.
+OVER = {
+    "iter_1": ("control_drafts_1", "control_one-stage", "control_no-bias", "control_told"),
+    "iter_2": ("control_drafts_2", "iter_1"),
+}
+
+
+def bars(rows: dict, over: dict, runs: dict) -> list[dict]:
+    """Each bar whose figures are there: what is measured, its lower end (or what is worse), and whether it is met."""
+    found = []
+    for model, bar in GROWTH.items():
+        if model in rows["eval"]:
+            low = (rows["eval"][model]["words_median"]["change"]["interval"] or [0])[0]
+            found.append({"bar": f"{model}: growth above {bar}", "low": low, "met": low > bar})
+            bad = worse(runs["base"], runs[model])
+            found.append({"bar": f"{model}: EOS share and loop rate", "worse": bad, "met": not bad})
+        own = over.get(f"{model} / control_drafts_{model[-1]}")
+        if own:
+            low = (own["interval"] or [0])[0]
+            found.append({"bar": f"{model}: over own drafts above {OVER_DRAFTS}", "low": low, "met": low > OVER_DRAFTS})
+    if "final" in rows["demands"]:
+        low = (rows["demands"]["final"]["rank_correlation"]["change"]["interval"] or [0])[0]
+        found.append({"bar": "final: rank correlation above base", "low": low, "met": low > 0})
+    return found
+
+
+def show(result: dict) -> None:
+    """Everything as tables."""
+    for name, title in TABLES.items():
+        rows, columns = result["rows"][name.replace("probes", "eval")], [k for k in COLUMNS if name in COLUMNS[k][2]]
+        table = Table("model", title=title)
+        for key in columns:
+            table.add_column(COLUMNS[key][0], justify="right")
+        for model, row in rows.items():
+            cells = []
+            for key in columns:
+                form, one = COLUMNS[key][1], row.get(key, {"value": None, "interval": None, "change": {}})
+                change = one["change"] if model != "base" else {}
+                signed = "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
+                more = "" if change.get("value") is None else "\n" + cell(change["value"], signed, change["interval"])
+                cells.append(cell(one["value"], form, one["interval"]) + more)
+            table.add_row(model, *map(cli.shown, cells))
+        if rows:
+            cli.console.print(table)
+    for what, one in result["over"].items():
+        cli.say(f"{what}: {cell(one['value'], 'x{:.2f}', one['interval'])}")
+    table = Table("part", "stage", title="What it took")
+    for column in ("seconds", "tokens", "records", "pairs_per_hour"):
+        table.add_column(column.replace("_", " "), justify="right")
+    for one in result["cost"]:
+        values = (one[key] for key in ("seconds", "tokens", "records", "pairs_per_hour"))
+        table.add_row(one["part"], one["stage"], *map(cell, values))
     cli.console.print(table)
+    table = Table("texts", title="Texts, their instructions, median words")
+    for column in ("before the length bias", "after it"):
+        table.add_column(column, justify="right")
+    for what, one in result["texts"].items():
+        table.add_row(what, *(", ".join(map(cell, one[when])) for when in ("before", "after")))
+    cli.console.print(table)
+    for one in result["bars"]:
+        low = f"lower end {one['low']:.2f}" if "low" in one else ", ".join(one["worse"]) or "no worse"
+        cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
-def draw(models: dict[str, list[dict]], rows: dict[str, dict], path: Path, title: str) -> None:
+def draw(folders: dict[str, str], path: Path, title: str) -> None:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(models) + 1.4), dpi=110)
-    for y, (name, answers) in enumerate(models.items()):
+    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
+    for y, run in enumerate(read_run(folder) for folder in folders.values()):
         for ended in (True, False):
-            some = [a["words_median_all"] for a in answers if (a["words_median"] is not None) == ended]
+            some = [a["words_median_all"] for a in run["measured"] if (a["words_median"] is not None) == ended]
             spread = [y + 0.28 * ((i * 0.618034) % 1 - 0.5) for i in range(len(some))]
             color = "#9ecae1" if ended else "none"
             axis.scatter(some, spread, s=12, c=color, edgecolors="#6baed6", linewidths=0.6, zorder=1)
-        one = rows[name]["words_median"]
-        if one["value"] is not None:
-            low, high = one["interval"] or (one["value"], one["value"])
-            axis.plot([low, high], [y, y], color="#08306b", linewidth=2.2, zorder=2)
-            axis.plot(one["value"], y, "o", color="#08306b", markersize=6, zorder=3)
-    axis.set_yticks(range(len(models)), models)
+        if (value := run["words_median"]) is not None:
+            axis.plot(run["intervals"]["words_median"] or [value] * 2, [y, y], color="#08306b", linewidth=2.2, zorder=2)
+            axis.plot(value, y, "o", color="#08306b", markersize=6, zorder=3)
+    axis.set_yticks(range(len(folders)), folders)
     axis.invert_yaxis()
     axis.set(xlabel="words of an answer (hollow: cut or a loop); bar: median of the ended ones, 95 %", title=title)
     axis.set_xlim(left=0)
@@ -216,90 +468,47 @@ def draw(models: dict[str, list[dict]], rows: dict[str, dict], path: Path, title
 # ---------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.Settings, loop.Preset]:
-    """Our flags, run.py's, and what differs in the later iterations."""
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.Settings]:
+    """Our flags and run.py's."""
     parser = cli.make_parser(__doc__, "bench/growth.py")
     add = parser.add_argument
-    add("--run", default="runs/growth", help="folder of the study")
-    add("--held-out", type=cli.at_least(2), default=30, help="instructions to report on")
-    add("--search", type=cli.at_least(2), default=12, help="other held-out instructions, to choose the setting by")
+    add("--held-out", default="prompts/heldout.en.jsonl", metavar="FILE", help="instructions that nobody trains on")
+    add("--demands", default="prompts/bench_more.en.jsonl", metavar="FILE", help="queries beside the mini benchmark's")
+    add("--search", type=cli.at_least(2), default=12, help="first held-out instructions, to choose the setting by")
     add("--try", dest="tries", nargs="+", default=TRIES, help="settings of train.py")
-    add("--answers", type=cli.at_least(1), default=3, help="answers to each instruction")
-    add("--iterations", type=cli.at_least(1), default=2, help="macro-iterations")
-    add("--controls", nargs="*", default=["drafts", "told", "eos-ban"], help="of run.py --controls")
+    add("--until", choices=PHASES, default=PHASES[-1], help="the last phase to run")
+    add("--show", action="store_true", help="print what is there, start nothing")
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
         setting_of(text)
-    own = [f"--run={args.run}", f"--evaluate.samples={args.answers}", f"--iterations={args.iterations}"]
-    own += ["--controls", *args.controls] if args.controls else []
     preset = {stage: {**loop.DEMO[stage], **SMOLLM2.get(stage, {})} for stage in loop.DEMO}
-    settings, given = loop.parse_args([*own, *more], preset), loop.parse_args(more, preset={})
-    later = {stage: {k: v for k, v in LATER[stage].items() if k not in given.stages[stage]} for stage in LATER}
-    return args, settings, {} if given.shared.get("model") else later
+    # Before the user's flags, which win: what the phases need.
+    fixed = ["--iterations=2", "--evaluate=all", "--evaluate.samples=3"]
+    return args, loop.parse_args([*fixed, *more, "--controls", "told", "eos-ban", "drafts", "one-stage"], preset)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, settings, later = parse_args(argv)
+    args, own = parse_args(argv)
     os.chdir(ROOT)  # where the stages run: relative paths are below the repository
-
-    # 1) instructions nobody trains on
-    held_out, searched, reported = hold_out(args, settings)
-    asked = settings.stages["instructions"]
-    asked["dedup_against"] = [*asked.get("dedup_against", []), held_out]
-
-    # 2) one setting
-    chosen: str = args.tries[0]
-    tried: list[dict] = []
-    if len(args.tries) > 1:
-        chosen, tried = search(args.tries, settings, searched)
-        cli.say(f"setting: {chosen}, of {len(args.tries)}")
-    settings.stages["train"].update(setting_of(chosen))
-
-    # 3) the loop and its controls
-    settings.stages["evaluate"]["benchmark"] = str(reported)
-    last = f"iter_{args.iterations}"
-    steps = loop.method(settings)
-    for step in steps:
-        if step.part.startswith("iter_") and step.part != "iter_1":
-            step.settings.update(later.get(step.name, {}))
-    unused = (last, "train extender")  # what it would extend are drafts of a further iteration
-    steps += loop.controls(settings, steps)
-    stages, _ = execute([s for s in steps if "final" not in s.part and (s.part, s.name) != unused], args.run)
-
-    # 4) what came of it
-    names = [s["part"].removeprefix("eval/") for s in stages if s["stage"] == "evaluate"]
-    models = {name: answers_of(Path(args.run) / "eval" / name) for name in names}
-    rows = {name: row_of(models["base"], answers) for name, answers in models.items()}
-    said = verdict(rows["base"], rows[last])
-    own = {name: f"control_drafts_{name.removeprefix('iter_')}" for name in models}
-    added = {name: grown(models[drafts], models[name]) for name, drafts in own.items() if drafts in models}
-    pairs = {f"{s['part']} {s['stage'].removeprefix('train ')}": s["pairs"] for s in stages if "pairs" in s}
-    # A model learns little from many pairs of few instructions: both counts belong to a result.
-    extended = [Path(args.run) / f"iter_{n}" / "extended.jsonl" for n in range(1, args.iterations + 1)]
-    distinct = {file.parent.name: len({r["prompt"] for r in read_jsonl(file)}) for file in extended}
-    cost = {s["part"] + " " + s["stage"]: (s.get("tokens"), s["seconds"]) for s in stages}
-    result = {"bench": "growth", "model": settings.shared["model"], "setting": chosen, "search": tried, "verdict": said}
-    result |= {
-        "models": rows,
-        "over_own_drafts": added,
-        "pairs": pairs,
-        "instructions": distinct,
-        "cost": cost,
-        "seconds": round(sum(s["seconds"] for s in stages)),
-    }
-    replace_file(Path(args.run) / "growth.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    draw(
-        models,
-        rows,
-        Path(args.run) / "growth.png",
-        f"{settings.shared['model']}: {args.held_out} held-out instructions",
-    )
-    show(rows)
-    for name, one in added.items():
-        low, high = one["interval"] or (-1, -1)
-        cli.say(f"{name} / {own[name]}: {one['value'] or -1:.2f} [{low:.2f}, {high:.2f}]")
-    cli.say(f"{said}; pairs {pairs}, of so many instructions: {distinct}; {result['seconds']} s of stages")
-    cli.say(f"{args.run}/growth.json, growth.png")
+    study, done = Study(args, own), list[Step]()
+    for phase, steps in study.phases():
+        if PHASES.index(phase) > PHASES.index(args.until):
+            break
+        if not args.show:
+            cli.say(f"phase {phase}: {sum(map(finished, steps))} of {len(steps)} stages are there")
+            execute(steps, str(study.run))
+        done += [step for step in steps if finished(step)]
+        if args.show and not all(step.control or finished(step) for step in steps):
+            break
+    if not done:
+        raise UserError(f"{study.run} holds no finished stage", "the same command without --show")
+    result = result_of(study, done)
+    replace_file(study.run / "growth.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    models = {s.part.removeprefix("eval/"): s.output for s in done if s.part.startswith("eval/")}
+    if models:
+        draw(models, study.run / "growth.png", f"{own.shared['model']}: held-out instructions")
+    show(result)
+    cli.say(f"{study.run}/growth.json, growth.png; {result['seconds']} s of stages")
     cli.emit(result)
 
 

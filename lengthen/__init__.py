@@ -1,7 +1,20 @@
 """The machinery that the stages share: records, text measures, models, chat rendering, LoRA, the sampler."""
 
 import os
+import sys
 
-# OpenMP's threads spin while they wait for each other, unless this is set before torch loads. On two cores with one
-# other busy process a decoding step then took 1,500 ms instead of 140; with no other it makes no difference.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+try:
+    import fcntl  # noqa: F401
+except ImportError:
+    print(
+        "error: this needs Linux or macOS, Windows has no fcntl\nhint:  wsl --install, and start it there",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+# How OpenMP's threads wait for each other, read when torch loads: awake for about a millisecond, then asleep. Asleep at
+# once, two threads are no faster than one: a decoding step is a few hundred small parallel regions. Awake for longer,
+# they are in the way of other processes, and those in theirs (models/threads.py).
+if "OMP_WAIT_POLICY" not in os.environ:  # the user's choice comes first
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # libgomp's name for it; other runtimes sleep at once

@@ -6,14 +6,17 @@ Everything for people goes to stderr; stdout's last line is one compact JSON sum
 import argparse
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
@@ -21,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from lengthen.records import LowYield, UserError
+from lengthen.records import LowYield, UserError, replace_file, say_once
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0  # without a terminal: one progress line every so many seconds
@@ -101,6 +104,15 @@ def not_empty(text: str) -> str:
     """An argparse type: --output "$OUT" with OUT unset is a mistake, not the folder one stands in."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def device(text: str) -> str:
+    """An argparse type: auto, or a device that the sampler and the training serve."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not served: auto, cpu, cuda or cuda:N (an Apple GPU is not used)"
+        )
     return text
 
 
@@ -192,7 +204,7 @@ class ModelFlags:
 
     model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)")
     adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model")
-    device: str = flag("auto", "auto = cuda where there is one, else cpu")
+    device: str = flag("auto", "auto = cuda where there is one, else cpu", device)
     dtype: str = flag("auto", "auto = bf16 on CUDA, else fp32", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str = flag("auto", "auto = nf4 on CUDA below 40 GB, else none", choices=("auto", "none", "nf4"))
     trust_remote_code: bool = flag(False, "run code from the model's repository")
@@ -208,10 +220,19 @@ class SamplingFlags:
     repetition_penalty: float = flag(1.1, "1 = none", at_least(0.01, float))
     max_new_tokens: int = flag(0, "tokens per sample; 0 = min(16384, context - prompt)", at_least(0))
     max_rows: int = flag(
-        0, "texts decoded at a time; 0 = 48 on a CPU, 256 on a GPU, less where memory is short", at_least(0)
+        0, "texts decoded at a time, per server; 0 = 48 on a CPU, else 256, less where memory is short", at_least(0)
     )
     kv_cache: str = flag(
         "auto", "auto = the model's dtype; fp8 = half the memory of bf16, on a GPU only", choices=("auto", "fp8")
+    )
+    endpoint: list[str] = flag(
+        [],
+        "sample through these vLLM servers, http://HOST:PORT/v1, instead of loading --model, which then names the"
+        " tokenizer; a key: LENGTHEN_ENDPOINT_KEY of the environment",
+        metavar="URL",
+    )
+    endpoint_path: list[str] = flag(
+        [], "where the servers see folders of adapters, if not where they are here", metavar="LOCAL=REMOTE"
     )
 
     def recipe(self) -> dict[str, Any]:
@@ -265,6 +286,25 @@ def opening(text: str) -> str:
     """Its first words, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= OPENING else (line[:OPENING].rpartition(" ")[0] or line[:OPENING]) + " […]"
+
+
+SPELLINGS = "SELF_LENGTHEN_SPELLINGS"  # {flag: what run.py calls it}, set by run.py for the stages that it starts
+
+
+def spelt(text: str) -> str:
+    """The flags in a hint as they are spelt where the user stands: --rounds is --extend.rounds in run.py."""
+    names = json.loads(os.environ.get(SPELLINGS, "{}"))
+    return re.sub(r"--[a-z][a-z-]*[a-z]", lambda match: names.get(match[0], match[0]), text)
+
+
+def save_figure(path: Path, draw: Callable[[], bytes]) -> None:
+    """Draw a PNG and write it. Whatever goes wrong with a picture, hours of work do not fail for it: it is one line."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not there in a script
+    try:
+        replace_file(path, draw())
+    except Exception as error:
+        message = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        say(f"no {path.name}: {' '.join(message.split())}")
 
 
 def emit(summary: dict) -> None:
@@ -325,6 +365,7 @@ def run(main: Callable[[], None]) -> None:
         raise KeyboardInterrupt  # a polite kill is treated as Ctrl-C: locks are freed, files closed
 
     signal.signal(signal.SIGTERM, terminated)
+    cache_elsewhere()
     try:
         main()
     except UserError as error:
@@ -338,7 +379,27 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def cache_elsewhere() -> None:
+    """Where the home cannot be written (a container's), caches go to the folder for temporary files."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return
+    try:
+        cache = Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        cache = Path("/dev/null")
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return
+    elsewhere = Path(tempfile.gettempdir()) / f"self-lengthen-{os.getuid()}"
+    say_once(f"{cache} cannot be written: caches are in {elsewhere}; XDG_CACHE_HOME names another folder")
+    if (cache / "huggingface").is_dir():  # models that are there already are still found
+        os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
+    os.environ["XDG_CACHE_HOME"] = str(elsewhere)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(elsewhere / "triton"))
+
+
 def _report(message: str, hint: str) -> None:
+    hint = spelt(hint)
     console.print(f"[bold red]error:[/] {_escape(message)}")
     if hint:
         console.print(f"[bold]hint:[/]  {_escape(hint)}")

@@ -8,10 +8,12 @@ A stage reads JSONL, appends one line per finished sample, and leaves a sidecar 
     X.work.jsonl       a journal of work inside a job; exists only while the stage runs
 
 `Job` holds the rules: one writer at a time, torn last lines cut before anything is appended, other settings
-refused, whole-file decisions made last and by rename. No torch here, so a no-op resume takes a fraction of a second.
+refused, whole-file decisions made last and by rename. Settings that only add work (GROWING) may get larger: the job is
+open again, and the tasks take it up (lengthen.tasks). No torch here, so a no-op resume takes a fraction of a second.
 """
 
 import datetime
+import errno
 import fcntl
 import glob
 import hashlib
@@ -21,18 +23,45 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lengthen.reading import numbered_lines
-from lengthen.records import Appender, LowYield, UserError, no_room, replace_file, to_line
+from lengthen.records import Appender, LowYield, UserError, no_room, replace_file, say_once, to_line
 from lengthen.text.words import quantile
 
 LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
 EARLIER = " #-"  # of inputs with equal names: "iter_1/extended.jsonl #-1" is the one before the last
-WHOLE_FILE_REASONS = ("length-bias", "near-duplicate")  # decided over the finished file, not record by record
+# Decided over the finished file, not record by record. input-gone: the input no longer has what it was made of.
+WHOLE_FILE_REASONS = ("length-bias", "near-duplicate", "input-gone")
+# Settings that only add work, and the flag that sets each: an output goes on with a larger value. Ids and seeds of what
+# is there stay the same, so it becomes the file that one run with the larger value had written (docs/files.md says
+# where not). Of --limit, 0 is the largest: all.
+GROWING = {
+    "count": "--count",
+    "limit": "--limit",
+    "max_attempts": "--max-attempts",
+    "samples": "--samples",
+    "judge_attempts": "--judge-attempts",
+}
+# What helps against a reason for which draws fail; the hint where too little comes out.
+REMEDIES = {
+    "unfinished": "a larger --max-new-tokens, or shorter texts to start from",
+    "repetition": "a higher --repetition-penalty or --temperature",
+    "gain": "a smaller --min-gain, or shorter drafts",
+    "not-longer": "shorter drafts, or a larger --max-new-tokens",
+    "judge": "a smaller --judge-margin or --long-words",
+    "duplicate": "more --seeds, or a smaller --count",
+    "language": "a --model that writes this language, or the other --language",
+    "outside-demand": "--demand-min and --demand-max that the answers' lengths are between",
+    "no-demand": "smaller --demand-steps",
+    "error": "shorter input: it does not fit the model's context",
+    "length-bias": "--no-length-bias",
+}
+SUMS = ("attempts", "calls", "tries", "tries_passed", "tokens", "prefix_tokens")  # statistics that add up
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems say
 
 
 def versions() -> dict[str, str]:
@@ -96,20 +125,58 @@ def check_inputs(inputs: Sequence[str | Path], allow_partial: bool) -> None:
             )
 
 
-def check_settings(meta: dict, settings: dict, output: Path) -> None:
-    """Refuse to mix two runs in one file: the sidecar's settings must be ours."""
+def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[str] = ()) -> dict[str, Any]:
+    """Refuse to mix two runs in one file: the sidecar's settings must be ours. `growing` ones may be larger than there.
+
+    Returns the sidecar's values of those that are.
+    """
     before = meta.get("settings", {})
     now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
     if before.get("inputs") and now.get("inputs"):  # older sidecars hold only the last of several equal names
         earlier = {k: v for k, v in now["inputs"].items() if EARLIER in k and k.split(EARLIER)[0] in before["inputs"]}
         before = {**before, "inputs": {**earlier, **before["inputs"]}}
+    grown = {}
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            old, new = before.get(name, "(not set)"), now.get(name, "(not set)")
+        if before.get(name) == now.get(name):
+            continue
+        old, new = before.get(name, "(not set)"), now.get(name, "(not set)")
+        if name in growing and name == "inputs":
+            if before.get(name, {}).keys() <= new.keys():  # what is in them is compared record by record
+                grown[name] = old
+                continue
+        elif name in growing and name in before and name in now:
+            if _size(name, old) < _size(name, new):
+                grown[name] = old
+                continue
             raise UserError(
-                f"{output} was made with {name} = {old!r}, this command says {new!r}",
-                "--overwrite starts it afresh, another --output keeps both",
+                f"{output} was made with {name} = {old}, this command says {new}, and what is there is not taken back",
+                f"{GROWING[name]} {old} or more goes on from it; --overwrite starts it afresh",
             )
+        raise UserError(
+            f"{output} was made with {name} = {old!r}, this command says {new!r}",
+            "--overwrite starts it afresh, another --output keeps both",
+        )
+    return grown
+
+
+def _size(name: str, value: float) -> float:
+    return float("inf") if name == "limit" and not value else value
+
+
+def try_lock(descriptor: int, path: Path, wait: bool = False) -> bool:
+    """Lock an open file, waiting for its holder where asked to; False = held by another process.
+
+    Where the file system has no locks (NFS, FUSE and their like) it goes on without one, and says so once.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise no_room(path, error) from error
+        say_once(f"{path.parent}: this file system has no locks, so start one process at a time there")
+    return True
 
 
 class Lock:
@@ -122,9 +189,7 @@ class Lock:
                 self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise no_room(self.path, error) from error
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(self.descriptor, self.path):
                 os.close(self.descriptor)
                 raise UserError(
                     f"{output} is being written by another process", "wait for it, or choose another --output"
@@ -196,6 +261,8 @@ class Job(OneWriter):
         self.settings = dict(settings or {})
         self.allow_partial, self.use_journal = allow_partial, journal
         self.counts: Counter[str] = Counter()
+        self.min_yield, self.before = 1, ""
+        self.grown: dict[str, Any] = {}  # settings that got larger since what is there was made: their values then
         self.started = self.saved = time.monotonic()
 
     # -- opening and closing -------------------------------------------------------------------------------
@@ -216,7 +283,10 @@ class Job(OneWriter):
                 leftover.unlink(missing_ok=True)
         meta = read_sidecar(self.output)
         if meta:
-            check_settings(meta, self.settings, self.output)
+            # Only the tasks can tell whether what was made of an input is still what it says.
+            growing = [*GROWING, "inputs"] if self.use_journal else GROWING
+            if grown := check_settings(meta, self.settings, self.output, growing):
+                self._grow(meta, grown)
         elif self.output.exists() and self.output.stat().st_size:
             raise UserError(
                 f"{self.output} exists, but not its sidecar {sidecar_path(self.output).name}: not made by this stage?",
@@ -228,10 +298,15 @@ class Job(OneWriter):
                 f"{self.output} was begun by another version of this program and is not finished",
                 "--overwrite starts it afresh, another --output keeps both; the version that began it can finish it",
             )
-        self.meta = meta or {"stage": self.stage, "layout": LAYOUT, "created": _now(), "seconds": 0.0}
+        self.meta = meta or {"stage": self.stage, "layout": LAYOUT, "created": _now("microseconds"), "seconds": 0.0}
+        # By these run.py knows whether an input has grown, or was made afresh.
+        self.meta["inputs_created"] = {p: c for p in map(str, self.inputs) if (c := read_sidecar(p).get("created"))}
+        self.grown = self.meta.get("grown", {})
         self.seconds_before = self.meta.get("seconds", 0.0)
         if self.complete or not self.use_journal:  # else they are counted again from the journal
             self.counts.update(self.meta.get("attempt_reasons", {}))
+        else:
+            self.counts.update(self.meta.get("earlier", {}).get("attempt_reasons", {}))
         self.writers = {p: Appender(p) for p in (self.output, self.rejected_path)}
         if self.use_journal and not self.complete:
             self.writers[self.work_path] = Appender(self.work_path)
@@ -240,7 +315,62 @@ class Job(OneWriter):
         self.journal = [r for _, r in numbered_lines(self.work_path)] if self.work_path in self.writers else []
         if not self.complete:
             self._undo_whole_file_decisions()
+            if "judge_attempts" in self.grown:  # without a journal: given-up ones are asked again from the start
+                self.rejected = []
+                self._rewrite(self.rejected_path, [])
+            if not self.use_journal:
+                self.meta.pop("grown", None)
             self._save("running")
+            # Killed in the middle of `take_back`: what the journal has is to be decided again.
+            self._forget([entry["stored"] for entry in self.journal if entry.get("again")])
+        self.done_ids = {r["id"] for r in self.records} | {r["id"] for r in self.rejected}
+
+    def _grow(self, meta: dict, grown: dict[str, Any]) -> None:
+        """A larger setting: the output is unfinished again. What it changes waits in the sidecar for `settle`."""
+        self.before = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
+        changes = {name: self.settings[name] for name in grown if name != "inputs"}
+        for name, new in changes.items():
+            meta.setdefault("history", {}).setdefault(name, [grown[name]]).append(new)
+        if changes:
+            said = ", ".join(f"{GROWING[name]} {grown[name]} -> {new}" for name, new in changes.items())
+            say_once(f"{self.output} goes on with {said}")
+        if meta["status"] == "done":  # its journal is gone: what that had counted is kept
+            meta["earlier"] = {name: meta.get(name, {}) for name in ("attempt_reasons", "stats")}
+        meta |= {"status": "running", "grown": {**grown, **meta.get("grown", {})}}
+
+    def take_back(self, stored: Sequence[dict], decided: Sequence[dict] = ()) -> None:
+        """Records that are to be decided again, from where they stand; `decided`: others that the journal must know.
+
+        On disk in this order: the journal has them, the sidecar says so, the files lose them. A kill loses nothing.
+        """
+        attempts = self.grown.get("max_attempts", self.settings.get("max_attempts", 0))
+        for record in (*stored, *decided):
+            entry = {"id": record["id"], "stored": record, "attempts": attempts, "again": record in stored}
+            self.note(entry)
+            self.journal.append(entry)
+        self.writers[self.work_path].sync()
+        self.grown = {}
+        self.meta.pop("grown", None)
+        self._save("running")
+        self._forget(stored)
+
+    def refuse_input(self, why: str) -> UserError:
+        """The error for an input that says something else than before; the sidecar is again what it was."""
+        if self.before:
+            replace_file(sidecar_path(self.output), self.before)
+        self.complete = True  # nothing is to be saved on the way out
+        return UserError(
+            f"{self.output} was made with inputs that have changed: {why}",
+            "records may be added to an input, not changed; --overwrite starts it afresh, another --output keeps both",
+        )
+
+    def _forget(self, stored: Sequence[dict]) -> None:
+        known = {record["id"]: record for record in stored}
+        for path, rows in ((self.rejected_path, self.rejected), (self.output, self.records)):
+            kept = [row for row in rows if row != known.get(row["id"])]
+            if len(kept) < len(rows):
+                rows[:] = kept
+                self._rewrite(path, rows)
         self.done_ids = {r["id"] for r in self.records} | {r["id"] for r in self.rejected}
 
     def _undo_whole_file_decisions(self) -> None:
@@ -325,7 +455,9 @@ class Job(OneWriter):
         `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
         """
         if not self.complete:
-            self.meta["stats"] = stats
+            earlier = self.meta.get("earlier", {}).get("stats", {})
+            sums = {k: v + earlier.get(k, 0) for k, v in stats.items() if k in SUMS}
+            self.meta["stats"] = {**stats, **sums}
             for writer in self.writers.values():
                 writer.sync()
             self._save("done")
@@ -346,12 +478,20 @@ class Job(OneWriter):
         }
         if len(self.records) < min_yield:
             # A rejected record's last attempt is in both, so the larger count of each reason is the true one.
-            why = ", ".join(f"{n} x {r}" for r, n in (reasons | self.counts).most_common()) or "nothing was tried"
+            counted = reasons | self.counts
+            why = ", ".join(f"{n} x {r}" for r, n in counted.most_common()) or "nothing was tried"
             raise LowYield(
                 f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
-                "more input, more --max-attempts, or a stronger --model; *.rejected.jsonl shows what was written",
+                f"{self.remedy(counted)}; *.rejected.jsonl shows what was written",
             )
         return summary
+
+    def remedy(self, reasons: Counter[str]) -> str:
+        """What helps where too little comes out: by the commonest reason, then what always helps."""
+        known = [REMEDIES[reason] for reason, _ in reasons.most_common(1) if reason in REMEDIES]
+        tries = self.settings.get("max_attempts")
+        more = [f"--max-attempts {2 * tries} (it goes on from what is there)"] if tries else []
+        return ", or ".join([*known, *more, "more input", "a stronger --model"])
 
     def _save_now_and_then(self) -> None:
         if time.monotonic() - self.saved > 5.0:  # seconds; after a kill the counts are at most that old
@@ -374,8 +514,8 @@ class Job(OneWriter):
         replace_file(sidecar_path(self.output), json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+def _now(precision: str = "seconds") -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec=precision)
 
 
 def word_statistics(records: Sequence[dict]) -> dict[str, float]:

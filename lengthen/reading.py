@@ -11,14 +11,12 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonlines
 
-from lengthen.cli import say
-from lengthen.records import LANGUAGES, Instruction, UserError, new_record, prompt_id
+from lengthen.records import LANGUAGES, Instruction, UserError, new_record, prompt_id, say_once
 from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import count_words, detect_language
 
@@ -138,11 +136,6 @@ def wrapped(row: Any) -> tuple[str, list] | None:
         return None
     lists = [(k, v) for k, v in row.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     return lists[0] if len(lists) == 1 else None
-
-
-@cache
-def say_once(text: str) -> None:
-    say(text)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 reading.py reads them, jobs.py holds what a stage does with them. Standard library only.
 """
 
+import errno
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -243,6 +245,27 @@ def _write(descriptor: int, data: bytes | memoryview) -> int:
     return os.write(descriptor, data)
 
 
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without fsync say
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """A line for people, on stderr; the second time nothing."""
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+def sync(descriptor: int) -> None:
+    """os.fsync; where the file system has none (FUSE, some network mounts) it goes on, and says so once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        say_once("this file system cannot sync files: a power cut may cost what was written last")
+
+
 def _replace(source: Path, target: Path) -> None:
     """os.replace, on its own so that the tests can make it fail."""
     os.replace(source, target)
@@ -265,7 +288,7 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
             view = memoryview(data)
             while view:
                 view = view[_write(handle.fileno(), view) :]
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         _replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -318,7 +341,7 @@ class Appender:
             raise no_room(self.path, error) from error
 
     def sync(self) -> None:
-        os.fsync(self.descriptor)
+        sync(self.descriptor)
         self.last_sync = time.monotonic()
 
     def close(self) -> None:

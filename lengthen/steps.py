@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import time
 import tty
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lengthen import cli
-from lengthen.records import no_room
+from lengthen.jobs import input_hashes, read_sidecar
+from lengthen.records import UserError, fingerprint, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_WIDTH = 116  # columns of a line in a shell script, before the backslash
@@ -40,6 +42,13 @@ class Step:
     command: tuple[str, ...]  # script and subcommand: ("generate.py", "responses")
     settings: dict[str, Any]  # its flags, `output` among them: {"model": "smollm2", "max_new_tokens": 360, ...}
     control: str = ""  # the control it belongs to; the method itself has none
+    launcher: str = "python"  # or "torchrun --nproc-per-node 8", for a training in several processes
+    spelt: Mapping[str, str] = field(default_factory=dict)  # its flags -> what whoever planned it calls them
+
+    @property
+    def label(self) -> str:
+        """iter_1/train-generator"""
+        return f"{self.part}/{self.name.replace(' ', '-')}"
 
     @property
     def output(self) -> str:
@@ -100,7 +109,7 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
     for before, step in zip([None, *steps], steps, strict=False):
         if before is None or heading(before) != heading(step):
             lines.append(f"# {heading(step)}")
-        line = f"python {' '.join(step.command)}"
+        line = f"{step.launcher} {' '.join(step.command)}"
         for name, value in step.settings.items():
             text = " ".join(map(word, flag_words(name, value)))
             if text and len(line) + len(text) > SHELL_WIDTH:
@@ -115,8 +124,51 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
 # Running them
 
 
-def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
-    """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing)."""
+def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
+    """The chosen steps and those that read what these write, in order."""
+    found: list[Step] = []
+    for step in steps:
+        reads = {word for value in step.settings.values() for word in (value if isinstance(value, list) else [value])}
+        if step in chosen or any(before.output in reads for before in found):
+            found.append(step)
+    return found
+
+
+def stale(step: Step) -> str:
+    """Why a step must be done afresh since it last ran: what of its inputs is another one; "" = it may go on.
+
+    Only what other steps have written under the same name: another model, file or flag is the user's to decide, and the
+    stage refuses it. An input that has only got more records is none: a stage that samples takes them up itself.
+    """
+    output, own = Path(step.output), step.settings
+    meta = read_sidecar(output / "outputs.jsonl" if step.name == "evaluate" else output)
+    before, adapter, inputs = meta.get("settings", {}), own.get("adapter", ""), own.get("input", [])
+    if not meta:
+        return ""
+    same_adapter = step.command[0] == "train.py" or meta.get("info", {}).get("adapter") == adapter
+    if adapter and same_adapter and before.get("adapter") and before["adapter"] != fingerprint(adapter):
+        return adapter
+    made = meta.get("inputs_created", {})
+    for path in inputs:
+        if path in made and made[path] != read_sidecar(path).get("created"):
+            return path
+    if step.command[0] == "train.py":
+        now = input_hashes(inputs) if all(Path(path).exists() for path in inputs) else {}
+        old = before.get("inputs", {})
+        if now.keys() == old.keys() and now != old:
+            return next(name for name in now if now[name] != old[name])
+        if budget := own.get("budget_of"):
+            tokens = read_sidecar(budget).get("summary", {}).get("target_tokens")
+            if tokens and before.get("target_tokens") not in (None, tokens):
+                return budget
+    return ""
+
+
+def execute(steps: Sequence[Step], run: str, afresh: Sequence[Step] = ()) -> tuple[list[dict], list[str]]:
+    """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing).
+
+    afresh: those that do not go on from what is there. So do those whose inputs are other ones now.
+    """
     results: list[dict] = []
     ended: list[str] = []
     path = Path(run) / "run.log"
@@ -131,7 +183,12 @@ def execute(steps: Sequence[Step], run: str) -> tuple[list[dict], list[str]]:
             if step.control in ended:
                 continue
             cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-            cli.say(f"$ python {shlex.join(command_of(step))}")
+            why = stale(step)
+            if why:
+                cli.say(f"{why} is another one since this was made: it is made afresh")
+            if why or step in afresh:
+                step = replace(step, settings={**step.settings, "overwrite": True})
+            cli.say(f"$ {step.launcher} {shlex.join(command_of(step))}")
             if (result := run_step(step, log)) is None:
                 ended.append(step.control)
             else:
@@ -146,16 +203,21 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
     """
     command, started, name = command_of(step), time.monotonic(), f"{step.part} {step.name}"
     # The header is on disk before the stage starts: a run that hangs says in which.
-    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ python {shlex.join(command)}\n")
+    keep(log, f"\n{time.strftime(CLOCK)}  {name}\n$ {step.launcher} {shlex.join(command)}\n")
+    os.environ[cli.SPELLINGS] = json.dumps(dict(step.spelt))
     # Looked up when called: tests put a function in its place that runs the stage in this process.
-    code, output = run_command(command, log)
+    more = () if step.launcher == "python" else (step.launcher,)
+    try:
+        code, output = run_command(command, log, *more)
+    finally:
+        del os.environ[cli.SPELLINGS]
     keep(log, f"{time.strftime(CLOCK)}  {name}: exit code {code} after {time.monotonic() - started:.1f} s\n")
     if code == 3 and step.control:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
         return None
     if code:
         hints = {
-            3: "too few records came out: the lines above count the reasons; fix that and run the same command again",
+            3: "too few records came out: the lines above count the reasons, and name a flag to add to this command",
             130: "run the same command again to continue",
         }
         hint = hints.get(code, "fix that and run the same command again: what is finished is kept")
@@ -164,7 +226,20 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
+def launched(launcher: str) -> list[str]:
+    """The words that start a script; a program is also looked for where our interpreter is, environment active or not."""
+    if launcher == "python":
+        return [sys.executable]
+    program, *rest = shlex.split(launcher) or [""]
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if (found := shutil.which(program, path=places)) is None:
+        raise UserError(
+            f"--train-launcher: there is no program {program!r}", '--train-launcher "torchrun --nproc-per-node 8"'
+        )
+    return [found, *rest]
+
+
+def run_command(command: Sequence[str], log: BinaryIO, launcher: str = "python") -> tuple[int, str]:
     """Run a script of ours; (its exit code, its stdout). Its stderr is shown as it comes, its lines are kept in `log`.
 
     Ctrl-C reaches the script by itself: both are in the terminal's foreground. SIGTERM is passed on.
@@ -180,7 +255,7 @@ def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
     if os.isatty(theirs):
         tty.setraw(theirs)  # bytes pass as they are: the real terminal does the rest
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        [*launched(launcher), str(ROOT / command[0]), *command[1:]],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": str(cli.console.width)},
         stdout=subprocess.PIPE,

@@ -26,6 +26,8 @@ from lengthen import cli
 from lengthen.jobs import Job
 
 SHOWN = 10  # accepted records a process shows as they come (Task.to_show)
+EARLY_LOOK = 24  # tries after which it is said when too little will come out
+HOPELESS = ("error", "context")  # the same reply would come again
 SCORE_BATCH = 8  # draws whose log-probability questions are asked together, between two steps of the sampler
 
 Draw = tuple[int, ...]  # one call of a task, (attempt,) or (attempt, round, stage): its seed is hashed from id and draw
@@ -116,6 +118,17 @@ class Task(ABC, Generic[E, R]):
         """What people see of an accepted record as it comes: texts side by side, (heading, text) each."""
         return []
 
+    @abstractmethod
+    def restore(self, stored: dict[str, Any], attempts: int) -> None:
+        """Take up what an earlier run has stored, with its `reason` if rejected, after up to `attempts` attempts.
+
+        `over` then tells whether the larger settings of this run leave more to try.
+        """
+
+    def passes(self, entry: Entry) -> bool:
+        """Whether a reply ended a try well; not one that is only on the way."""
+        return not entry.get("reason")
+
     def follow(self, task: "Task[E, R]") -> None:
         """The task whose `then` this is is over: ask now, or be over as well."""
 
@@ -160,10 +173,19 @@ class Redraw(Task[E, R]):
         self.record, self.max_attempts = record, max_attempts
         self.attempt = 0  # the next one, or the last one when it is over
         self.reason = reason  # why the last attempt failed, "" = accepted; None = not over
+        self.never_drawn = reason is not None
 
     @property
     def over(self) -> bool:
         return self.reason is not None
+
+    def restore(self, stored: dict[str, Any], attempts: int) -> None:
+        if self.never_drawn:
+            return
+        reason, last = stored.get("reason", ""), stored["attempt"]
+        used = attempts if last < 0 else last + 1  # below 0: the last resort after all of them
+        again = (last < 0 or bool(reason)) and reason not in HOPELESS and used < self.max_attempts
+        self.attempt, self.reason = (used, None) if again else (max(last, 0), reason)
 
     @abstractmethod
     def read(self, reply: R, engine: E) -> tuple[dict[str, Any], str]:
@@ -231,22 +253,55 @@ class _Driver(Generic[E, R]):
         assert len(self.tasks) == len(tasks), "two tasks have the same id"
         self.left = dict(self.tasks)  # those not stored yet
         self.others = sum(record["id"] not in self.tasks for record in job.records)  # those of another judge, say
-        self.turns = deque(task for task in tasks if task.in_turn)
+        self.turns: deque[Task[E, R]] = deque()
         self.asked: dict[Hashable, tuple[Task[E, R], Draw]] = {}  # (id, draw) -> what runs
         self.unscored: dict[tuple[str, Draw], Task[E, R]] = {}
         self.engine: E | None = None
         self.read, self.shown = False, 0  # whether a text was shown as it came; accepted records that were
+        self.tried = self.passed = 0
+        self.warned = not job.use_journal  # a judge's verdicts are no yield
 
     def replay(self) -> None:
         """The state that earlier processes left."""
-        for entry in self.job.journal:
+        job = self.job
+        stored = {r["id"]: r for r in (*job.records, *job.rejected) if r["id"] in self.tasks}
+        if "inputs" in job.grown:
+            self._compare(stored)
+        noted = {entry.get("id") for entry in job.journal}
+        for id_ in stored.keys() - noted if job.use_journal else ():  # of a run that had finished, before it grew
+            self.tasks[id_].restore(stored[id_], job.grown.get("max_attempts", job.settings.get("max_attempts", 0)))
+        for entry in job.journal:
             if task := self.tasks.get(entry.get("id", "")):  # a stage may note other things too
-                self._apply(task, entry)
+                if "stored" in entry:
+                    task.restore(entry["stored"], entry["attempts"])
+                else:
+                    self._apply(task, entry)
+        if job.grown:
+            for id_ in stored.keys() & noted:
+                self.tasks[id_].restore(stored[id_], job.grown.get("max_attempts", 0))
+            again = [row for id_, row in stored.items() if not self.tasks[id_].over]
+            final = [row for id_, row in stored.items() if self.tasks[id_].over and self.tasks[id_].in_turn]
+            job.take_back(again, final)
+        if job.use_journal and (gone := [r["id"] for r in job.records if r["id"] not in self.tasks]):
+            cli.say(
+                f"{len(gone)} records go to {job.rejected_path.name}: the input has no longer what they were made of"
+            )
+            job.drop(dict.fromkeys(gone, "input-gone"))
+        self.turns.extend(task for task in self.tasks.values() if task.in_turn and not task.over)
         for task in self.tasks.values():
             # Over from the start, killed between its last entry and its record, or stored before.
-            if task.id in self.left and not task.in_turn and (task.over or task.id in self.job.done_ids):
+            if task.id in self.left and (task.over or (task.id in job.done_ids and not task.in_turn)):
                 self._store(task)
         self._take_turns()
+
+    def _compare(self, stored: dict[str, dict[str, Any]]) -> None:
+        """An input that has changed: what was made of it must still be what it says."""
+        if not stored and self.job.done_ids:
+            raise self.job.refuse_input("nothing of what was asked before is asked now")
+        for id_, row in stored.items():
+            for name, value in self.tasks[id_].record.items():
+                if value not in ("", -1, []) and row.get(name, value) != value:
+                    raise self.job.refuse_input(f"{name!r} of record {id_} is another")
 
     def ask_all(self, engine: E, what: str) -> None:
         self.engine = engine
@@ -292,6 +347,23 @@ class _Driver(Generic[E, R]):
         if len(self.unscored) >= SCORE_BATCH:
             self._score(engine)
         self._take_turns()
+        if self.left and not self.warned and self.tried >= EARLY_LOOK:
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Say it now, once, when too little will come out at the rate so far; not hours later, at the end."""
+        job, failed = self.job, 1 - self.passed / self.tried
+        expected = len(job.records) + len(self.left) * (1 - failed ** job.settings.get("max_attempts", 1))
+        if expected >= max(1, job.min_yield):
+            return
+        self.warned = True
+        shares = ", ".join(f"{n / job.counts.total():.0%} {reason}" for reason, n in job.counts.most_common(4))
+        cli.say(
+            cli.spelt(
+                f"warning: {self.passed} of the first {self.tried} tries passed ({shares}); at this rate about "
+                f"{expected:.0f} of {len(self.tasks)} records come out. What helps: {job.remedy(job.counts)}"
+            )
+        )
 
     def _note(self, task: Task[E, R], entry: Entry) -> None:
         """On disk first, then in force; after that the next draw, or the record."""
@@ -308,6 +380,8 @@ class _Driver(Generic[E, R]):
         if "tokens" in entry:  # an entry of `examine_scores` has none
             self.tally.attempts += 1
             self.tally.tokens += entry["tokens"]
+            if not task.in_turn and (entry["reason"] or task.passes(entry)):
+                self.tried, self.passed = self.tried + 1, self.passed + (not entry["reason"])
         if entry.get("reason") and not task.in_turn:
             self.job.count(entry["reason"])
 
@@ -332,7 +406,9 @@ class _Driver(Generic[E, R]):
         """Decide every draw whose turn has come; a failed one's next draw has its turn after all others."""
         while self.turns and self.turns[0].ready:
             task = self.turns.popleft()
-            if reason := task.take_turn():
+            reason = task.take_turn()
+            self.tried, self.passed = self.tried + 1, self.passed + (not reason)
+            if reason:
                 self.job.count(reason)
             if task.over:
                 self._store(task)

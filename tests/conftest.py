@@ -43,6 +43,14 @@ def same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def layouts_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which layout of a weight is the fastest is the machine's business: tests take the first one."""
+    from lengthen.sampling import layouts
+
+    monkeypatch.setattr(layouts, "SMALL", float("inf"))
+
+
 @pytest.fixture
 def same_nf4_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a CPU multiplies bf16 (AVX512-BF16), bitsandbytes rounds a layer's input to it; elsewhere it does not."""

@@ -35,19 +35,24 @@ def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
         return hook.forward(ProbeBatch(), ids, at, at)
 
 
-@pytest.mark.parametrize(
-    "mkl,blocked",
-    [
-        pytest.param(True, 0, marks=pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL here")),
-        (False, 1),
-        (False, 10**9),
-    ],
-    ids=["MKL's layout", "oneDNN's layout", "column by column"],
-)
+def usable(layout: str) -> bool:
+    return (
+        getattr(torch.backends, {"mkl": "mkl", "onednn": "mkldnn"}[layout]).is_available()
+        if layout != "columns"
+        else True
+    )
+
+
+LAYOUTS = [
+    pytest.param(one, marks=pytest.mark.skipif(not usable(one), reason=f"torch was built without {one}"))
+    for one in ("mkl", "onednn", "columns")
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_models_own(family, mkl, blocked, monkeypatch):
-    monkeypatch.setattr(cpu_layer, "BLOCKED", blocked)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+def test_logits_are_the_models_own(family, layout, monkeypatch):
+    monkeypatch.setattr(cpu_layer, "layout_of", lambda out, width: layout)
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = random_model(family, **biases)
     ids = torch.randint(3, 400, (20,))
@@ -61,8 +66,10 @@ def test_logits_are_the_models_own(family, mkl, blocked, monkeypatch):
         torch.testing.assert_close(logits(hook, ids[:count]), own[:count], rtol=1e-4, atol=1e-4)
 
 
-def test_a_product_serves_any_number_of_rows():
-    """Packed for one number of rows, used with others; sizes that no block divides."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_product_serves_any_number_of_rows(layout, monkeypatch):
+    """Laid out for one number of rows, used with others; sizes that no block divides."""
+    monkeypatch.setattr(cpu_layer, "layout_of", lambda out, width: layout)
     for out, width in ((5, 3), (771, 333), (960, 576)):
         one, two = torch.nn.Linear(width, out), torch.nn.Linear(width, 2 * out, bias=False)
         times = cpu_layer.product([one, two])

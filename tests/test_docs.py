@@ -12,6 +12,8 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "prompts" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("run", "generate", "extend", "train", "evaluate")
 OTHER_TOOLS = {"--no-deps", "--dist", "--check", "--nproc-per-node"}  # pip, pytest, ruff, ...
+OTHER_TOOLS |= {f"--{name}" for name in ("generation-config", "data-parallel-size", "api-server-count")}  # vLLM's
+OTHER_TOOLS |= {f"--{name}" for name in ("enable-lora", "max-lora-rank", "logits-processors")}
 IMAGE = re.compile(r'!\[[^\]]*\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"')
 
 

@@ -1,187 +1,227 @@
-"""bench/growth.py: what it makes of answers, and which commands it runs.   python -m pytest tests/test_growth.py"""
+"""bench/growth.py: which commands it runs, what it decides by, and what it makes of the answers.
+
+python -m pytest tests/test_growth.py
+"""
 
 import importlib.util
 import json
 import random
-from contextlib import nullcontext
+from collections import Counter
 from pathlib import Path
 
+import in_process
 import pytest
 
+import evaluate
 from lengthen import steps
-from lengthen.records import LowYield, UserError, new_record
+from lengthen.evaluation import intervals
+from lengthen.jobs import Job
+from lengthen.reading import read_jsonl
+from lengthen.records import UserError, new_record, record_id
 from lengthen.steps import Step
+from lengthen.text.demands import parse_demand
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("growth", ROOT / "bench" / "growth.py")
 growth = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(growth)
 
-
-def answer(query: int, words: int, finish: str = "eos") -> dict:
-    """What an answer gives to each measure that the study shows."""
-    ended = finish == "eos"
-    known = {"words_median": words if ended else None, "words_median_all": words, "eos_share": ended}
-    return {"query": query, **known, "loop_rate": False}
+TRIES = ["rank=8,epochs=1", "rank=16,learning_rate=3e-4", "rank=64"]
+VOCABULARY = (ROOT / "README.md").read_text().split()[:400]
 
 
-def answers(factor: float, seed: int = 0, cut: int = 0) -> list[dict]:
-    """30 instructions x 3 answers whose lengths have the instruction in common; the first `cut` are not ended."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(30):
-        usual = 200 + 10 * i
-        finish = "length" if i < cut else "eos"
-        made += [answer(i, int(factor * usual * rng.uniform(0.9, 1.1)), finish) for _ in "abc"]
-    return made
+def texts(step: Step, kind: str, rows: list[dict], dropped: int) -> None:
+    """A stage's file with its sidecar; the first `dropped` records go by the length bias."""
+    with Job(kind, step.output) as job:
+        if not job.complete:
+            for row in rows:
+                job.accept(row)
+            job.drop({row["id"]: "length-bias" for row in rows[:dropped]})
+        job.finish(0, tokens=100)
 
 
-def test_growth_is_the_ratio_of_medians_of_ended_answers():
-    base = [answer(0, 100), answer(0, 9, "length"), answer(1, 300)]
-    other = [answer(0, 400), answer(1, 500), answer(1, 600)]
-    row = growth.row_of(base, other)
-    assert row["answers"] == 3 and row["words_median"]["value"] == 500 and row["eos_share"]["value"] == 1
-    assert row["growth"]["value"] == 500 / 200 and row["growth_all"]["value"] == 500 / 100
-    assert growth.row_of(base, base)["eos_share"]["value"] == pytest.approx(2 / 3)
-
-
-def test_pairing_narrows_the_interval_and_it_holds_the_truth():
-    base, other = answers(1), answers(2, seed=1)
-    row = growth.row_of(base, other)
-    low, high = row["growth"]["interval"]
-    assert low < 2 < high and high - low < 0.35  # unpaired, these lengths would give more than twice that
-    assert row["loop_rate"]["value"] == 0 and row["loop_rate"]["interval"][1] < 0.15
-
-
-@pytest.mark.parametrize(
-    ("factor", "cut", "said"),
-    [
-        (2.0, 0, "goal reached: lower end of growth 1.9"),
-        (1.2, 0, "goal not reached: lower end of growth 1."),
-        (2.0, 6, "worse than the base model by more than 5%: eos_share"),
-    ],
-)
-def test_the_goal_needs_growth_and_no_worse_endings(factor, cut, said):
-    base = answers(1)
-    rows = [growth.row_of(base, other) for other in (base, answers(factor, seed=1, cut=cut))]
-    assert said in growth.verdict(*rows)
-
-
-def words_of(adapter: str) -> tuple[int, str]:
-    """(words an answer has, how it ends) under an adapter, in the made-up study below."""
+def words_of(settings: dict) -> tuple[int, str]:
+    """(words an answer has, how it ends), by what the model is, in the made-up study below."""
+    adapter = settings["adapter"]
     if "rank-64" in adapter:  # the longest, but it does not end
-        return 900, "length"
-    return (600 if "rank-16" in adapter else 500 if "iter_2" in adapter else 300 if adapter else 200), "eos"
+        return 180, "length"
+    if settings.get("at_least"):
+        return 66, "eos"
+    lengths = {"half/restart": 128, "half/continue": 124, "iter_2/": 120, "final/": 112, "rank-16": 90, "iter_1/": 90}
+    lengths |= {"drafts": 44, "one-stage": 60, "no-bias": 70}
+    return next((words for part, words in lengths.items() if part in adapter), 40), "eos"
+
+
+def answers(step: Step) -> None:
+    words, finish = words_of(step.settings)
+    rng, rows = random.Random(step.part), []
+    for i, row in enumerate(map(json.loads, Path(step.settings["benchmark"]).read_text().splitlines())):
+        for _ in range(step.settings["samples"]):
+            length = int(words * (0.8 + 0.01 * (i % 40)) * rng.uniform(0.95, 1.05))
+            if row["constraint"] and "final" in step.settings["adapter"]:  # it has learnt to follow them
+                length = int(max(parse_demand(row["constraint"], "en")[1:]) * rng.uniform(0.8, 1.0))
+            rows.append({**row, "response": " ".join(rng.choices(VOCABULARY, k=length)), "finish": finish})
+    Path(step.output).parent.mkdir(parents=True, exist_ok=True)
+    ready = Path(step.output).with_name(f"{Path(step.output).name}.ready.jsonl")
+    ready.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(["score", str(ready), "--output", step.output])
 
 
 def stage(step: Step, log: object = None) -> dict:
-    """A stage that writes what the study reads."""
-    settings, output = step.settings, Path(step.output)
+    """A stage that leaves what the study reads: files, sidecars, scores."""
+    settings = step.settings
+    prompts = [f"Tell {step.part} {i}." for i in range(settings.get("count", 0))]
     if step.name == "instructions":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        rows = [
-            new_record("instruction", id=f"{output.parent.name}{i:03}", language="en", sample=i, prompt=f"Tell {i}.")
-            for i in range(settings["count"])
+        made = [new_record("instruction", id=p, language="en", prompt=p) for p in prompts]
+        texts(step, "instructions", made, 0)
+    elif step.name in ("responses", "extend", "constrain"):
+        rows = [row for file in settings["input"] for row in read_jsonl(file)]
+        copies = range(settings.get("samples", 1))
+        made = [
+            {**row, "id": record_id(step.name, row["id"], i), "response": "A b.", "response_words": 2}
+            for row in rows
+            for i in (copies if step.name == "responses" else [0])
         ]
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if step.name == "extend":  # seven pairs of three instructions
-        output.write_text("".join(json.dumps({"id": str(i), "prompt": f"Tell {i % 3}."}) + "\n" for i in range(7)))
-    if step.name == "evaluate":
-        output.mkdir(parents=True, exist_ok=True)
-        asked = map(json.loads, Path(settings["benchmark"]).read_text().splitlines())
-        words, finish = words_of(settings["adapter"])
-        rows = []
-        for row in asked:
-            for sample in range(3):
-                known = {"id": f"{row['id']}{sample}", "parent_id": row["id"], "sample": sample, "query": row["query"]}
-                count = words + int(row["id"][-2:]) + sample
-                rows.append(new_record("output", **known, language="en", response_words=count, finish=finish))
-        (output / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        median = words if finish == "eos" else None
-        figures = {"words_median": median, "words_median_all": words, "eos_share": float(finish == "eos")}
-        return {"seconds": 1, **figures, "loop_rate": 0.0}
-    if step.name.startswith("train"):
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / "meta.json").exists():  # done is done, as with train.py
-            (output / "meta.json").write_text(json.dumps(settings))
-    return {"seconds": 1, "tokens": 10, **({"pairs": 7} if step.name.startswith("train") else {})}
+        texts(step, step.name, made, 0 if settings.get("no_length_bias") else 2)
+    elif step.name == "evaluate":
+        if not (Path(step.output) / "scores.json").exists():
+            answers(step)
+    elif not (Path(step.output) / "meta.json").exists():  # done is done, as with train.py
+        for file in settings["input"]:
+            assert read_jsonl(file)
+        Path(step.output).mkdir(parents=True)
+        trained = {"pairs": 7, "target_tokens": 10}
+        meta = {"status": "done", "seconds": 5, "summary": trained, "settings": settings}
+        (Path(step.output) / "meta.json").write_text(json.dumps(meta))
+    return {}
 
 
-def test_the_study_holds_out_searches_and_reports(tmp_path, monkeypatch, capsys):
-    done = []
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The intervals' own tests are in test_intervals.py; here 100 draws do."""
+    real = intervals._interval
+    monkeypatch.setattr(intervals, "_interval", lambda of, sizes, _, seed, level: real(of, sizes, 100, seed, level))
+
+
+def study(run: Path, capsys, *flags: str) -> dict:
+    """bench/growth.py with 4 + 10 held-out instructions and 16 + 4 demands; its result."""
+    run.mkdir(parents=True, exist_ok=True)
+    small = {"held-out": (run / "heldout.jsonl", 14), "demands": (run / "more.jsonl", 4)}
+    for (path, count), source in zip(small.values(), ("heldout.en.jsonl", "bench_more.en.jsonl"), strict=True):
+        path.write_text("".join((ROOT / "prompts" / source).read_text().splitlines(keepends=True)[:count]))
+    given = [word for name, (path, _) in small.items() for word in (f"--{name}", str(path))]
+    sizes = ["--search", "4", "--instructions", "6", "--final-instructions", "3", "--responses.samples", "2"]
+    growth.main(["--run", str(run), *given, *sizes, "--try", *TRIES, *flags])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_every_phase_ends_in_a_result_and_the_last_has_all(tmp_path, monkeypatch, capsys):
+    done: list[Step] = []
     monkeypatch.setattr(steps, "run_step", lambda step, log: done.append(step) or stage(step))
-    tries = ["rank=8,epochs=1", "rank=16,learning_rate=3e-4", "rank=64"]
-    sizes = ["--held-out", "10", "--search", "4", "--extend.rounds", "2"]
-    growth.main(["--run", str(tmp_path / "g"), *sizes, "--try", *tries])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["setting"] == tries[1]  # the longest that ends: rank 64 writes more and never stops
-    assert {one["setting"] for one in result["search"]} == {"base", *tries}
-    assert result["models"]["iter_2"]["answers"] == 30 and result["verdict"].startswith("goal reached")
-    assert {"base", "iter_1", "iter_2", "control_told", "control_drafts_2"} <= set(result["models"])
-    assert result["over_own_drafts"]["iter_2"]["value"] == pytest.approx(500 / 300, rel=0.02)  # and not over the base
-    assert result["pairs"]["iter_1 generator"] == 7 and not any("final" in step.part for step in done)
-    assert result["instructions"] == {"iter_1": 3, "iter_2": 3}  # of seven pairs each
-    assert [step.part for step in done if step.name == "train extender"] == ["iter_1"]  # the last has nothing to do
-    trained = tmp_path / "g" / "search" / "rank-16_learning_rate-3e-4" / "generator" / "meta.json"
-    assert (tmp_path / "g" / "iter_1" / "generator" / "meta.json").read_text() == trained.read_text()  # not done twice
-    assert (tmp_path / "g" / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "g" / "growth.json").read_text()) == result
+    run = tmp_path / "g"
+    known = []
+    for phase in growth.PHASES:
+        result = study(run, capsys, "--until", phase)
+        assert json.loads((run / "growth.json").read_text()) == result == study(run, capsys, "--show", "--until", phase)
+        known.append(set(result["rows"]["eval"]))
+        done.clear() if phase != "final" else None
+    first = {"base", "iter_1", *(f"control_{name}" for name in ("drafts_1", "told", "eos-ban"))}
+    more = [{"control_one-stage", "control_no-bias"}, {"iter_2", "control_drafts_2"}, {"final"}]
+    assert known == [first, first | more[0], first | more[0] | more[1], first.union(*more)]
+    assert (run / "growth.png").read_bytes().startswith(b"\x89PNG")
 
-    # what is searched by is not reported on, and neither is trained on
+    # what was decided: the longest that ends; rank 64 writes more and never stops
+    assert result["setting"] == TRIES[1] and result["mode"] == "restart"
+    assert result["rows"]["eval"]["iter_2"]["words_median"]["change"]["value"] == pytest.approx(3, rel=0.1)
+    assert result["over"]["iter_1 / control_drafts_1"]["value"] == pytest.approx(90 / 44, rel=0.1)
+    assert set(result["rows"]["own"]) == {"base", "iter_1", "iter_2"}
+    assert result["rows"]["demands"]["final"]["answers"] == 3 * 20
+    assert [one["met"] for one in result["bars"]] == [True] * 7, result["bars"]
+    assert result["texts"]["iter_1 extend"] == {"before": [10, 5, 2], "after": [8, 4, 2]}  # of 12 drafts 2 are dropped
+    one = next(c for c in result["cost"] if (c["part"], c["stage"]) == ("iter_2", "extend"))
+    assert one["tokens"] == 100 and one["records"] == 8
+
+    # what was run, each once: the last call ran all steps again, those that were done as no-ops
+    trained = {s.part: s.settings for s in done if s.name.startswith("train")}
+    assert Counter((s.part, s.name) for s in done).most_common(1)[0][1] == 1
+    restart = [str(run / f"iter_{k}" / "extended.jsonl") for k in (1, 2)]
+    assert trained["iter_2"]["input"] == restart and trained["iter_2"]["adapter"] == ""
+    assert trained["half/continue"]["adapter"] == str(run / "iter_1/generator")
+    halves = read_jsonl(trained["half/restart"]["input"][1]), read_jsonl(restart[1])
+    assert len({r["prompt"] for r in halves[0]}) == -(-len({r["prompt"] for r in halves[1]}) // 2)
+    assert all(trained[part]["rank"] == 16 for part in trained if not part.startswith("search/"))
+    for part, like in (("controls/drafts_1", 1), ("controls/no-bias", 1), ("controls/drafts_2", 2), ("final", 2)):
+        assert trained[part]["budget_of"] == str(run / f"iter_{like}/generator")
+    unbiased = [row for file in trained["controls/no-bias"]["input"] for row in read_jsonl(file)]
+    assert len({r["id"] for r in unbiased}) == len(unbiased) == 11 and len({r["prompt"] for r in unbiased}) == 6
+    adopted = run / "search" / "rank-16_learning_rate-3e-4" / "generator" / "meta.json"
+    assert (run / "iter_1" / "generator" / "meta.json").read_text() == adopted.read_text()  # not trained twice
+
+    # what chooses is not reported, and nobody trains on either
     searched, reported = (
-        {json.loads(x)["query"] for x in (tmp_path / "g" / "heldout" / name).read_text().splitlines()}
-        for name in ("search.jsonl", "report.jsonl")
+        {row["query"] for row in read_jsonl(run / "queries" / f"{name}.jsonl", needs=("query",))}
+        for name in ("search", "report")
     )
     assert len(searched) == 4 and len(reported) == 10 and not searched & reported
     for step in done:
-        if step.name == "instructions" and step.part != "heldout":
-            assert str(tmp_path / "g" / "heldout" / "instructions.jsonl") in step.settings["dedup_against"]
+        if step.name == "instructions":
+            assert str(run / "heldout.jsonl") in step.settings["dedup_against"]
         if step.name == "evaluate":
-            want = "search.jsonl" if step.part.startswith("search/") else "report.jsonl"
-            assert step.settings["benchmark"].endswith(want)
-        if step.name == "train generator" and not step.part.startswith("search/"):  # the setting that was found
-            assert (step.settings["rank"], step.settings["learning_rate"]) == (16, 3e-4)
-        if step.name == "extend":
-            assert step.settings["rounds"] == 2
+            part = step.part.partition("/")[0]
+            file = {"search": "search", "half": "search", "eval": "report"}.get(part, part)
+            assert step.settings["benchmark"] == str(run / "queries" / f"{file}.jsonl")
 
 
-def test_the_later_iterations_have_limits_of_their_own(tmp_path, monkeypatch):
-    for argv, limits, jobs in (
-        ([], [360, 560], [6, 2]),
-        (["--responses.max-new-tokens", "700"], [700, 700], [6, 2]),
-        (["--model", "m"], [None, None], [None, None]),  # they are SmolLM2's
-    ):
-        done = []
-        monkeypatch.setattr(steps, "run_step", lambda step, log, done=done: done.append(step) or stage(step))
-        folder = str(tmp_path / str(len(argv)))
-        growth.main(
-            ["--run", folder, "--held-out", "4", "--search", "2", "--try", "rank=8", "--controls", "drafts", *argv]
-        )
-        drafts = {s.part: s.settings.get("max_new_tokens") for s in done if s.name == "responses"}
-        assert [drafts["iter_1"], drafts["iter_2"]] == limits and drafts["controls/drafts_2"] == limits[1]
-        assert [s.settings.get("samples") for s in done if s.name == "extend"] == jobs
+def test_show_starts_nothing_and_a_killed_study_can_be_read(tmp_path, monkeypatch, capsys):
+    class Killed(BaseException):
+        pass
+
+    def dying(step: Step, log: object) -> dict:
+        if step.part == "eval/iter_1":
+            raise Killed
+        return stage(step)
+
+    monkeypatch.setattr(steps, "run_step", dying)
+    with pytest.raises(UserError, match="holds no finished stage"):
+        study(tmp_path / "g", capsys, "--show")
+    with pytest.raises(Killed):
+        study(tmp_path / "g", capsys)
+    monkeypatch.setattr(steps, "run_step", lambda step, log: pytest.fail(f"{step.part} {step.name} was started"))
+    result = study(tmp_path / "g", capsys, "--show")
+    assert result["setting"] == TRIES[1] and set(result["rows"]["eval"]) == {"base"} and result["bars"] == []
 
 
-def test_as_many_instructions_are_held_out_as_asked_for(tmp_path, monkeypatch):
-    """The judge gives some up: a first study reported on 27 instructions where 30 were asked for."""
-    lost = [3]
-
-    def judged(step: Step, log: object) -> dict:
-        summary = stage(step)
-        path = Path(step.output)
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[lost[0] :]))
-        return summary
-
-    monkeypatch.setattr(steps, "run_step", judged)
-    for gone, fits in ((3, True), (4, False)):
-        lost[0] = gone
-        args, settings, _ = growth.parse_args(["--run", str(tmp_path / str(gone)), "--held-out", "10", "--search", "2"])
-        with nullcontext() if fits else pytest.raises(LowYield, match="11 held-out instructions, 12 are wanted"):
-            _, searched, reported = growth.hold_out(args, settings)
-            assert [len(p.read_text().splitlines()) for p in (searched, reported)] == [2, 10]
+@pytest.mark.parametrize(
+    ("eos", "loops", "bad"), [(0.9, 0.1, []), (0.84, 0.1, ["eos_share"]), (1, 0.16, ["loop_rate"])]
+)
+def test_a_bar_is_missed_by_worse_endings(eos, loops, bad):
+    base, other = {"eos_share": 0.9, "loop_rate": 0.1}, {"eos_share": eos, "loop_rate": loops}
+    assert growth.worse(base, other) == bad
 
 
 def test_an_unknown_setting_is_refused():
     for text in ("depth=3", "rank=0", "rank"):
         with pytest.raises(UserError, match=f"--try {text}: "):
             growth.parse_args(["--try", text])
+
+
+@pytest.mark.soak
+def test_the_study_with_a_model(writer, tmp_path, monkeypatch, capsys):
+    """The real stages, in this process, on the tiny writer, with a kill and a resume; minutes."""
+    monkeypatch.setattr(steps, "run_command", in_process.run_command)
+    small = """--instructions 8 --final-instructions 3 --instructions.long-words 50 --responses.samples 2
+    --responses.max-attempts 3 --responses.max-new-tokens 200 --extend.samples 2 --extend.max-attempts 3
+    --extend.rounds 1 --extend.one-pair --extend.max-new-tokens 200 --answers.max-attempts 5
+    --answers.max-new-tokens 200 --constrain.demand-min 20 --constrain.demand-max 2000 --constrain.demand-steps 10,20
+    --constrain.max-attempts 1 --language en --evaluate.samples 1 --evaluate.max-new-tokens 40 --evaluate.no-probes
+    --control-words 30 --search 6 --try epochs=1 epochs=2""".split()
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("".join((ROOT / "prompts/heldout.en.jsonl").read_text().splitlines(keepends=True)[:12]))
+    flags = ["--run", str(tmp_path / "g"), "--model", str(writer), "--held-out", str(held_out), *small]
+    growth.main([*flags, "--until", "iter_1"])
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    growth.main(flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["cost"][: len(first["cost"])] == first["cost"]  # nothing is done twice
+    assert {"base", "iter_1", "iter_2", "final", "control_drafts_1"} <= set(result["rows"]["eval"])
+    assert all(c["tokens"] > 0 for c in result["cost"]) and result["rows"]["demands"]["final"]["answers"] == 64

@@ -15,7 +15,7 @@ STAGES = {path.stem for path in ROOT.glob("*.py")}
 # Who may import whom: a module imports from its own folder and from lower ranks, never from another folder of its rank.
 RANKS = [
     {"kernels", "lengthen.text"},
-    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps"},
+    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
     {"lengthen.models"},
     {"lengthen.sampling", "lengthen.training"},
     {"lengthen.stage", "lengthen.tasks"},
@@ -24,20 +24,12 @@ RANKS = [
     {"run"},  # the loop stands above the stages: it takes their flags from them
 ]
 ONE_ROOM = [
-    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps"},
+    {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
     {"lengthen.stage", "lengthen.tasks"},
 ]
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
-    *(
-        "lengthen.records",
-        "lengthen.reading",
-        "lengthen.jobs",
-        "lengthen.cli",
-        "lengthen.steps",
-        "lengthen.stage",
-        "lengthen.tasks",
-    ),
+    *(f"lengthen.{name}" for name in ("records", "reading", "jobs", "cli", "steps", "endpoint", "stage", "tasks")),
     *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.sampling.request"),
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
     *("generate", "extend", "train", "evaluate", "run"),
@@ -129,15 +121,20 @@ def test_no_imports_in_a_circle():
 
 
 def test_the_package_imports_nothing_of_ours():
-    assert imports(ROOT / "lengthen" / "__init__.py") == {"os"}
+    assert imports(ROOT / "lengthen" / "__init__.py") == {"fcntl", "os", "sys"}
 
 
 def test_the_way_in_which_threads_wait_is_the_users_choice_first():
-    """OpenMP reads its policy when torch loads it: a spinning thread made steps ten times as long beside other work.
-    (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
-    code = "import os; import lengthen; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    """OpenMP reads its policy when torch loads it: threads that always spin made steps ten times as long beside other
+    work. (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import os; import lengthen; print(*(os.environ.get(name) for name in {names}))"
+    for given, want in (
+        ({}, "PASSIVE 50000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k not in names} | given
         assert cold.interpreter("-c", code, env=env).stdout.strip() == want
 
 

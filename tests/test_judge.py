@@ -25,8 +25,8 @@ import pytest
 from linear import assert_linear
 
 import evaluate
-from lengthen import cli
-from lengthen.evaluation import endpoint, judge, questions
+from lengthen import cli, endpoint
+from lengthen.evaluation import judge, questions, served
 from lengthen.evaluation.preferences import kappa, preferences
 from lengthen.evaluation.quality import judge_answers
 from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, read_verdict
@@ -43,12 +43,29 @@ GOOD = json.dumps(SCORES)
 # ---------------------------------------------------------------------------------------------------------
 # A server that behaves, or not
 
+JSON, SSE = {"Content-Type": "application/json"}, {"Content-Type": "text/event-stream"}
+
+
+def said(text: str, streams: bool = True, finish: str | None = "stop", **more: str) -> tuple:
+    """A chat completion as (status, headers, body), in parts of a few characters where it is streamed."""
+    if not streams:
+        choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
+        return 200, JSON, json.dumps({"choices": [choice]}).encode()
+    parts = [{"delta": {"content": text[i : i + 7]}} for i in range(0, len(text), 7)]
+    parts = [{"delta": {"role": "assistant", **more}}, *parts, {"delta": {}, "finish_reason": finish}]
+    chunks = [{"object": "chat.completion.chunk", "choices": [{"index": 0, **part}]} for part in parts]
+    return 200, SSE, b"".join(f"data: {chunk}\n\n".encode() for chunk in [*map(json.dumps, chunks), "[DONE]"])
+
 
 class Fake:
-    """An OpenAI-like server: `answer(request)` gives the text of a reply, or (status, headers, body) as they are."""
+    """An OpenAI-like server: `answer(request)` gives the text of a reply, or (status, headers, body) as they are.
+
+    models: what /models lists; streams: whether it does as it is told, or sends a reply in one piece.
+    """
 
     def __init__(self, answer: Callable[[dict], str | tuple]):
         self.answer, self.asked, self.headers, self.lock = answer, [], [], threading.Lock()
+        self.models, self.streams = [{"id": "served-model"}], True
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,7 +85,7 @@ class Fake:
             def do_GET(self) -> None:
                 with fake.lock:
                     fake.headers.append(dict(self.headers))
-                self.send(200, {}, json.dumps({"data": [{"id": "served-model"}, {"id": "another"}]}).encode())
+                self.send(200, JSON, json.dumps({"data": fake.models}).encode())
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -76,10 +93,7 @@ class Fake:
                     fake.asked.append(request)
                     fake.headers.append(dict(self.headers))
                 reply = fake.answer(request)
-                if isinstance(reply, str):
-                    body = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
-                    reply = 200, {}, json.dumps(body).encode()
-                self.send(*reply)
+                self.send(*(said(reply, fake.streams) if isinstance(reply, str) else reply))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -108,8 +122,9 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def no_waiting_and_no_key(monkeypatch):
-    monkeypatch.setattr(endpoint, "WAITS", (0.01, 0.01))
-    for name in endpoint.KEY_NAMES:
+    monkeypatch.setattr(endpoint, "FIRST_REST", 0.01)
+    monkeypatch.setattr(endpoint, "LONGEST_REST", 0.02)
+    for name in served.KEY_NAMES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -168,15 +183,12 @@ NESTED = '{"a":' * 4000
         ("quality", GOOD.replace("9", "11"), "out-of-form"),
         ("quality", GOOD.replace("9", "0"), "out-of-form"),
         ("quality", GOOD.replace("9", "-9"), "out-of-form"),
-        ("quality", GOOD.replace("9", "9.0"), "out-of-form"),
-        ("quality", GOOD.replace("9", '"9"'), "out-of-form"),
         ("quality", GOOD.replace("9", "true"), "out-of-form"),
         ("quality", GOOD.replace("9", "null"), "out-of-form"),
         ("quality", GOOD.replace("9", "NaN"), "out-of-form"),
         ("quality", GOOD.replace("accuracy", "acuracy"), "out-of-form"),
         ("quality", json.dumps({k: v for k, v in SCORES.items() if k != "engagement"}), "out-of-form"),
         ("quality", GOOD[:-1], "no-json"),
-        ("quality", GOOD.replace('"', "'"), "no-json"),
         ("quality", "I would give it eight of ten.", "no-json"),
         ("quality", "", "no-json"),
         ("quality", NESTED, "no-json"),
@@ -412,35 +424,49 @@ def test_no_usable_verdict_at_all_is_exit_code_3(tmp_path, serve, capsys):
 # A server in trouble
 
 
-def hang(_: dict) -> tuple:
-    time.sleep(3)
-    return 200, {}, b"{}"
+def streamed(*parts: str) -> Callable[[dict], tuple]:
+    return lambda request: (200, SSE, "".join(f"data: {part}\n\n" for part in parts).encode())
 
 
+HALF = json.dumps({"choices": [{"index": 0, "delta": {"content": GOOD}}]})
 TROUBLES = {  # what the server does -> what is said of it
-    "time-out": (hang, "timed out"),
-    "error 500": (lambda r: (500, {}, b"<html>oh no</html>"), "HTTP 500"),
+    "error 500": (lambda r: (500, {}, b"<html>oh no</html>"), "HTTP 500: .*oh no"),
     "error 503": (lambda r: (503, {"Retry-After": "0"}, b""), "HTTP 503"),
-    "too many for today": (lambda r: (429, {"Retry-After": "99999"}, b"slow down"), "HTTP 429"),
-    "a status of its own": (lambda r: (418, {}, b"tea"), "HTTP 418: tea"),
+    "too many for today": (lambda r: (429, {"Retry-After": "99999"}, b"slow down"), "HTTP 429.*slow down"),
+    "no money": (
+        lambda r: (429, JSON, b'{"error": {"code": "insufficient_quota", "message": "pay first"}}'),
+        "pay first",
+    ),
+    "a status of its own": (lambda r: (418, {}, b"tea"), "HTTP 418: .*tea"),
     "a web page": (lambda r: (200, {}, b"<html>Welcome to our Wi-Fi</html>"), "not a chat completion"),
-    "no choice": (lambda r: (200, {}, b'{"choices": []}'), "not a chat completion"),
-    "another shape": (lambda r: (200, {}, b'{"choices": [{"message": "hello"}]}'), "not a chat completion"),
-    "endless brackets": (lambda r: (200, {}, b"[" * 100_000), "not a chat completion"),
-    "torn in a character": (lambda r: (200, {}, b'{"choices": "\xe6\x96'), "not a chat completion"),
+    "no choice": (lambda r: (200, JSON, b'{"choices": []}'), "not a chat completion"),
+    "another shape": (lambda r: (200, JSON, b'{"choices": [{"message": "hello"}]}'), "not a chat completion"),
+    "endless brackets": (lambda r: (200, JSON, b"[" * 100_000), "not a chat completion"),
+    "torn in a character": (lambda r: (200, JSON, b'{"choices": "\xe6\x96'), "not a chat completion"),
     "less than announced": (lambda r: (200, {"Content-Length": "1000"}, b'{"choices"'), "not a chat completion"),
-    "megabytes": (lambda r: (200, {}, b" " * (endpoint.LARGEST_BODY + 1)), "more than 2 MB"),
+    "megabytes": (lambda r: (200, {}, b" " * (served.LARGEST_REPLY + 1)), "more than 2 MB"),
+    "megabytes, streamed": (streamed(*[HALF.replace("creativity", "x" * 2**19)] * 5), "more than 2 MB"),
+    "a stream without an end": (streamed(HALF), "broke off"),
+    "an empty stream": (streamed("[DONE]"), "broke off"),
+    "no JSON in the stream": (streamed(HALF, "oh no"), "cannot be read"),
+    "an error in the stream": (streamed(HALF, '{"error": {"message": "out of memory"}}'), "out of memory"),
+    "a stream that is cut": (lambda r: (200, {**SSE, "Content-Length": "9999"}, f"data: {HALF}\n\n".encode()), ""),
 }
-ONCE = ("too many for today", "a status of its own")  # not worth a second try
+TRIES = {"a status of its own": [1, 1, 1], "too many for today": [1, 1], "no money": [1, 1]}  # not worth a second one
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_server_in_trouble_loses_nothing_and_is_asked_again_later(tmp_path, serve, capsys, trouble):
     """One answer is judged, then the trouble begins; with the server well again the rest is judged, once."""
-    well, (answer, why) = [False], TROUBLES[trouble]
+    answer, why = TROUBLES[trouble]
+    recovers(tmp_path, serve, capsys, answer, why, TRIES.get(trouble, [1, 5, 5]), "600")
+
+
+def recovers(folder, serve, capsys, answer: Callable, why: str, tries: list[int], timeout: str) -> None:
+    well = [False]
     fake = serve(lambda r: GOOD if "plain" in prompt_of(r) or well[0] else answer(r))
-    path, out = answers(tmp_path, ["plain", "b", "c"]), tmp_path / "out"
-    flags = ["--judge", fake.url, "--judge-timeout", "1" if trouble == "time-out" else "600"]
+    path, out = answers(folder, ["plain", "b", "c"]), folder / "out"
+    flags = ["--judge", fake.url, "--judge-timeout", timeout, "--judge-connections", "1"]
     with pytest.raises(LowYield, match=f"2 of 3 judgements are missing .2 x .*{why}") as caught:
         evaluated(path, out, *flags)
     assert "run the same command again" in caught.value.hint
@@ -448,8 +474,7 @@ def test_a_server_in_trouble_loses_nothing_and_is_asked_again_later(tmp_path, se
     assert (quality["judged"], quality["failed"], quality["missing"]) == (1, 0, 2)
     assert json.loads((out / "judgements.meta.json").read_text())["status"] == "running"
     assert lines(out / "judgements.rejected.jsonl") == []
-    tries = Counter(prompt_of(r) for r in fake.asked)
-    assert sorted(tries.values()) == ([1, 1, 1] if trouble in ONCE else [1, 3, 3])
+    assert sorted(Counter(prompt_of(r) for r in fake.asked).values()) == tries
     well[0] = True
     before = judged(out)
     evaluated(path, out, *flags)
@@ -459,18 +484,43 @@ def test_a_server_in_trouble_loses_nothing_and_is_asked_again_later(tmp_path, se
     assert sum("plain" in prompt_of(r) for r in fake.asked) == 1
 
 
-def test_a_server_that_is_down_is_soon_left_alone(tmp_path, capsys):
+def test_a_silent_server_is_asked_again(tmp_path, serve, capsys, monkeypatch):
+    """The clock stands still but for the server's silences, so that no other wait can be taken for one."""
+    clock, ended = [100.0], threading.Event()
+
+    def hang(_: dict) -> str:
+        clock[0] += 1
+        ended.wait(cold.HANG)
+        return GOOD
+
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    try:
+        recovers(tmp_path, serve, capsys, hang, "silent", [1, 5, 5], "0.2")
+    finally:
+        ended.set()
+
+
+def test_a_server_that_is_down_is_soon_left_alone(tmp_path, serve, capsys, monkeypatch):
+    monkeypatch.setattr(served, "DOWN_AFTER", 0.1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     path, out = answers(tmp_path, [f"text {i}" for i in range(30)]), tmp_path / "out"
-    with pytest.raises(LowYield, match="does not answer: connection refused"):
-        evaluated(path, out, "--judge", url)
-    with pytest.raises(LowYield, match="30 of 30 judgements are missing .* x not asked") as caught:
-        evaluated(path, out, "--judge", f"{url}=name")
-    assert int(re.search(r"(\d+) x connection refused", caught.value.message)[1]) < 15
-    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores["quality"][f"{url}=name"]["missing"] == 30 and scores["answers"] == 30  # the rest was measured
+    for name in (url, f"{url}=name"):
+        with pytest.raises(LowYield, match="does not answer: .*connection refused") as caught:
+            evaluated(path, out, "--judge", name)
+        assert "run the same command again" in caught.value.hint
+        scores = last_json(capsys)
+        assert scores["quality"][name]["missing"] == 30 and scores["answers"] == 30  # the rest was measured
+
+    def reply(request: dict) -> tuple:
+        fake.server.server_close()  # nobody listens any more
+        return 500, {}, b""
+
+    fake = serve(reply)
+    with pytest.raises(LowYield, match="30 of 30 judgements are missing .30 x no server has answered"):
+        evaluated(path, out, "--judge", fake.url, "--judge-timeout", "0.3")
+    assert len(fake.asked) < 10
 
 
 def test_one_judge_in_trouble_does_not_stop_the_other(tmp_path, serve, capsys):
@@ -488,6 +538,20 @@ def test_waits_as_long_as_it_is_told(tmp_path, serve):
     assert len(fake.asked) == 2 and time.monotonic() - start >= 1
 
 
+def test_limits_per_minute_do_not_end_a_run(tmp_path, serve, capsys):
+    """Three replies, then 429 without Retry-After ten times, more than a request has tries; and again."""
+    fake = serve(lambda r: GOOD if len(fake.asked) % 13 in (1, 2, 3) else (429, {}, b"3 requests per minute"))
+    evaluated(answers(tmp_path, list("abcdefgh")), tmp_path / "out", "--judge", fake.url)
+    quality = last_json(capsys)["quality"][fake.url]
+    assert quality["judged"] == 8 and quality["missing"] == 0 and len(fake.asked) > 20
+
+
+def test_a_minute_is_waited_for():
+    """The rests of a server that says nothing of how long: the last begins before it is given up."""
+    longest = itertools.accumulate(min(30.0, 2.0**i) * 1.5 for i in range(9))
+    assert 60 < next(end for end in longest if end > 60) < served.DOWN_AFTER
+
+
 def test_retry_after(monkeypatch):
     now = time.time()
     monkeypatch.setattr(endpoint.time, "time", lambda: now)
@@ -497,17 +561,13 @@ def test_retry_after(monkeypatch):
     assert [endpoint.retry_after(v) for v in (None, "", "soon", "Wed, 99 Oct 2015")] == [None] * 4
 
 
-def test_a_server_that_sends_byte_by_byte_is_cut_off(monkeypatch):
-    """Each byte comes in time for the socket, the whole does not."""
-
-    class Slow:
-        def read1(self, _: int) -> bytes:
-            time.sleep(0.05)
-            return b" "
-
-    one = endpoint.Endpoint("http://127.0.0.1:9/v1", "m", timeout=0.2)
-    with pytest.raises(TimeoutError):
-        one._read(Slow())
+def test_a_judge_can_be_asked_again_when_all_have_answered(serve):
+    one = served.ServedJudge(serve(lambda r: GOOD).url)
+    asked = Question("", "quality", "en", "q", ("a",))
+    for draw in range(3):
+        one.add(questions.JudgeRequest(("id", (draw,)), asked, 0, 0.0))
+        assert [reply.text for reply in one.run()] == [GOOD]
+    one.close()
 
 
 def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_path, serve, monkeypatch):
@@ -535,15 +595,16 @@ def test_the_process_dies_at_any_write_and_nothing_is_lost_or_asked_twice(tmp_pa
                 died = False
             except Killed:
                 died = True
-        for thread in threading.enumerate():  # a process that dies takes its connections along
-            if thread.name.endswith("(_work)"):
-                thread.join(cold.HANG)
-                assert not thread.is_alive()
         path = out / "judgements.jsonl"
-        asked, on_disk = len(fake.asked), path.read_text().count("\n") if path.exists() else 0
-        assert judge_answers(out, outputs, *asked_by) == []
+        on_disk = path.read_text().count("\n") if path.exists() else 0
+        with monkeypatch.context() as patch:  # a request of the dead process may still be on its way
+            patch.setenv("LENGTHEN_JUDGE_KEY", f"process-{step}")
+            assert judge_answers(out, outputs, *asked_by) == []
         assert verdicts(out) == verdicts(tmp_path / "whole") and len(verdicts(out)) == 3
-        assert len(fake.asked) == asked + 3 - on_disk
+        asked = [
+            h for h in fake.headers if h.get("Authorization") == f"Bearer process-{step}" and "Content-Length" in h
+        ]
+        assert len(asked) == 3 - on_disk
         if not died:
             assert step > steps() > 5
             return
@@ -576,7 +637,7 @@ def everything_in(folder: Path) -> str:
     return "\n".join(p.read_bytes().decode("utf-8", "replace") for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("name", endpoint.KEY_NAMES)
+@pytest.mark.parametrize("name", served.KEY_NAMES)
 def test_the_key_is_sent_and_appears_nowhere(tmp_path, serve, monkeypatch, capsys, name):
     """Even where the server writes it into its replies, its errors and its model's name."""
 
@@ -590,7 +651,7 @@ def test_the_key_is_sent_and_appears_nowhere(tmp_path, serve, monkeypatch, capsy
     out = tmp_path / "out"
     with pytest.raises(LowYield, match=r"bad request by \[key\]") as caught:
         evaluated(answers(tmp_path, ["aaa", "bbb"]), out, "--judge", f"{fake.url}", "--judge-attempts", "1")
-    assert all(h["Authorization"] == f"Bearer {KEY}" for h in fake.headers) and len(fake.headers) == 3
+    assert all(h["Authorization"] == f"Bearer {KEY}" for h in fake.headers) and len(fake.headers) >= 3
     shown = capsys.readouterr()
     assert "with a key" in shown.err and len(judged(out)) == 1
     for text in (everything_in(tmp_path), shown.out, shown.err, str(caught.value), caught.value.hint):
@@ -599,11 +660,11 @@ def test_the_key_is_sent_and_appears_nowhere(tmp_path, serve, monkeypatch, capsy
 
 
 def test_the_first_of_the_two_names_counts_and_none_is_none(monkeypatch):
-    assert endpoint.key_from_environment() == ""
+    assert endpoint.key_from(*served.KEY_NAMES) == ""
     monkeypatch.setenv("OPENAI_API_KEY", "second")
-    assert endpoint.key_from_environment() == "second"
+    assert endpoint.key_from(*served.KEY_NAMES) == "second"
     monkeypatch.setenv("LENGTHEN_JUDGE_KEY", " first\n")
-    assert endpoint.key_from_environment() == "first"
+    assert endpoint.key_from(*served.KEY_NAMES) == "first"
 
 
 @pytest.mark.parametrize("key", ["sk-secret\r\nX-Other: 1", "sk secret", "sk-sécret", "sk-\x00secret"])
@@ -664,10 +725,10 @@ def test_a_proxy_is_not_asked_for_the_loopback(tmp_path, serve, monkeypatch):
 )
 def test_addresses(name, expected):
     if expected:
-        assert endpoint.read_address(name) == expected
+        assert served.read_address(name) == expected
     else:
         with pytest.raises(UserError) as caught:
-            endpoint.read_address(name)
+            served.read_address(name)
         assert "sk-secret" not in str(caught.value) + caught.value.hint
 
 
@@ -706,7 +767,8 @@ def test_fields_that_a_server_refuses_are_left_out(tmp_path, serve):
 
     fake = serve(reply)
     evaluated(answers(tmp_path, ["a", "b"]), tmp_path / "out", "--judge", fake.url, "--judge-connections", "1")
-    assert [set(r) & set(endpoint.OPTIONAL) for r in fake.asked[-2:]] == [{"seed"}] * 2
+    needed = {"model", "messages", "stream", "response_format"}
+    assert [set(r) - needed for r in fake.asked[-2:]] == [{"seed"}] * 2
     assert len(fake.asked) == 4 and len(judged(tmp_path / "out")) == 2
 
 

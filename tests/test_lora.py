@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from tiny import tiny_model as any_tiny_model
 from torch import nn
@@ -217,6 +218,56 @@ def test_merged_folder_gives_the_adapters_logits(tmp_path):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(reloaded), logits(ours), rtol=0, atol=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "merged"}  # no temporary folder stays
+
+
+# ---- mixtures of experts --------------------------------------------------------------------------------
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_of_a_mixture_is_adapted_and_what_is_not_is_said(family):
+    """transformers keeps the experts of a layer in one 3-D tensor, which is no linear layer."""
+    model = any_tiny_model(family, **MOE)
+    parameters = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    linears = {f"{name}.weight" for name in lora.decoder_linears(model)}
+    rest = {n: p.numel() for n, p in parameters.items() if n not in linears and "embed" not in n and "lm_head" not in n}
+    assert any("experts.gate_up_proj" in name for name in rest)
+    lora.attach(model, 4, 8)
+    note = lora.out_of_reach(model)
+    share = sum(rest.values()) / (sum(rest.values()) + sum(parameters[n].numel() for n in linears))
+    assert "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight stay as they are" in note
+    assert f" {share:.0%} of the decoder's weights" in note
+    assert lora.out_of_reach(tiny_model("llama")) == ""
+
+
+def test_an_adapter_on_experts_gets_a_true_message(tmp_path):
+    """PEFT's own for the 3-D tensors, and one of transformers 4, which had a linear layer per expert."""
+    model = any_tiny_model("qwen3_moe", **MOE)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "fused")
+    model = any_tiny_model("qwen3_moe", **MOE)
+    with pytest.raises(UserError, match="uses target_parameters"):
+        lora.merge_adapter(model, tmp_path / "fused")
+    ours = with_lora("llama")
+    lora.save_adapter(ours, tmp_path / "single", "base")
+    tensors = load_file(tmp_path / "single" / lora.WEIGHTS)
+    one = {f"base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_{m}.weight": tensors[
+        f"base_model.model.model.layers.0.mlp.gate_proj.lora_{m}.weight"] for m in "AB"}  # fmt: skip
+    save_file(one, tmp_path / "single" / lora.WEIGHTS)
+    with pytest.raises(UserError, match="adapts single experts") as error:
+        lora.merge_adapter(model, tmp_path / "single")
+    assert "another model" not in error.value.message and "PEFT" in error.value.hint
+
+
+def test_an_adapter_that_holds_nan_is_refused(tmp_path):
+    ours = with_lora("llama")
+    next(iter(lora.lora_layers(ours).values())).B.data[0, 0] = float("nan")
+    lora.save_adapter(ours, tmp_path, "base")
+    with pytest.raises(UserError, match="holds NaN or infinity in base_model.model.model.layers.0"):
+        lora.merge_adapter(tiny_model("llama"), tmp_path)
 
 
 # ---- NF4 on the CPU -------------------------------------------------------------------------------------

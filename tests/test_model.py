@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -219,7 +221,7 @@ def test_a_damaged_gguf_file(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"no such thing")
     assert "is not a GGUF file" in refused(tmp_path / "x.gguf").message
     (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
-    assert "cannot be loaded" in refused(tmp_path / "x.gguf").message
+    assert "cut short or damaged" in refused(tmp_path / "x.gguf").message
     assert not [p for p in (tmp_path / "cache" / "self-lengthen").iterdir() if not p.name.startswith(".")]
 
 
@@ -267,6 +269,37 @@ def _larger_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _lost_shard(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model-00002-of-00005.safetensors").unlink()
+
+
+def _changed_weight(value: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+        model.save_pretrained(folder)
+
+    return change
+
+
+def _code(body: str) -> Callable[[Path], None]:
+    """A repository with its own code, whose model does `body` when it is made or called."""
+
+    def bring(folder: Path) -> None:
+        classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        edit(folder / "config.json", model_type="own", auto_map=classes, architectures=["Model"])
+        (folder / "own.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class Config(LlamaConfig):\n    model_type = 'own'\n"
+            f"class Model(LlamaForCausalLM):\n    config_class = Config\n{body}"
+        )
+
+    return bring
+
+
 def _no_chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
@@ -288,6 +321,10 @@ DAMAGE = {
     "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer .* cannot be loaded"),
     "larger tokenizer": (_larger_tokenizer, "the tokenizer has ids up to"),
     "no chat template": (_no_chat_template, "no chat template"),
+    "a shard is missing": (_lost_shard, "lacks 1 of its 5 weight files, model-00002-of-00005.safetensors"),
+    "an index of nothing": (lambda f: [_lost_shard(f), (f / "model.safetensors.index.json").write_text("[")], "loaded"),
+    "a weight is NaN": (_changed_weight(math.nan), "model.layers.1.mlp.down_proj.weight holds NaN or infinity"),
+    "a weight is infinite": (_changed_weight(-math.inf), "model.layers.1.mlp.down_proj.weight holds NaN or infinity"),
 }  # fmt: skip
 
 
@@ -296,6 +333,71 @@ def test_a_damaged_folder_is_refused(folder, damage):
     spoil, message = DAMAGE[damage]
     spoil(folder)
     assert re.search(message, (found := refused(folder).message)), found
+
+
+def test_weights_that_float16_cannot_hold(folder):
+    """A bf16 model has weights and activations up to 3e38."""
+    _changed_weight(1e6)(folder)
+    load_model(str(folder), dtype="bfloat16")
+    error = refused(folder, dtype="float16")
+    assert "down_proj.weight holds numbers that are too large for float16" in error.message
+    assert error.hint == "--dtype bfloat16, or float32"
+
+
+OLD_CODE = {
+    "an attribute": "    def __init__(self, config):\n        super().__init__(config)\n        self.no_such_thing\n",
+    "an argument": "    def __init__(self, config):\n        super().__init__(config, device_map=1)\n",
+    "a call": "    def forward(self, *args, **more):\n        return super().forward(*args, **more).seen_tokens\n",
+    "an import": "from transformers.modeling_utils import no_such_name\n",
+    "a list": "    def post_init(self):\n        self._tied_weights_keys.keys().no_such_thing\n",
+}
+
+
+@pytest.mark.parametrize("what", OLD_CODE)
+def test_remote_code_of_another_release_is_one_line(folder, what, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    _code("    pass\n" + OLD_CODE[what])(folder)
+    error = refused(folder, trust_remote_code=True)
+    assert "its own code does not run with transformers" in error.message and "--trust-remote-code" in error.hint
+
+
+def test_an_image_token_above_the_embeddings_does_no_harm(folder):
+    """Gemma 3 1B has one: no text becomes it, and it is never drawn. One that text can become is refused (below)."""
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size + 1
+    assert max(loaded.chat.encode_text("<image_soft_token>")) < loaded.model.config.vocab_size
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_an_end_that_only_the_models_files_know(folder, where):
+    """In training as in sampling: `load_chat` alone knows it."""
+    tokenizer = load_tokenizer(str(folder))
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
+    tokenizer.eos_token, tokenizer.chat_template = None, plain
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=None)
+    assert "nothing ends an answer" in refused(folder).message
+    if where == "config.json":
+        edit(folder / where, eos_token_id=[1, 0])
+    else:
+        (folder / where).write_text(json.dumps({"eos_token_id": [1, 0], "temperature": 0.5}))  # one that is refused
+    assert model_module.load_chat(str(folder)).end_id == 0
+    loaded = load_model(str(folder))
+    assert loaded.chat.eos_ids == {0, 1} and loaded.model.generation_config.eos_token_id == [0, 1]
+
+
+def test_an_end_above_the_vocabulary_is_no_end(folder):
+    """Of a pruned vocabulary, say: with another end it is left out, alone it is refused."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645]}))
+    assert load_model(str(folder)).model.generation_config.eos_token_id == [2]
+    loaded = load_model(str(folder))
+    with pytest.raises(UserError, match="no text would end"):
+        model_module._drop_generation_config(loaded.model, {151645})
 
 
 def test_weights_that_the_model_does_not_use_are_told(folder):
@@ -406,6 +508,51 @@ def test_gguf_is_dequantised_to_the_bit_once(tmp_path, cache, monkeypatch):
     assert torch.equal(logits(first.model), logits(again.model)) and len(said) == 1
     assert load_model(str(path), device="cpu", quantize="nf4").quantize == "nf4"
     assert [p.name.split("-")[0] for p in cache.iterdir() if not p.name.startswith(".")] == ["tiny.Q4_1"]
+
+
+def test_a_gguf_file_cut_anywhere_is_one_line(tmp_path, cache):
+    """In its head, in its tensors' names, in its weights: and nothing of it is kept."""
+    path = tmp_path / "whole.gguf"
+    write_gguf(path)
+    data, weights = path.read_bytes(), gguf.GGUFReader(path).data_offset
+    cuts = [
+        0,
+        3,
+        10,
+        24,
+        30,
+        100,
+        1000,
+        weights // 2,
+        weights - 400,
+        weights - 1,
+        weights,
+        weights + 99,
+        len(data) - 99,
+    ]
+    for cut in cuts:
+        (tmp_path / "cut.gguf").write_bytes(data[:cut])
+        error = refused(tmp_path / "cut.gguf")
+        assert re.search("is not a GGUF file|cut short or damaged", error.message), (cut, error.message)
+    assert not [folder for folder in cache.iterdir() if folder.is_dir()]
+
+
+def test_a_gguf_file_that_would_become_another_model_is_refused(tmp_path, cache):
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    assert "lacks model.layers.1.mlp.up_proj.weight" in refused(path).message
+    path.write_bytes(data.replace(b"smollm", b"smelly"))
+    assert "splits text by the rules of 'smelly'" in refused(path).message
+    path.write_bytes(data.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prX"))
+    assert "names no rules" in refused(path).message
+    path.write_bytes(data)
+    shard = path.rename(tmp_path / "m-00002-of-00003.gguf")
+    error = refused(shard)
+    assert "is file 2 of 3" in error.message and "--merge m-00001-of-00003.gguf whole.gguf" in error.hint
+    assert not cache.exists() or not [folder for folder in cache.iterdir() if folder.is_dir()]
+    load_model(str(shard.rename(tmp_path / "m-00001-of-00001.gguf")))
 
 
 def test_gguf_vocabularies_of_single_digits_are_split_so(tmp_path, cache):

@@ -5,6 +5,7 @@ python -m pytest tests/test_tasks.py
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,10 +91,9 @@ class Unique(Task[ScriptedEngine, Got]):
     """A number modulo 40 that no task before has: judged by a score, decided in turn, drawn two ahead."""
 
     in_turn = True
-    attempts = 6
 
-    def __init__(self, record: dict, taken: set[int]):
-        self.record, self.taken = record, taken
+    def __init__(self, record: dict, taken: set[int], attempts: int = 6):
+        self.record, self.taken, self.attempts = record, taken, attempts
         self.drawn: dict[int, int] = {}
         self.scores: dict[int, float] = {}
         self.attempt = 0
@@ -143,6 +143,15 @@ class Unique(Task[ScriptedEngine, Got]):
         else:
             self.reason, self.record = reason, self.record | {"attempt": self.attempt, "number": number}
         return reason
+
+    def restore(self, stored: dict, attempts: int) -> None:
+        reason = stored.get("reason", "")
+        if reason and stored["attempt"] + 1 < self.attempts:
+            self.attempt = stored["attempt"] + 1
+        else:
+            self.reason = reason
+        if not reason:
+            self.taken.add(stored["number"])
 
     def outcome(self) -> tuple[dict, str]:
         return self.record, self.reason or ""
@@ -249,13 +258,13 @@ def test_turns_are_taken_in_the_order_of_attempt_and_place_whatever_the_order_of
     taken: set[int] = set()
     expected, failed = {}, Counter()
     waiting = records_for(100)
-    for attempt in range(Unique.attempts):
+    for attempt in range(6):
         again = []
         for record in waiting:
             number = number_of(record["id"], (attempt,)) % 40
             reason = judge_number(number, taken)
             failed[reason] += 1
-            if reason and attempt + 1 < Unique.attempts:
+            if reason and attempt + 1 < 6:
                 again.append(record)
             else:
                 end = {"reason": reason} if reason else {}
@@ -458,3 +467,111 @@ def test_the_first_text_and_the_first_accepted_records_are_shown_as_they_come(tm
         assert len(first) == 1 and lines.index(first[0]) == 0
         assert [line for line in lines if line.startswith("  before: t")][:1] and accepted > SHOWN
         assert sum(line.startswith("  after: number ") for line in lines) == SHOWN
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings that only add work
+
+
+def grow(folder: Path, kind: str, num: int, attempts: int, engine: ScriptedEngine | None = None) -> dict:
+    """One run with these settings; its summary."""
+    taken: set[int] = set()
+    tasks = [
+        Toss(r, attempts, "early" if i == 2 else None) if kind == "tosses" else Unique(r, taken, attempts)
+        for i, r in enumerate(records_for(num))
+    ]
+    settings = {"count": num, "max_attempts": attempts}
+    with Job("tasks", folder / "iter_1" / "x.jsonl", settings=settings, journal=True) as job:
+        stats = {}
+        if not job.complete:
+            stats = run_tasks(job, tasks, lambda: engine or ScriptedEngine(), "things").statistics()
+        return {**job.finish(min_yield=0, **stats), "output": "", "seconds": 0}
+
+
+def outcomes(folder: Path) -> dict[str, dict]:
+    assert not (folder / "iter_1" / "x.work.jsonl").exists()
+    return stored(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_attempts_give_the_file_that_one_run_with_them_had_written(tmp_path, kind):
+    grow(tmp_path / "whole", kind, 40, 6)
+    first = grow(tmp_path / "grown", kind, 40, 2)
+    engine = ScriptedEngine(3)
+    grown = grow(tmp_path / "grown", kind, 40, 6, engine)
+    assert outcomes(tmp_path / "grown") == outcomes(tmp_path / "whole") and grown["accepted"] > first["accepted"]
+    assert all(draw[0] >= 2 for _, draw in engine.asked)  # what was drawn is not drawn again
+    assert grown["attempts"] == first["attempts"] + len(engine.asked)
+    meta = read_sidecar(tmp_path / "grown" / "iter_1" / "x.jsonl")
+    assert meta["history"] == {"max_attempts": [2, 6]} and meta["settings"]["max_attempts"] == 6
+    assert grow(tmp_path / "grown", kind, 40, 6) == grown  # and then it is done
+
+
+def test_more_records_leave_those_that_are_there_alone(tmp_path):
+    for kind in KINDS:
+        grow(tmp_path / kind, kind, 20, 3)
+        before = outcomes(tmp_path / kind)
+        engine = ScriptedEngine()
+        grow(tmp_path / kind, kind, 40, 3, engine)
+        after = outcomes(tmp_path / kind)
+        assert len(after) == 40 and before == {id_: after[id_] for id_ in before}
+        assert not {id_ for id_, _ in engine.asked} & before.keys()
+    grow(tmp_path / "whole", "tosses", 40, 3)  # of tasks that know nothing of each other all is the same
+    assert outcomes(tmp_path / "tosses") == outcomes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_write_while_it_grows_it_comes_to_the_same(tmp_path, monkeypatch, kind):
+    grow(tmp_path / "clean", kind, 8, 2)
+    grow(tmp_path / "clean", kind, 12, 5)
+    clean, step, died = outcomes(tmp_path / "clean"), 0, True
+    while died:
+        step, folder = step + 1, tmp_path / str(step)
+        grow(folder, kind, 8, 2)
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            died = False
+            try:
+                grow(folder, kind, 12, 5)
+            except Killed:
+                died = True
+        grow(folder, kind, 12, 5)
+        assert outcomes(folder) == clean, step
+    assert step > 30
+
+
+def test_an_unfinished_output_grows_too(tmp_path, monkeypatch):
+    grow(tmp_path / "whole", "tosses", 30, 6)
+    with monkeypatch.context() as patch:
+        die_at(patch, 40)
+        with pytest.raises(Killed):
+            grow(tmp_path / "grown", "tosses", 20, 2)
+    grow(tmp_path / "grown", "tosses", 30, 6)
+    assert outcomes(tmp_path / "grown") == outcomes(tmp_path / "whole")
+
+
+def test_a_smaller_setting_is_refused_in_a_line_that_says_so(tmp_path):
+    grow(tmp_path, "tosses", 6, 3)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "iter_1").iterdir()}
+    with pytest.raises(UserError, match="max_attempts = 3, this command says 2, and .* not taken back") as caught:
+        grow(tmp_path, "tosses", 6, 2)
+    assert caught.value.hint.startswith("--max-attempts 3 or more goes on")
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "iter_1").iterdir()}
+
+
+def test_too_little_to_come_is_said_after_a_few_dozen_tries_and_once(tmp_path, capsys):
+    class Hopeless(Toss):
+        def read(self, reply: Got, engine: ScriptedEngine) -> tuple[dict, str]:
+            return {"number": 1}, "unfinished" if reply.number % 4 else "gain"
+
+    def run(folder: str, kind: type, num: int) -> str:
+        settings = {"max_attempts": 20}
+        with Job("tasks", tmp_path / folder / "x.jsonl", settings=settings, journal=True) as job:
+            run_tasks(job, [kind(r, 20) for r in records_for(num)], ScriptedEngine, "things")
+        return capsys.readouterr().err
+
+    said = " ".join(run("bad", Hopeless, 10).split())
+    assert said.count("warning:") == 1 and "0 of the first 24 tries passed" in said
+    assert re.search(r"\(\d+% unfinished, \d+% gain\); at this rate about 0 of 10 records", said)
+    assert "a larger --max-new-tokens" in said and "--max-attempts 40" in said
+    assert "warning:" not in run("good", Toss, 60)

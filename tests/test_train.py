@@ -195,6 +195,13 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert train.learning_rate(0, 1, 1.0) == 1.0
 
 
+def test_training_in_float16_is_refused_with_the_reason(tmp_path):
+    flags = ["--role", "generator", "--model", "smollm2", "--input", "x.jsonl", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="loss scaling") as error:
+        train.main([*flags, "--dtype", "float16"])
+    assert error.value.hint == "--dtype bfloat16, or float32" and not (tmp_path / "out").exists()
+
+
 # ---- a whole run ----------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lengthen import cli
+from lengthen.evaluation.scores import LARGEST, POSITIONS
 from lengthen.reading import filter_language, located_records
 from lengthen.records import UserError, new_record, prompt_id, record_id
 from lengthen.text.demands import parse_demand, stated_demands
 from lengthen.text.thoughts import strip_thoughts
 
+LARGEST_LOSS = 100.0  # nats per token: above it, it was no model that wrote it
 PROMPTS = Path(__file__).parents[2] / "prompts"
 BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
 
@@ -48,6 +50,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
     """
     rows: list[dict] = []
     occurrences: Counter[tuple[str, str]] = Counter()  # of (language, query)
+    ids: dict[str, str] = {}  # -> where
     used: set[tuple[str, int]] = set()  # (query's id, sample) of ready-made answers
     for where, row in located_records(path, ("query",), spoken=("query",)):
         language = row["language"]
@@ -58,7 +61,7 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
         occurrences[language, row["query"]] += 1
         if ready_made:  # an equal query is another answer to it
             parent = known["parent_id"] or prompt_id(language, row["query"])
-            sample = row["sample"] if isinstance(row.get("sample"), int) else occurrence
+            sample = row["sample"] if type(row.get("sample")) is int and row["sample"] >= 0 else occurrence
             while (parent, sample) in used:  # the same number twice is still two answers
                 sample += 1
             used.add((parent, sample))
@@ -68,6 +71,9 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], occurrence)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)
         known |= {"parent_id": parent, "sample": sample, "attempt": 0, "language": language, "query": row["query"]}
+        if known["id"] in ids:
+            raise UserError(f"{where}: its id {known['id']!r} is also that of {ids[known['id']]}", "remove the `id`s")
+        ids[known["id"]] = where.removeprefix(f"{path}, ")
         rows.append(new_record("output", **known))
     return rows
 
@@ -87,12 +93,17 @@ def checked_fields(row: dict, ready_made: bool, where: str) -> dict:
 
 def earlier_measurements(row: dict) -> dict:
     """What only the model that wrote or probed an answer could measure: kept where an earlier evaluation wrote it."""
-    known: dict = {k: row[k] for k in ("response_tokens", "base_tokens") if isinstance(row.get(k), int)}
+
+    def number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < LARGEST  # type: ignore[operator]
+
+    known: dict = {k: row[k] for k in ("response_tokens", "base_tokens") if number(row.get(k), int)}
     losses = ("perplexity", "own_loss", "shuffled_loss")
-    known |= {k: float(row[k]) for k in losses if isinstance(row.get(k), (int, float))}
-    by_position = row.get("base_losses")
-    if isinstance(by_position, list) and all(isinstance(x, (int, float)) for x in by_position):
-        known["base_losses"] = by_position
+    known |= {k: float(row[k]) for k in losses if number(row.get(k))}
+    by_position, tokens = row.get("base_losses"), known.pop("base_tokens", -1)
+    if isinstance(by_position, list) and len(by_position) == sum(start < tokens for start in POSITIONS[:-1]):
+        if all(number(loss) and loss < LARGEST_LOSS for loss in by_position):
+            known |= {"base_tokens": tokens, "base_losses": by_position}
     return known
 
 

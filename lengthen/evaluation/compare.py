@@ -9,8 +9,7 @@ from rich.table import Table
 from lengthen import cli
 from lengthen.evaluation.growth import Change, change, difference, ratio
 from lengthen.evaluation.measures import mean
-from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, complete, headlines, measured, rounded, values_of
-from lengthen.reading import numbered_lines
+from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, headlines, measured, read_outputs, rounded, values_of
 from lengthen.records import UserError
 
 
@@ -28,9 +27,8 @@ def read_scores(folder: str | Path) -> dict:
 def read_run(folder: str) -> dict:
     """A run's scores.json and, as "measured", what its answers give to each measure ([]: they are no longer there)."""
     path = Path(folder) / "outputs.jsonl"
-    rows = [complete(row) for _, row in numbered_lines(path)] if path.exists() else []
     early = {"intervals": {}, "short_losses": [], "short_tasks": ""}  # what the first versions did not write
-    return {**early, **read_scores(folder), "measured": measured(rows)}
+    return {**early, **read_scores(folder), "measured": measured(read_outputs(path))}
 
 
 def changes(first: dict, run: dict) -> dict[str, Change]:

@@ -23,8 +23,9 @@ from typing import Protocol
 
 from lengthen import cli
 from lengthen.cli import at_least, flag
-from lengthen.evaluation.endpoint import SHORTEST, Endpoint, Unanswered, key_from_environment, read_address
-from lengthen.evaluation.questions import JudgeReply, JudgeRequest, Question, cut_middle, read_verdict
+from lengthen.endpoint import AllDown, key_from
+from lengthen.evaluation.questions import SHORTEST, JudgeReply, JudgeRequest, Question, cut_middle, read_verdict
+from lengthen.evaluation.served import KEY_NAMES, ServedJudge, read_address
 from lengthen.jobs import Job
 from lengthen.models.chat import template_hashes
 from lengthen.records import LowYield, UserError, draw_seed, fingerprint, new_record, record_id, run_id_of
@@ -36,7 +37,9 @@ PREFILL = {"quality": '{"relevance":', "compare": '{"winner":'}  # no trailing s
 RETRY_TEMPERATURE = 0.7  # a greedy retry would write the same text again
 LOCAL_TOKENS = 128  # of a local judge's reply; the seven scores take about 60
 MARGIN_TOKENS = 32  # texts tokenized one by one may have a few tokens more or fewer than the whole prompt
-LONGEST_REPLY = 20_000  # characters; of a longer reply only the end is read and kept
+LONGEST_REPLY = 20_000  # characters; of a longer reply only the end is kept
+UNFINISHED = "replies were cut by the token limit, or had not ended their thought"
+MORE_TOKENS = "a larger --judge-tokens (in run.py --evaluate.judge-tokens)"
 AGAIN = "run the same command again: it asks only for what is missing"
 
 
@@ -53,7 +56,7 @@ class JudgeFlags:
         2048, "maximum tokens of a server's reply; models that think first need thousands", at_least(1)
     )
     judge_connections: int = flag(4, "requests at a time, per server", at_least(1))
-    judge_timeout: float = flag(300.0, "seconds that a server has for a reply", at_least(0.01, float))
+    judge_timeout: float = flag(300.0, "seconds of silence before a server is asked again", at_least(0.01, float))
 
     def check(self) -> None:
         """Mistakes in --judge, found before hours of sampling."""
@@ -61,7 +64,7 @@ class JudgeFlags:
             raise UserError("--judge names the same judge twice", "one judge, or two different ones")
         for name in filter(is_address, self.judge):
             read_address(name)
-            key_from_environment()
+            key_from(*KEY_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class LocalJudge:
 
     def __init__(self, name: str, stage: Stage, job: Job):
         gc.collect()  # the evaluated model is no longer needed, but may be kept alive by a reference cycle
-        greedy = replace(stage.sampling, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+        greedy = replace(stage.sampling, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, endpoint=[])
         sampling = replace(greedy, max_new_tokens=LOCAL_TOKENS)
         model = replace(stage.model, model=name, adapter="")
         self.model = fingerprint(name)
@@ -137,24 +140,22 @@ def is_address(name: str) -> bool:
 def open_judge(name: str, judges: JudgeFlags, stage: Stage, job: Job) -> Judge:
     if not is_address(name):
         return LocalJudge(name, stage, job)
-    url, model = read_address(name)
-    key = key_from_environment()
     try:
-        judge = Endpoint(
-            url,
-            model,
-            key=key,
+        judge = ServedJudge(
+            name,
             connections=judges.judge_connections,
-            timeout=judges.judge_timeout,
+            silence=judges.judge_timeout,
             reply_tokens=judges.judge_tokens,
         )
-    except Unanswered as error:
-        raise LowYield(f"{url} does not answer: {error}", AGAIN) from None
+    except AllDown as error:
+        raise LowYield(f"the judge does not answer: {error.message}", AGAIN) from None
+    url = judge.url
     before = {r["model"] for r in (*job.records, *job.rejected) if r["judge"] == name} - {judge.model}
     if before:
         hint = f"--judge {url}={judge.model} judges everything again"
+        judge.close()
         raise UserError(f"{url} was {', '.join(sorted(before))} so far and is {judge.model} now", hint)
-    with_key = "with a key" if key else "no key"
+    with_key = "with a key" if judge.with_key else "no key"
     cli.say(f"judge: {judge.model} at {url}, {with_key}, {judges.judge_connections} connections")
     return judge
 
@@ -178,9 +179,8 @@ class Judgement(Redraw[Judge, JudgeReply]):
         return {"missing": reply.missing} if reply.missing else super().examine(draw, reply, judge)
 
     def read(self, reply: JudgeReply, judge: Judge) -> tuple[dict, str]:
-        text = reply.text[-LONGEST_REPLY:]
-        verdict, reason = ({}, "context") if reply.error else read_verdict(self.question, text)
-        fields = {"model": judge.model, "cut": reply.cut, "reply": text}
+        verdict, reason = ({}, "context") if reply.error else read_verdict(self.question, reply.text, reply.ended)
+        fields = {"model": judge.model, "cut": reply.cut, "reply": reply.text[-LONGEST_REPLY:]}
         return {**fields, **verdict_fields(self.record, verdict)}, reason
 
 
@@ -246,6 +246,8 @@ def ask(name: str, judges: JudgeFlags, stage: Stage, job: Job, tasks: Sequence[J
         missing = run_tasks(job, tasks, lambda: judge, f"judged by {cli.printable(name)}").missing
     finally:
         judge.close()
+    if cut := sum(r["judge"] == name and r["reason"] == "unfinished" for r in job.rejected):
+        cli.say(f"{cli.printable(name)}: {cut} verdicts given up, {UNFINISHED}: {MORE_TOKENS}")
     if missing:
         why = ", ".join(f"{n} x {what}" for what, n in missing.most_common())
         raise LowYield(f"{name}: {missing.total()} of {len(tasks)} judgements are missing ({why})", AGAIN)
@@ -266,10 +268,11 @@ def recorded(folder: Path) -> list[dict]:
 
 def no_verdict(name: str, folder: Path, failed: int) -> LowYield:
     """What is wrong with a judge whose every verdict was given up."""
-    what = "no reply was valid JSON with the required fields"
-    where = folder / "judgements.rejected.jsonl"
+    what, hint = "no reply was valid JSON with the required fields", "try a larger judge"
+    if any(r["judge"] == name and r.get("reason") == "unfinished" for r in recorded(folder)):
+        what, hint = UNFINISHED, f"rm {folder}/judgements.*  and judge again with {MORE_TOKENS}"
     message = f"{name} gave no usable verdict, {failed} were given up: {what}"
-    return LowYield(message, f"see {where}, and try a larger judge")
+    return LowYield(message, f"see {folder / 'judgements.rejected.jsonl'}, and {hint}")
 
 
 def raise_worst(problems: Sequence[UserError]) -> None:

@@ -17,8 +17,7 @@ from lengthen.evaluation.intervals import bootstrap, by_query
 from lengthen.evaluation.judge import JudgeFlags, ask_judges, no_verdict, recorded
 from lengthen.evaluation.measures import mean
 from lengthen.evaluation.questions import Question, hash_of
-from lengthen.evaluation.scores import cell, rounded
-from lengthen.reading import read_jsonl
+from lengthen.evaluation.scores import cell, read_outputs, rounded
 from lengthen.records import UserError, replace_file
 from lengthen.stage import Stage
 
@@ -40,7 +39,7 @@ def compare_runs(runs: Sequence[str], judges: JudgeFlags, stage: Stage) -> tuple
     folder, files = Path(stage.out.output), [Path(run) / "outputs.jsonl" for run in runs]
     if (folder / "outputs.jsonl").exists():
         raise UserError(f"{folder} is the folder of a run", "--output ANOTHER_FOLDER")
-    a, b = (read_jsonl(file, needs=("id", "parent_id", "query", "language")) for file in files)
+    a, b = map(read_outputs, files)
     pairs = pairs_of(a, b)
     if not pairs:
         raise UserError(f"{files[0]} and {files[1]} hold no answers to the same query", "two runs on one --benchmark")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lengthen.models.chat import Chat
     from lengthen.sampling.engine import Sampler
+    from lengthen.sampling.served import Served
 
 SHORT_TASKS = Path(__file__).parents[2] / "prompts" / "short_tasks.jsonl"
 BATCH = 8  # answers measured between two writes to disk
@@ -32,33 +33,22 @@ BATCH = 8  # answers measured between two writes to disk
 
 def probe(job: Job, rows: Sequence[dict], stage: Stage, writer: Writer) -> dict[str, Any]:
     """Measure the answers under the base model (into their records) and the short tasks under the evaluated one."""
-    from lengthen.models.lora import without_adapter
-    from lengthen.sampling.engine import Sampler
-
     began = time.monotonic()
-    loaded, sampler = writer.loaded, writer.sampler
     tasks = filter_language(read_jsonl(SHORT_TASKS, ("prompt", "answer")), stage.out.language)
-    losses = short_losses(tasks, loaded.chat, sampler)
-    if stage.model.adapter:
-        sampler.close()  # it holds copies of the weights with the adapter merged in
-        context = sampler.context  # also the room for keys and values: one text at a time, nothing is decoded
-        with without_adapter(loaded.model, stage.model.adapter):
-            eos_ids = sampler.eos_ids
-            with Sampler(loaded.model, loaded.tokenizer, eos_ids=eos_ids, context=context, kv_tokens=context) as base:
-                probe_answers(job, rows, loaded.chat, base)
-    else:
-        probe_answers(job, rows, loaded.chat, sampler)
+    losses = short_losses(tasks, writer.chat, writer.sampler)
+    with writer.base() as base:
+        probe_answers(job, rows, writer.chat, base)
     cli.say(f"probes: {len(job.records)} answers and {len(losses)} short tasks in {time.monotonic() - began:.1f} s")
     return {"short_losses": losses, "short_tasks": hash_of(json.dumps(tasks))}
 
 
-def short_losses(tasks: Sequence[dict], chat: "Chat", sampler: "Sampler") -> list[float]:
+def short_losses(tasks: Sequence[dict], chat: "Chat", sampler: "Sampler | Served") -> list[float]:
     """Nats per token of the short tasks' answers, their ends included: long writers find an early end unlikely."""
     pairs = [(prompt_of(chat, task["prompt"]), chat.encode_answer(task["answer"])) for task in tasks]
     return [round(-values.mean().item(), 4) for values in sampler.logprobs(pairs)]
 
 
-def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sampler") -> None:
+def probe_answers(job: Job, rows: Sequence[dict], chat: "Chat", sampler: "Sampler | Served") -> None:
     """base_tokens, base_losses, own_loss and shuffled_loss of every answer; each batch is on disk when it is done.
 
     Texts are tokenized again, so that an answer read back from disk is measured like one that was just sampled.

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lengthen.models.chat import fill
+from lengthen.text.thoughts import without_thought
 
 # The quality criteria of LonGen's evaluation, 1 to 10 each.
 CRITERIA = ("relevance", "coherence", "accuracy", "consistency", "clarity", "creativity", "engagement")
 WINNERS = ("first", "second", "tie")
+SHORTEST = 200  # characters; texts are not cut below this length
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions
@@ -85,6 +87,7 @@ class JudgeReply:
     text: str = ""
     cut: int = 0  # characters left out of the prompt's texts
     missing: str = ""  # the judge could not be reached, for this reason: to be asked again another time
+    ended: bool = True  # not cut by the token limit, nor all thought
     error: str = ""  # the question can never be answered: it does not fit the judge's context, even cut
     num_tokens: int = 0  # not known
 
@@ -92,40 +95,98 @@ class JudgeReply:
 # ---------------------------------------------------------------------------------------------------------
 # Verdicts
 
+BRACE = re.compile(r"[{}]")
+# Braces, but not those in strings. (A string has an end to look for: without one, every quote would look to the end.)
+TOKEN = re.compile(r"""[{}]|"(?:[^"\\]|\\.){0,2000}"|(?<=[\s{,:])'(?:[^'\\\n]|\\.){0,2000}'(?=\s*[:,}])""", re.DOTALL)
+TYPOGRAPHY = str.maketrans("“”‘’：，｛｝", "\"\"'':,{}")
+# 8, 8.0, 8/10, "8 out of 10", "8分", "8: it is clear"; not 8/5, 8-9, 80%
+NUMBER = re.compile(
+    r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10(?:\.0+)?)?(?![a-z0-9%]|\.\d|\s*(?:[-–~/]|to|or|out of)\s*\d)",
+    re.IGNORECASE,
+)
+SCORE = ("score", "rating", "value", "points")  # as a judge calls it beside its reason
+WINNER = re.compile(r"(?:the )?(first|second|tie)(?: answer| one)?\.?", re.IGNORECASE)
 
-def objects(text: str) -> Iterator[dict]:
-    """The JSON objects in a text, wherever they are: after prose, in code fences, inside one another."""
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r"\{", text):
+
+def objects(text: str, token: re.Pattern[str]) -> Iterator[str]:
+    """Every {...} in a text that holds no others, or only such, wherever it is. In linear time."""
+    open_braces: list[list[int]] = []  # [where, levels inside it]
+    position = 0
+    while match := (token if open_braces else BRACE).search(text, position):
+        position = match.end()
+        if match[0] == "{":
+            open_braces.append([match.start(), 0])
+        elif match[0] == "}" and open_braces:
+            start, levels = open_braces.pop()
+            if open_braces:
+                open_braces[-1][1] = max(open_braces[-1][1], levels + 1)
+            if levels < 2:
+                yield text[start:position]
+
+
+def parsed(text: str) -> dict:
+    """An object as JSON, else as the YAML that most of what is nearly JSON is ('8', 8/10, trailing commas), else {}.
+
+    Its names in lower case.
+    """
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        import yaml  # not for every verdict: it is slow
+
+        text = re.sub(r"//[^\n\"']*$", "", text, flags=re.MULTILINE).expandtabs().replace("\\'", "''")
         try:
-            value, _ = decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
-            continue
-        yield value
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+            return {}
+    return {str(name).lower().strip(" *_"): v for name, v in value.items()} if isinstance(value, dict) else {}
 
 
-def read_verdict(question: Question, text: str) -> tuple[dict, str]:
-    """(the verdict, "") or ({}, why there is none).
+def read_verdict(question: Question, text: str, ended: bool = True) -> tuple[dict, str]:
+    """(the verdict, "") or ({}, why there is none); `ended`: not cut by the token limit.
 
     Two different verdicts count as none: one of them may be quoted from the answer. So does a reply that repeats the
     fence: a weak judge copies the prompt, and with it what the answer says about itself.
     """
-    text = text.rpartition("</think>")[2]  # what a reasoning model considers first is not its verdict
+    # What a reasoning model considers first is not its verdict. A template may have begun the thought in the prompt.
+    text, thought_ended = without_thought(text.rpartition("</think>")[2])
+    if not (ended and thought_ended):
+        return {}, "unfinished"
     if question.mark in text:
         return {}, "echo"
-    read = read_scores if question.template == "quality" else read_winner
-    candidates = list(objects(text))
-    verdicts = [verdict for verdict in map(read, candidates) if verdict]
-    if not verdicts:
-        return {}, "out-of-form" if candidates else "no-json"
-    return (verdicts[0], "") if all(v == verdicts[0] for v in verdicts) else ({}, "several-verdicts")
+    read, word = (read_scores, "relevance") if question.template == "quality" else (read_winner, "winner")
+    candidates: list[str] = []
+    for form, token in ((text, TOKEN), (text.translate(TYPOGRAPHY), BRACE)):
+        candidates = [candidate for candidate in objects(form, token) if ":" in candidate]
+        verdicts = [v for c in candidates if word in c.lower() and (v := read(parsed(c)))]
+        if verdicts:
+            return (verdicts[0], "") if all(v == verdicts[0] for v in verdicts) else ({}, "several-verdicts")
+    return {}, "out-of-form" if candidates else "no-json"
 
 
 def read_scores(candidate: dict) -> dict:
-    """The seven scores where all are there and whole numbers from 1 to 10, else {}. (True is not a number.)"""
-    scores = {name: candidate.get(name) for name in CRITERIA}
-    return scores if all(type(v) is int and 1 <= v <= 10 for v in scores.values()) else {}
+    """The seven scores where all are there, each from 1 to 10 and rounded to a whole number, else {}."""
+    found = {name: candidate.get(name, candidate.get(f"{name}_score")) for name in CRITERIA}
+    scores = {name: read_number(value) for name, value in found.items()}
+    return scores if all(1 <= score <= 10 for score in scores.values()) else {}
+
+
+def read_number(value: object) -> int:
+    """The whole number nearest to a score, alone or with its reason; 0 = none. (True is not a number.)"""
+    if isinstance(value, dict):
+        named = {str(name).lower(): inner for name, inner in value.items()}
+        value = next((named[name] for name in SCORE if name in named), None)
+    match = None if isinstance(value, bool) else NUMBER.match(str(value).strip())
+    return int(float(match[1]) + 0.5) if match and 1 <= float(match[1]) <= 10 else 0
 
 
 def read_winner(candidate: dict) -> dict:
-    return {"winner": candidate["winner"]} if candidate.get("winner") in WINNERS else {}
+    match = WINNER.fullmatch(str(candidate.get("winner")).strip())
+    return {"winner": match[1].lower()} if match else {}
+
+
+def schema(template: str) -> dict:
+    """JSON schema of a verdict, for servers that hold their replies to one."""
+    one: dict = {"type": "integer", "minimum": 1, "maximum": 10}
+    properties = dict.fromkeys(CRITERIA, one) if template == "quality" else {"winner": {"enum": list(WINNERS)}}
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}

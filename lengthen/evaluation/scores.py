@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -24,11 +25,14 @@ from lengthen.evaluation.measures import (
     p90,
     spearman,
 )
-from lengthen.records import KINDS, new_record
+from lengthen.reading import check_types, located_records
+from lengthen.records import KINDS, UserError, new_record
 from lengthen.text.demands import full_marks, length_score
 from lengthen.text.filters import is_loop
 
 CONSTANT_WORDS = (250, 500, 1000, 2000, 4000, 8000)  # the fixed constant writers; LonGen's demands are 2,000 to 8,000
+LARGEST = 2**40  # a measurement above it is a mistake in the file, and its exponential no number
+DEMANDS = {("about", True, True), ("range", True, True), ("above", True, False), ("below", False, True)}
 POSITIONS = (0, *(64 << i for i in range(15)))  # tokens; where the buckets of the perplexity by position begin and end
 GROUPS = ("type", "range", "language")  # scores.json has a table by_… of each
 
@@ -61,6 +65,23 @@ HEADLINES = (  # key of scores.json, name, format
 def complete(row: dict) -> dict:
     """An "output" record of any version: fields that it was written too early to have are empty."""
     return new_record("output", **{k: v for k, v in row.items() if k in KINDS["output"].__annotations__})
+
+
+def read_outputs(path: Path) -> list[dict]:
+    """The answers of a run, which people edit; [] where the file is missing or empty. UserError for a wrong value."""
+    outputs = []
+    rows = located_records(path, ("id", "query", "language")) if path.exists() and path.stat().st_size else ()
+    for where, row in rows:
+        output = complete(row)
+        check_types(output, KINDS["output"].__annotations__, where)
+        numbers = [x for x in output.values() if isinstance(x, (int, float))] + output["base_losses"]
+        demand = output["type"], output["min_words"] > 0, output["max_words"] > 0
+        if not all(-LARGEST < x < LARGEST for x in numbers) or (output["length_score"] >= 0 and demand not in DEMANDS):
+            raise UserError(
+                f"{where}: a number or a demand that evaluate.py does not write", "evaluate.py … --overwrite"
+            )
+        outputs.append(output)
+    return outputs
 
 
 def wanted_words(row: dict) -> float:

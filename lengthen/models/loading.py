@@ -73,7 +73,7 @@ def load_model(
     weight_dtype, dtype_why = _choose_dtype(dtype, target)
     chat = load_chat(name, trust_remote_code)
     tokenizer = chat.tokenizer
-    with explained(name):
+    with explained(name, own_code=trust_remote_code):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -85,7 +85,10 @@ def load_model(
             output_loading_info=True,
         )
     model, loading = loaded  # loading: which tensors were missing, or not used
-    _check_weights(name, model, tokenizer, loading)
+    _check_weights(name, model, chat, loading, weight_dtype)
+    if type(model).__module__.startswith("transformers_modules"):  # the repository's code may only load
+        with explained(name, own_code=True), torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]], device=target), use_cache=False)
     if quantize == "nf4" and target.type == "cpu":
         _check_rows(name, model)
     model = model.eval().requires_grad_(False)
@@ -115,7 +118,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> transformers.Pret
     """The sizes of the model, without its weights."""
     _quiet()
     source = _resolve(name)
-    with explained(name):
+    with explained(name, own_code=trust_remote_code):
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -123,7 +126,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
     """The tokenizer alone."""
     _quiet()
     source = _resolve(name)
-    with explained(name, what="tokenizer"):
+    with explained(name, "tokenizer", own_code=trust_remote_code):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -201,6 +204,15 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         # With PEFT installed transformers would apply it silently.
         raise UserError(f"{folder} is an adapter", f"--model its base model, --adapter {folder}")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        with explained(str(folder)):
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if missing := [file for file in files if not (folder / file).exists()]:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of its {len(files)} weight files, {missing[0]} for one",
+                "copy or download it again",
+            )
     if not (folder / "config.json").exists():
         found = sorted(folder.glob("*.gguf"))
         hint = f"--model {found[0]}" if found else "a model's folder is what save_pretrained or a download wrote"
@@ -290,21 +302,37 @@ def _nf4(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
 # After loading
 
 
-def _check_weights(
-    name: str, model: Any, tokenizer: transformers.PreTrainedTokenizerBase, loading: dict[str, Any]
-) -> None:
+def _check_weights(name: str, model: Any, chat: Chat, loading: dict[str, Any], dtype: torch.dtype) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{name}: the files hold no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             "is the download complete, and config.json of this model?",
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
+    # An image token above them does no harm (Gemma 3 1B has one): it is never drawn, and no text becomes it.
+    special = {i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    written = chat.encode([{"role": "user", "content": "a"}])
+    largest = max({*chat.tokenizer.get_vocab().values()} - special | set(written))
     if largest >= rows:
         raise UserError(
             f"{name}: the tokenizer has ids up to {largest}, the model only {rows} embeddings",
             "the tokenizer's files are of another model: copy both from the same place",
         )
+    if damaged := _not_finite(model):
+        why = ("holds NaN or infinity", "copy or download it again")
+        if dtype == torch.float16:
+            why = ("holds numbers that are too large for float16", "--dtype bfloat16, or float32")
+        raise UserError(f"{name}: {damaged} {why[0]}", why[1])
+
+
+def _not_finite(model: torch.nn.Module) -> str:
+    """The name of a parameter that holds NaN or infinity, "" = none. Packed 4-bit weights are not looked at."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.dtype in DTYPES.values() and p.numel()]
+    # Both pass on a NaN, and neither adds up to an infinity. One read of the device for all.
+    extremes = torch.stack([torch.stack(p.aminmax()).float() for _, p in parameters])  # [n, 2]
+    return next(
+        (name for (name, _), ok in zip(parameters, extremes.isfinite().all(1).tolist(), strict=True) if not ok), ""
+    )
 
 
 def _check_rows(name: str, model: Any) -> None:

@@ -167,6 +167,22 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in lora_layers(model).values() for p in (layer.A, layer.B)]
 
 
+def out_of_reach(model: Any) -> str:
+    """A line on the weights that no LoRA layer can be put over, a mixture's experts above all; "" = there are none."""
+    reached = {id(p) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters()}
+    reached |= {id(p) for p in lora_parameters(model)}
+    others = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached}
+    if not others:
+        return ""
+    linear = sum(layer.in_features * layer.out_features for layer in decoder_linears(model).values())
+    size = sum(p.numel() for p in others.values())
+    names = sorted({re.sub(r".*\.\d+\.", "", name) for name in others})
+    return (
+        f"warning: LoRA reaches linear layers only; {', '.join(names)} stay as they are,"
+        f" {size / (size + linear):.0%} of the decoder's weights"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
@@ -256,6 +272,8 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, tuple[torch.Tensor
             raise UserError(
                 f"the adapter {folder} holds {key!r}, which is not a LoRA matrix of a linear layer", _VARIANT_HINT
             )
+        if not value.isfinite().all():
+            raise UserError(f"the adapter {folder} holds NaN or infinity in {key}", "train it again, or copy it again")
         pairs.setdefault(match["layer"], {})[match["matrix"]] = value
     for layer, pair in pairs.items():
         if len(pair) < 2 or pair["A"].shape[0] != config["r"] or pair["B"].shape[-1] != config["r"]:
@@ -310,6 +328,13 @@ def _matched(model: Any, folder: str | Path) -> tuple[dict, dict, dict[str, nn.L
             other = dict(model.named_modules()).get(name)
             if other is not None and (other is head or isinstance(other, nn.Embedding)):
                 raise UserError(f"the adapter {folder} adapts {name}, the head or an embedding", _VARIANT_HINT)
+            experts = re.match(r"(.*\bexperts)\.", name)
+            if experts and experts[1] in dict(model.named_modules()):
+                raise UserError(
+                    f"the adapter {folder} adapts single experts, {name} for one: transformers keeps those of a layer"
+                    " in one tensor, which no LoRA layer is put over here",
+                    "merge it with the PEFT and transformers that it was trained with, and pass the merged model",
+                )
             raise UserError(f"the adapter {folder} is for another model: this one has no linear layer {name}", hint)
         ours, theirs = (linears[name].out_features, linears[name].in_features), (B.shape[0], A.shape[1])
         if ours != theirs:

@@ -5,8 +5,7 @@ memory takes, if nothing else is in the way. Two things are, in the model's own 
 one for so few rows, and a layer is about a hundred small operations, each of which costs a CPU 5 to 50 us however
 small it is. So, for fp32 on a CPU:
 
-1. Weights are laid out once, in the packed format of MKL's matrix product; without MKL large ones in oneDNN's blocked
-   format and small ones column by column.
+1. Weights are laid out once, as the processor multiplies them fastest (sampling/layouts.py).
 2. A layer of the Llama, Mistral, Qwen2 and Qwen3 kind runs as `Layer` below: query, key and value as one product,
    gate and up as one, RMSNorm and RoPE in as few passes as torch has. Other layers keep their code, with 1.
 
@@ -19,43 +18,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lengthen.models.cards import physical_memory
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.sampling.batch import Batch, Rule
-
-BLOCKED = 700_000  # weights; below it the fixed costs of a oneDNN call outweigh its better layout
-ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
-PACKED = 512  # the same of MKL's: packed for 512 rows it is as fast for 4 as packed for 4
+from lengthen.sampling.layouts import Product, lay_out, layout_of
 
 # T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP.
 
-Product = Callable[[Tensor], Tensor]
 
-
-def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None) -> Product:
+def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None, order: Tensor | None = None) -> Product:
     """x -> the outputs of linear layers with the same input, side by side: [..., in] -> [..., sum of outs].
 
     `norm`: the RMSNorm in front of them, whose weight is multiplied into theirs; `unit` does the rest of it.
+    `order` [sum of outs]: which output comes where.
     """
     weight: Tensor = torch.cat(tuple(layer.weight for layer in layers))
     if norm is not None:
-        assert isinstance(norm.weight, Tensor)
-        weight = weight * norm.weight  # [out, in] * [in]: norm(x) W^T = unit(x) (W * norm)^T
+        weight = weight * scale_of(norm)  # [out, in] * [in]: norm(x) W^T = unit(x) (W * scale)^T
     biases: list[Tensor] = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
-    if torch.backends.mkl.is_available():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach().contiguous(), PACKED)
-        shape, times = weight.new_empty(1).expand(weight.shape), torch.ops.mkl._mkl_linear  # only the shape is read
-        return lambda x: times(x, packed, shape, bias, x.numel() // x.shape[-1])
-    if weight.numel() >= BLOCKED and torch.backends.mkldnn.is_available():
-        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        multiply = torch.ops.mkldnn._linear_pointwise
-        return lambda x: multiply(x, blocked, bias, "none", [], "")
-    by_column = weight.detach().t().contiguous().t()  # same shape and values; F.linear is then a plain product
-    return lambda x: F.linear(x, by_column, bias)
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    return lay_out(layout_of(*weight.shape), weight, bias)
 
 
 class Layer:
@@ -65,54 +51,73 @@ class Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.rule, self.rope = attention.layer_idx, Rule(attention.scaling, window), rope
         self.head, self.heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
-        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
         self.values = attention.v_proj.out_features // self.head  # Hkv
+        self.keys = self.heads + self.values  # where the keys end, counted in heads
+        # What RoPE turns together, dimensions i and i + D/2, lies side by side in q and k: a complex number. The order
+        # of dimensions in a head is free, as long as q and k agree.
+        place = torch.arange((self.keys + self.values) * self.head).view(-1, self.head)
+        place[: self.keys] = place[: self.keys, (pairs := in_pairs(self.head))]
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = product(qkv, layer.input_layernorm, place.flatten())
         self.out = product([attention.o_proj])
         self.gate_up = product([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
         self.down, self.activation = product([mlp.down_proj]), mlp.act_fn
-        self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
-        self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+        self.floors = floor_of(layer.input_layernorm), floor_of(layer.post_attention_layernorm)
+        norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()  # Qwen3
+        self.head_norms = [(floor_of(norm), scale_of(norm)[pairs]) for norm in norms]
 
     def __call__(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], lengthen_batch: Batch, **_: object
     ) -> Tensor:
         """x [1, T, H], (cos, sin) [1, T, D] each -> [1, T, H]. Called as the model calls its own layer."""
-        keys = self.heads + self.values  # where the keys end, counted in heads
-        qkv = self.qkv(unit(x[0], self.eps[0])).view(x.shape[1], -1, self.head)
-        qk = qkv[:, :keys]  # [T, Hq + Hkv, D]: both get the same rotation
-        if self.head_norms:  # Qwen3
-            parts = zip(self.head_norms, qk.split([self.heads, keys - self.heads], 1), strict=True)
-            qk = torch.cat([unit(part, norm.variance_epsilon) * norm.weight for norm, part in parts], 1)
-        cos, sin = self.rope(position_embeddings)
-        half = self.head // 2  # rotate_half of transformers, with the sign in sin
-        qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], -1), sin)
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, keys:]
-        out = lengthen_batch.attend(self.index, q, k, v, self.rule)
+        qkv = self.qkv(unit(x[0], self.floors[0])).view(x.shape[1], -1, self.head)
+        qk = qkv[:, : self.keys]  # [T, Hq + Hkv, D]: both get the same rotation
+        if self.head_norms:
+            parts = zip(self.head_norms, qk.split([self.heads, self.values], 1), strict=True)
+            qk = torch.cat([unit(part, floor) * scale for (floor, scale), part in parts], 1)
+        turned = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * self.rope(position_embeddings)
+        qk = torch.view_as_real(turned).flatten(-2)
+        out = lengthen_batch.attend(
+            self.index, qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.keys :], self.rule
+        )
         h = x + self.out(out.flatten(1))  # [1, T, H]
-        gate, up = self.gate_up(unit(h, self.eps[1])).chunk(2, -1)  # [1, T, I] each
+        gate, up = self.gate_up(unit(h, self.floors[1])).chunk(2, -1)  # [1, T, I] each
         return h + self.down(self.activation(gate) * up)
 
 
 class Rope:
-    """cos and sin [T, 1, D] as `Layer` wants them, sin's first half negated: made once for all layers of a pass."""
+    """cos + i sin [T, 1, D/2], as `Layer` wants them: made once for all layers of a pass."""
 
     def __init__(self) -> None:
         self.source: tuple[Tensor, Tensor] | None = None
-        self.made: tuple[Tensor, Tensor]
+        self.made: Tensor
 
-    def __call__(self, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, source: tuple[Tensor, Tensor]) -> Tensor:
         # The model computes cos and sin once a pass and hands the same tuple to every layer.
         if self.source is not source:
-            cos, sin = (x[0, :, None] for x in source)
-            half = sin.shape[-1] // 2
-            self.source, self.made = source, (cos, torch.cat([-sin[..., :half], sin[..., half:]], -1))
+            cos, sin = (x[0, :, None, : x.shape[-1] // 2] for x in source)  # the other half is the same again
+            self.source, self.made = source, torch.complex(cos, sin)
         return self.made
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, without its weight. (torch's F.rms_norm takes 8 times as long for a prompt.)"""
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * size.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+def in_pairs(size: int) -> Tensor:
+    """[size] 0, size / 2, 1, size / 2 + 1, ..."""
+    return torch.arange(size).view(2, -1).t().flatten()
+
+
+def unit(x: Tensor, floor: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + floor^2) over the last dimension: with `scale_of`, an RMSNorm in fewer passes than torch's."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+
+
+def floor_of(norm: Any) -> Tensor:
+    """An RMSNorm of H numbers is x / sqrt((|x|^2 + H eps) / H)."""
+    return torch.tensor((len(norm.weight) * norm.variance_epsilon) ** 0.5)
+
+
+def scale_of(norm: Any) -> Tensor:
+    """[H] what is left of an RMSNorm after `unit`."""
+    return norm.weight * len(norm.weight) ** 0.5
 
 
 def known(layer: nn.Module) -> bool:

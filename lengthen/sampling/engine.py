@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from kernels.linear_cross_entropy import plain_head
 from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
+from lengthen.models.threads import Neighbours
 from lengthen.sampling.cache import BlockTableCache, bytes_per_token
 from lengthen.sampling.draw import NOT_FINITE, Drawer
 from lengthen.sampling.graphs import DecodeGraphs
@@ -125,6 +126,7 @@ class Sampler:
         self.stats = self.scheduler.stats  # one set of counts for people
         self.stats["seconds"] = 0.0
         self.meter, self.weight_bytes = Meter(), weight_bytes(model)  # bytes that every pass reads
+        self.neighbours = Neighbours()
 
     def __enter__(self) -> "Sampler":
         return self
@@ -135,6 +137,7 @@ class Sampler:
     def close(self) -> None:
         """Gives the memory of keys and values and of the weights' copies back."""
         self.hook.replaced.clear()
+        self.neighbours.close()
         self.graphs = None  # they hold buffers, and the memory of their captures
         self.scheduler.prefixes.close()
         self.cache.close()
@@ -212,6 +215,7 @@ class Sampler:
 
     def step(self) -> None:
         """One step, timed: seconds, bytes that had to be read, tokens written."""
+        self.neighbours.look()
         began, steps, tokens = time.perf_counter(), self.stats["steps"], self.stats["decode_tokens"]
         rows = self._step()
         seconds = time.perf_counter() - began

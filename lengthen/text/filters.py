@@ -219,20 +219,113 @@ def has_chatter(text: str) -> bool:
 _ENDS = tuple(".!?…。！？")
 _CLOSERS = "\"'”’»)]}」』）］】》*_` "  # quotes, brackets and Markdown's marks may follow the end of a sentence
 _GOES_ON = tuple(",;:-–—，；：、")
-_LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)、]|[(（]?\d{1,3}[)）]|[一二三四五六七八九十]+、)\s*\S")
-_LIST_MARK = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)、]|\**\d{1,3}\.\**)\s*")
+_LIST_ITEM = re.compile(r"\s*(?:[-+•]|\*(?=\s)|\d{1,3}[.)、．]|[(（]?\d{1,3}[)）]|[一二三四五六七八九十]+、)\s*\S")
+# Alone in the last line: a list or a text that was cut before its next part.
+_LIST_MARK = re.compile(
+    r"\s*(?:[-*+•]|\d{1,3}[.)、．]|\**(?:\d{1,3}|[A-Z]|[IVX]+)\.\**|[(（].{1,3}[)）]|[一二三四五六七八九十]+、)\s*"
+)
+_HEADING = re.compile(r"\s{0,3}#{1,6}\s")
+_NAME_OF_PART = re.compile(r"(?:\s*[-*+•]|\s*\d{1,3}[.)、．])\s*\*\*[^*]+\*\*")  # "3. **Cost**", where others go on
 _TABLE_ROW = re.compile(r"\s*\|.*\|\s*")
+_FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+_ABBREVIATION = re.compile(r"(?:\b(?:mr|mrs|ms|dr|prof|e\.g|i\.e|vs|cf|fig|approx|incl))\.$", re.IGNORECASE)
+# No sentence ends in these: a line that does was cut.
+_JOINING = re.compile(
+    r"(?:.*[\W_])?(?:and|or|but|nor|the|a|an|of|to|for|at|with|from|as|that|which|because|if|than|into|their|its|our|my"
+    r"|your|whose|such|every|between)|.*(?:[的和与及或在把被对从而但是以为向于将就也都还]|因为|所以|例如|比如)",
+    re.IGNORECASE,
+)
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_ZH_NUMBER = r"[\d〇零○一二三四五六七八九十]"
+# Whole last lines that end a text without a full stop.
+_LAST_LINE = re.compile(
+    r"[\W_]*(?:the end|fin|finis|to be continued|end of [\w ]{1,40}|amen|q\.?e\.?d"
+    r"|(?:全文|本文|故事|本章|全书|全剧)?(?:完|终|完结|结束|待续|剧终)|未完待续|全剧终|此致敬礼|敬礼|祝好|阿门)[\W_]*"
+    rf"|\W*(?:date: *)?(?:\w+day, *)?(?:{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}}|\d{{1,2}} {_MONTH},? \d{{4}})\W*"
+    rf"|\W*(?:日期[:：] *)?(?:{_ZH_NUMBER}{{2,4}}年)?{_ZH_NUMBER}{{1,3}}月{_ZH_NUMBER}{{1,3}}[日号]\W*"
+    r"|\W*(?:date: *|日期[:：] *)?\d{4}[-/.]\d{1,2}[-/.]\d{1,2}\W*"
+    r"|[^。！？]{1,20}(?:敬上|谨上|敬启|谨启|敬呈|亲笔|手书)"
+    r"|(?:written by|author:|signed,?|作者[:：]|署名[:：]) *\S.{1,50}|[—–]{1,2} *[A-Z\u4e00-\u9fff].{1,50}"
+    r"|(?:\W*#\w+\s*)+",  # hashtags
+    re.IGNORECASE,
+)
+# What stands last in its line and ends a text: a link or an address, a closing tag, the end of a formula, an emoticon,
+# an emoji (with what may follow it), a printer's end mark.
+_LAST_MARK = re.compile(
+    r"(?:(?:https?://|www\.)[\w-]+\.[\w.-]+\S*|\]\([^\s)]+\)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+|</\w+>|-->|\$\$|\\\]"
+    r"|\\end\{\w+\*?\}|(?<!\S)[:;]-?[)D]|[\u4e00-\u9fff][~～]|[∎■□◆\u2600-\u27bf\u2b50\U0001f000-\U0001faff][\ufe0f\u200d♀♂]*)\s*"
+)
+_FAREWELL = re.compile(
+    r"\W*(?:yours|sincerely|best|(?:kind|warm|with|much|many)(?:est)? ?(?:regards|love|thanks|gratitude|wishes)|regards"
+    r"|warmly|with (?:love|all|deep|sincere|heartfelt|warm|great|kind|best|much|hope)|love|respectfully|faithfully"
+    r"|cordially|thank you|thanks|cheers|signed|your (?:\w+ )?(?:friend|son|daughter|colleague|neighbou?r|brother"
+    r"|sister|mother|father|servant)|affectionately|all the best|take care|until|in (?:solidarity|gratitude)|xoxo"
+    r"|forever|ever yours|此致|敬礼|祝|顺祝|顺颂|谨启|您的|你的|爱你|签名|落款|致礼)",
+    re.IGNORECASE,
+)
+SIGNATURE_LINES, VERSE_LINES = 7, 4  # at most under a farewell; at least of a poem
 
 
 def is_complete(text: str) -> bool:
-    """True when a text ends as texts end: with . ! ? … 。！？ and closing marks, or with a list item or a table row."""
-    last = text.rstrip().rsplit("\n", 1)[-1]
+    """True when a text ends as texts end.
+
+    With . ! ? … 。！？ and closing marks; a list item or a table row; a closed code block, formula or tag; a link, an
+    emoji; a signature or a date, words like THE END, a hashtag; or as verse.
+    """
+    lines = text.strip().split("\n")
+    last = lines[-1].rstrip()
     bare = last.rstrip(_CLOSERS)
-    if _LIST_MARK.fullmatch(last):  # "3." alone is a list cut short
+    if len(_FENCE.findall(text)) % 2 or text.count("$$") % 2:  # a block that was never closed
         return False
-    if bare.endswith(_ENDS) or _TABLE_ROW.fullmatch(last):
+    if _LAST_LINE.fullmatch(last):
         return True
-    return _LIST_ITEM.match(last) is not None and not bare.endswith(_GOES_ON)
+    if (
+        _HEADING.match(last)
+        or _LIST_MARK.fullmatch(last)
+        or _ABBREVIATION.fullmatch(bare.rsplit(None, 1)[-1] if bare else "")
+    ):
+        return False
+    if bare.endswith(_ENDS) or _TABLE_ROW.fullmatch(last) or _FENCE.match(last) or _ends_in_mark(last):
+        return True
+    if not bare or bare.endswith(_GOES_ON) or _JOINING.fullmatch(bare):
+        return False
+    if _LIST_ITEM.match(last):
+        named = [line for line in lines[:-1] if _NAME_OF_PART.match(line)]
+        return not (_NAME_OF_PART.fullmatch(last) and any(not _NAME_OF_PART.fullmatch(line.rstrip()) for line in named))
+    filled = [line.strip() for line in lines if line.strip()]
+    return _is_signed(filled) or _is_verse(filled)
+
+
+def _ends_in_mark(line: str) -> bool:
+    tail = line[-400:]  # of a long line only its end: each start of a match is tried
+    return any(match.end() == len(tail) for match in _LAST_MARK.finditer(tail))
+
+
+def _is_signed(lines: list[str]) -> bool:
+    """A farewell ("Best regards,"), and below it, or after it, a name and what goes with a name: short lines."""
+    for i in range(len(lines) - 1, max(-1, len(lines) - 2 - SIGNATURE_LINES), -1):
+        # Names begin with a capital, "[Your name]" with its bracket.
+        if len(lines[i]) > 60 or not re.match(r"[^a-z]", lines[i]):
+            return False
+        if _FAREWELL.match(lines[i]):
+            return i < len(lines) - 1 or re.search(r"[,，:：] *[A-Z\u4e00-\u9fff\[]", lines[i]) is not None
+    return False
+
+
+def _is_verse(lines: list[str]) -> bool:
+    """Short lines to the end that begin with capitals (or ideographs) and mostly end in no full stop."""
+    verse = lines[-4 * VERSE_LINES :]
+    while verse and (len(verse[0]) > 70 or len(tokens(verse[0])) > 14):
+        verse = verse[1:]
+    sizes = [len(tokens(line)) for line in verse]
+    if len(verse) < VERSE_LINES or max(sizes) > 14 or min(sizes) < 1 or max(map(len, verse)) > 70:
+        return False
+    if any(_HEADING.match(line) or _LIST_ITEM.match(line) or line.endswith((":", "：")) for line in verse[1:]):
+        return False
+    capitals = sum(re.match(r"[\W_]*[^\Wa-z_]", line) is not None for line in verse)
+    stops = sum(line.rstrip(_CLOSERS).endswith(_ENDS) for line in verse)
+    middle = sorted(sizes)[len(sizes) // 2]
+    return 4 * capitals >= 3 * len(verse) and 2 * stops <= len(verse) and 2 * sizes[-1] >= middle >= 3
 
 
 def finish_reason(finish: str, ends: tuple[str, ...] = ("eos",)) -> str:

@@ -75,7 +75,9 @@ def strip_thoughts(record: dict) -> bool:
     """
     whole = True
     for field in ("initial", "response"):
-        before = record.get(field) or ""
+        before = record.get(field)
+        if not isinstance(before, str):  # absent, or a column of somebody else's with that name
+            continue
         text, ended = without_thought(before)
         if text == before:
             continue

@@ -57,7 +57,7 @@ def prepare(training: Training, longest: int, processes: Processes) -> tuple[Lea
     nf4 = loaded.quantize == "nf4"
     memory = memory_of(shape, training.memory, bits, model, abilities, longest, processes, nf4=nf4)
     parameters = lora.lora_parameters(model)
-    for line in abilities.notes:
+    for line in [*abilities.notes, *filter(None, [lora.out_of_reach(model)])]:
         cli.say(line)
     need = memory.budget.card_bytes(memory.choice(longest), longest)
     cli.say(

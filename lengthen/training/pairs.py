@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.reading import each_record
-from lengthen.records import LowYield, no_room, to_line
+from lengthen.records import LowYield, no_room, sync, to_line
 from lengthen.text.words import count_words
 from lengthen.training.parallel import Processes
 
@@ -119,7 +119,7 @@ def write_pairs(path: Path, blocks: Iterator[list[Pair]], key: dict[str, Any], f
             encoded = json.dumps({**footer, "sha256": checksum.hexdigest()}).encode()
             handle.write(encoded + struct.pack("<Q", len(encoded)) + MAGIC)
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise no_room(path, error) from error
@@ -220,7 +220,7 @@ def _encoded_blocks(
                 facts["left_out"] += len(left_out)
                 yield pairs
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         os.replace(temporary, rejected)
     except OSError as error:
         raise no_room(rejected, error) from error

@@ -6,6 +6,7 @@ A class for each concern; the machinery takes the ones that concern it. No torch
 from dataclasses import dataclass, field
 
 from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, at_least, between, flag
+from lengthen.records import UserError
 
 MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answer; the release cuts both at 16,384
 # What the backward pass finds stored of a layer: "none" is recomputed, all but "attention" is, the layer in "full" is.
@@ -120,6 +121,13 @@ class Training:
     optimizer: OptimizerFlags = field(default_factory=OptimizerFlags)
     memory: MemoryFlags = field(default_factory=MemoryFlags)
     runtime: RuntimeFlags = field(default_factory=RuntimeFlags)
+
+    def __post_init__(self) -> None:
+        if self.model.dtype == "float16":
+            raise UserError(
+                "--dtype float16: gradients below 6e-8 would become 0 in it, and no loss scaling is done here",
+                "--dtype bfloat16, or float32",
+            )
 
     def recorded(self) -> dict[str, object]:
         """All that changes the result: a run that goes on must have the same."""

@@ -1,8 +1,8 @@
 """What a training says of each step: a line for people, a record of train_log.jsonl, the curve. No torch at import."""
 
+import io
 import resource
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lengthen.training.pairs import Pair
@@ -90,7 +90,7 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def plot_loss(entries: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_loss(entries: list[dict[str, Any]], title: str) -> bytes:
     """The loss of each step and its running mean, as a small PNG."""
     import matplotlib
 
@@ -110,7 +110,7 @@ def plot_loss(entries: list[dict[str, Any]], path: Path, title: str) -> None:
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
     plt.close(figure)
-    temporary.replace(path)
+    return image.getvalue()

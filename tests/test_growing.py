@@ -1,0 +1,203 @@
+"""More is asked of a run that is there, or a part of it afresh; and machines that lack what a run would like to have.
+
+python -m pytest tests/test_growing.py
+"""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import in_process
+import pytest
+from test_end_to_end import SMALL, files_of
+
+import run
+from lengthen import cli, jobs, records
+from lengthen.jobs import Job, read_sidecar
+from lengthen.models.cards import memory_limits, physical_memory
+from lengthen.records import UserError
+from lengthen.stage import length_bias_drops
+from lengthen.steps import stale, standing_on
+
+ROOT = Path(__file__).parents[1]
+MORE = ["--responses.max-attempts", "5", "--extend.samples", "2", "--extend.max-attempts", "5", "--evaluate.limit", "3"]
+
+
+def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):
+    """Killed while it grows, too. No near-duplicates here: one more instruction is the next one."""
+    argv = [*SMALL, "--model", str(writer)]
+    whole, grown = tmp_path / "whole" / "tiny", tmp_path / "grown" / "tiny"
+    in_process.loop(["--run", str(whole), *argv, *MORE])
+    in_process.loop(["--run", str(grown), *argv])
+    small = files_of(grown)
+    for writes in (5, 40):
+        in_process.loop_until(["--run", str(grown), *argv, *MORE], writes)
+    _, said = in_process.loop(["--run", str(grown), *argv, *MORE])
+    # What is trained in another order writes other words: from there on the numbers of records are compared.
+    ours, theirs = files_of(grown), files_of(whole)
+    for name in ("iter_1/instructions", "iter_1/responses", "iter_1/extended", "final/instructions"):
+        assert ours[f"{name}.jsonl"] == theirs[f"{name}.jsonl"], name
+    assert ours["eval/base/outputs.jsonl"] == theirs["eval/base/outputs.jsonl"]
+    assert ours["iter_1/extended.jsonl"] != small["iter_1/extended.jsonl"]
+    assert len(ours["eval/final/outputs.jsonl"]) == 3
+    assert "iter_1/extended.jsonl is another one since this was made" in " ".join(said.split())
+    assert read_sidecar(grown / "iter_1" / "extended.jsonl")["history"]["samples"] == [1, 2]
+    _, said = in_process.loop(["--run", str(grown), *argv, *MORE])
+    assert "another one" not in said and "device: " not in said  # nothing is left to do
+
+
+def test_redo_starts_a_stage_and_what_stands_on_it():
+    steps = run.plan(run.parse_args(["--model", "m", "--iterations", "2", "--run", "r"]))
+    labels = [s.label for s in standing_on(steps, run.chosen_by("iter_1/extend", steps))]
+    assert labels[:3] == ["iter_1/extend", "iter_1/train-generator", "iter_1/train-extender"]
+    assert "iter_2/responses" in labels and "iter_2/instructions" not in labels and "eval/base/evaluate" not in labels
+    assert labels[-1] == "eval/final/evaluate"
+    assert [s.label for s in run.chosen_by("answers", steps)] == ["final/responses"]
+    with pytest.raises(UserError, match="no stage 'extnd'") as caught:
+        run.chosen_by("extnd", steps)
+    assert "iter_2/extend" in caught.value.hint
+
+
+def test_hints_of_a_stage_name_the_flags_of_where_the_user_stands(monkeypatch):
+    steps = {s.label: s for s in run.plan(run.parse_args(["--run", "r"]))}
+    hint = "--max-attempts 40, another --model, --overwrite, or --count 3"
+    assert cli.spelt(hint) == hint
+    monkeypatch.setenv(cli.SPELLINGS, run.json.dumps(dict(steps["iter_1/extend"].spelt)))
+    assert cli.spelt(hint).startswith("--extend.max-attempts 40, another --model, --redo iter_1/extend, or")
+    for label, step in steps.items():
+        known = {action.option_strings[0] for action in run.make_parser()._actions}
+        assert {spelt.split()[0] for spelt in step.spelt.values()} <= known, label
+
+
+def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_path):
+    source, part = tmp_path / "iter_1" / "responses.jsonl", tmp_path / "iter_1"
+
+    def write(output: str, inputs: list[str], **more: object) -> None:
+        with Job("x", output, inputs=inputs, settings={"samples": more.pop("samples", 1)}, **more) as job:
+            job.finish(min_yield=0)
+
+    step = run.Step("iter_1", "extend", ("extend.py",), {"input": [str(source)], "output": str(part / "e.jsonl")})
+    write(str(source), [])
+    write(step.output, [str(source)])
+    assert stale(step) == ""
+    write(str(source), [], samples=2)
+    assert read_sidecar(source)["history"] == {"samples": [1, 2]} and stale(step) == ""
+    write(str(source), [], overwrite=True)
+    assert stale(step) == str(source)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The length bias
+
+
+def test_the_length_bias_never_takes_all_nor_leaves_fewer_than_the_yield():
+    rows = [{"id": f"{i}", "language": "zh" if i == 9 else "en", "response_words": 10 * i} for i in range(10)]
+    for seed in range(200):
+        alone = length_bias_drops(rows[8:9], seed)  # its rank is 0.5: a quarter of the seeds dropped it
+        assert alone == {}
+        left = [r["id"] for r in rows if r["id"] not in length_bias_drops(rows, seed, 8)]
+        assert len(left) >= 8 and "9" in left  # 9: the only Chinese one
+        assert length_bias_drops(rows, seed, 11) == {}
+    assert length_bias_drops([], 0) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where it runs
+
+
+def test_a_figure_never_fails_a_run(tmp_path, monkeypatch, capsys):
+    def broken() -> bytes:
+        raise ValueError("no font\nat all")
+
+    cli.save_figure(tmp_path / "a.png", broken)
+    assert "no a.png: ValueError: no font at all" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg"])
+def test_a_notebooks_backend_does_not_matter(tmp_path, backend):
+    code = f"""
+from pathlib import Path
+from lengthen import cli
+from lengthen.training import steplog
+entry = {{"step": 1, "loss": 1.0, "skipped": False, "epoch": 0}}
+cli.save_figure(Path({str(tmp_path / "loss.png")!r}), lambda: steplog.plot_loss([entry], "t"))
+"""
+    # A folder of settings that cannot be made, as of a read-only home.
+    env = {**os.environ, "MPLBACKEND": backend, "MPLCONFIGDIR": "/dev/null/no"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_locks_and_without_fsync_it_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(records, "_said", set())
+    monkeypatch.setattr(fcntl, "flock", missing)
+    monkeypatch.setattr(records.os, "fsync", missing)
+    for name in ("a", "b"):
+        with Job("x", tmp_path / f"{name}.jsonl", settings={}) as job:
+            job.accept({"id": name, "response_words": 1})
+            job.finish()
+    said = capsys.readouterr().err
+    assert said.count("has no locks") == 1 and said.count("cannot sync") == 1
+    assert read_sidecar(tmp_path / "b.jsonl")["status"] == "done"
+    monkeypatch.undo()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match="Input/output error"):
+        jobs.Lock(tmp_path / "c.jsonl")
+
+
+def test_without_fcntl_one_line_names_wsl():
+    code = "import sys; sys.modules['fcntl'] = None; import lengthen"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and "wsl --install" in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "3000", "a/b/memory.max": "max"}, 3000),  # v2: the group above limits it
+        ("0::/\n", {"memory.max": "5000"}, 5000),
+        ("0::/docker/x\n", {"memory.max": "7000"}, 7000),  # its own group is mounted as the root
+        ("5:cpu:/c\n4:memory:/m\n", {"memory/m/memory.limit_in_bytes": "2000"}, 2000),  # v1
+        ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "4000"}, 4000),
+        ("5:cpu:/c\n", {"c/memory.max": "1"}, 2**63),
+        ("0::/\n", {"memory.max": "max"}, 2**63),
+    ],
+)
+def test_a_containers_memory_limit_counts(tmp_path, groups, files, limit):
+    for name, text in {
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{k}": v + "\n" for k, v in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert min(memory_limits(tmp_path)) == limit
+
+
+def test_physical_memory_is_no_more_than_the_computers():
+    assert 0 < physical_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_with_a_home_that_cannot_be_written_caches_go_elsewhere(tmp_path, monkeypatch, capsys):
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is what it was afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(records, "_said", set())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli.cache_elsewhere()
+    assert "XDG_CACHE_HOME" not in os.environ
+    monkeypatch.setenv("HOME", "/dev/null/nobody")
+    cli.cache_elsewhere()
+    assert "self-lengthen-" in os.environ["XDG_CACHE_HOME"] and "HF_HOME" not in os.environ
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_devices_that_are_not_served_are_refused_by_name():
+    with pytest.raises(UserError, match="'mps' is not served"):
+        run.parse_args(["--device", "mps"])
+    assert run.parse_args(["--device", "cuda:1"]).shared["device"] == "cuda:1"
