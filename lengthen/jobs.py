@@ -318,7 +318,8 @@ class Job(OneWriter):
             if "judge_attempts" in self.grown:  # without a journal: given-up ones are asked again from the start
                 self.rejected = []
                 self._rewrite(self.rejected_path, [])
-            if not self.use_journal:
+            if not self.use_journal:  # nothing waits for the tasks
+                self.grown = {}
                 self.meta.pop("grown", None)
             self._save("running")
             # Killed in the middle of `take_back`: what the journal has is to be decided again.

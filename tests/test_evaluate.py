@@ -18,6 +18,7 @@ from lengthen.evaluation.report.models import read_models
 from lengthen.evaluation.report.rundir import Files
 from lengthen.evaluation.report.verdict import verdict
 from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_writer, score
+from lengthen.jobs import read_sidecar
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.text.demands import length_score, parse_demand
 
@@ -602,8 +603,19 @@ def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):
     output = capsys.readouterr()
     assert json.loads(output.out)["answers"] == 6
     assert "3 rows in en, 1 in the other language skipped" in output.err
-    with pytest.raises(UserError, match="samples = 2, this command says 3"):
-        evaluate.main(flags(writer, bench, run, "--samples", "3"))
+    with pytest.raises(UserError, match="samples = 2, this command says 1, and what is there is not taken back"):
+        evaluate.main(flags(writer, bench, run, "--samples", "1"))
+
+
+def test_more_answers_and_queries_join_those_that_are_there(run, writer, bench, tmp_path, capsys):
+    """Probed again, all together: the next query of its language may be another one now."""
+    output = tmp_path / "eval" / "base"
+    evaluate.main(flags(writer, bench, output, "--samples", "1", "--limit", "2"))
+    before = records_of(output)
+    evaluate.main(flags(writer, bench, output, "--samples", "2", "--limit", "0"))
+    assert records_of(output) == records_of(run) and len(before) == 2
+    assert read_sidecar(output / "outputs.jsonl")["history"] == {"limit": [2, 0], "samples": [1, 2]}
+    assert "goes on with --limit 2 -> 0, --samples 1 -> 2" in capsys.readouterr().err
 
 
 def test_resume_from_a_torn_file_gives_the_same_answers(run, writer, bench, tmp_path):

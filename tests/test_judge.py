@@ -403,8 +403,10 @@ def test_replies_out_of_form_are_asked_for_again_with_fresh_seeds(tmp_path, serv
     assert [r["temperature"] for r in hopeless] == [0, judge.RETRY_TEMPERATURE, judge.RETRY_TEMPERATURE]
     evaluated(path, out, "--judge", fake.url)
     assert len(fake.asked) == 6
-    with pytest.raises(UserError, match="judge_attempts = 3, this command says 5") as caught:
-        evaluated(path, out, "--judge", fake.url, "--judge-attempts", "5")
+    evaluated(path, out, "--judge", fake.url, "--judge-attempts", "5")  # from its first reply: those are not kept
+    assert len(fake.asked) == 6 + 5 and [r["attempt"] for r in lines(out / "judgements.rejected.jsonl")] == [4]
+    with pytest.raises(UserError, match="judge_attempts = 5, this command says 2") as caught:
+        evaluated(path, out, "--judge", fake.url, "--judge-attempts", "2")
     assert f"rm {out}/judgements.*" in caught.value.hint and "--overwrite" not in caught.value.hint
     assert (out / "scores.json").exists()
 
