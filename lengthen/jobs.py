@@ -367,6 +367,8 @@ class Job(OneWriter):
 
     def _forget(self, stored: Sequence[dict]) -> None:
         known = {record["id"]: record for record in stored}
+        if known:  # what the whole-file decisions had moved is in the output before the rejected file loses it
+            self._rewrite(self.output, self.records)
         for path, rows in ((self.rejected_path, self.rejected), (self.output, self.records)):
             kept = [row for row in rows if row != known.get(row["id"])]
             if len(kept) < len(rows):

@@ -275,9 +275,11 @@ def read_ids(record: dict, where: str) -> None:
 def read_finish(record: dict, where: str) -> None:
     """`finish` in our words, also out of the fields and words of other engines."""
     field = next((f for f in ("finish", "finish_reason", "stop_reason") if f in record), "")
-    if not field:
+    if not field or (field != "finish" and "response" not in record):  # a file of prompts has columns of its own
         return
     value = record[field]
+    if field == "stop_reason" and not isinstance(value, str):  # vLLM's: a token id
+        return
     ours = FINISHES.get(value.rpartition(".")[2].casefold()) if isinstance(value, str) else None
     if ours is None:
         raise UserError(
@@ -351,12 +353,18 @@ def read_prompts(paths: Sequence[str | Path], source: str = "file") -> list[dict
 
 def read_answers(path: str | Path) -> list[dict]:
     """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
-    rows = []
+    rows: list[dict] = []
+    left_out: list[str] = []
     for where, row in located_records(path, needs=("prompt", "response"), spoken=("response", "prompt")):
         if not strip_thoughts(row):
-            raise UserError(f"{where}: the response is a thought without an answer", "delete that record")
+            left_out.append(where)
+            continue
         rows.append(row)
         row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+    if left_out:
+        say_once(f"{left_out[0]}: a thought without an answer; {len(left_out):,} such records are left out")
+    if not rows:
+        raise UserError(f"{path} holds no answer, only thoughts", "draw the answers again with more tokens")
     return rows
 
 

@@ -16,6 +16,8 @@ An engine is anything with `add(request)`, `run()` and `progress()`: the sampler
 A request's `key` is (task.id, draw). No torch here: a finished stage ends without loading it.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -246,13 +248,19 @@ def run_tasks(job: Job, tasks: Sequence[Task[E, R]], open_engine: Callable[[], E
     return driver.tally
 
 
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 class _Driver(Generic[E, R]):
     def __init__(self, job: Job, tasks: Sequence[Task[E, R]]):
         self.job, self.tally = job, Tally()
         self.tasks = {task.id: task for task in tasks}
         assert len(self.tasks) == len(tasks), "two tasks have the same id"
         self.left = dict(self.tasks)  # those not stored yet
-        self.others = sum(record["id"] not in self.tasks for record in job.records)  # those of another judge, say
+        self.others = 0  # accepted records of no task: those of another judge, say
+        # A record's fields before anything is drawn: by them an input that says something else is noticed.
+        self.made_of = {id_: _digest(task.record) for id_, task in self.tasks.items()}
         self.turns: deque[Task[E, R]] = deque()
         self.asked: dict[Hashable, tuple[Task[E, R], Draw]] = {}  # (id, draw) -> what runs
         self.unscored: dict[tuple[str, Draw], Task[E, R]] = {}
@@ -268,8 +276,9 @@ class _Driver(Generic[E, R]):
         if "inputs" in job.grown:
             self._compare(stored)
         noted = {entry.get("id") for entry in job.journal}
+        attempts = job.grown.get("max_attempts", job.settings.get("max_attempts", 0))
         for id_ in stored.keys() - noted if job.use_journal else ():  # of a run that had finished, before it grew
-            self.tasks[id_].restore(stored[id_], job.grown.get("max_attempts", job.settings.get("max_attempts", 0)))
+            self.tasks[id_].restore(stored[id_], attempts)
         for entry in job.journal:
             if task := self.tasks.get(entry.get("id", "")):  # a stage may note other things too
                 if "stored" in entry:
@@ -278,7 +287,7 @@ class _Driver(Generic[E, R]):
                     self._apply(task, entry)
         if job.grown:
             for id_ in stored.keys() & noted:
-                self.tasks[id_].restore(stored[id_], job.grown.get("max_attempts", 0))
+                self.tasks[id_].restore(stored[id_], attempts)
             again = [row for id_, row in stored.items() if not self.tasks[id_].over]
             final = [row for id_, row in stored.items() if self.tasks[id_].over and self.tasks[id_].in_turn]
             job.take_back(again, final)
@@ -302,9 +311,13 @@ class _Driver(Generic[E, R]):
             for name, value in self.tasks[id_].record.items():
                 if value not in ("", -1, []) and row.get(name, value) != value:
                     raise self.job.refuse_input(f"{name!r} of record {id_} is another")
+        for entry in self.job.journal:
+            if entry.get("of", "") not in ("", self.made_of.get(entry.get("id", ""), "")):
+                raise self.job.refuse_input(f"record {entry['id']} was begun with another text")
 
     def ask_all(self, engine: E, what: str) -> None:
         self.engine = engine
+        self.others = sum(record["id"] not in self.tasks for record in self.job.records)
         for task in self.left.values():  # all at once: the engine orders its queue itself
             self._ask(task)
         with cli.progress(what, len(self.tasks)) as bar:
@@ -368,7 +381,7 @@ class _Driver(Generic[E, R]):
     def _note(self, task: Task[E, R], entry: Entry) -> None:
         """On disk first, then in force; after that the next draw, or the record."""
         if self.job.use_journal:
-            self.job.note(entry)
+            self.job.note({**entry, "of": self.made_of[task.id]})
         self._apply(task, entry)
         if task.over and not task.in_turn:
             self._store(task)
@@ -418,8 +431,8 @@ class _Driver(Generic[E, R]):
 
     def _store(self, task: Task[E, R]) -> None:
         while True:
-            del self.left[task.id]
-            if task.id not in self.job.done_ids:  # else: stored before a kill, and decided the same way now
+            waited_for = self.left.pop(task.id, None) is not None
+            if waited_for and task.id not in self.job.done_ids:  # else: stored before, and decided the same way now
                 record, reason = task.outcome()
                 self.job.reject(record, reason) if reason else self.job.accept(record)
                 if not reason and self.engine and self.shown < SHOWN and (texts := task.to_show()):
@@ -427,7 +440,8 @@ class _Driver(Generic[E, R]):
                     cli.show_texts(texts)
             if task.then is None:
                 return
-            task.then.follow(task)
-            if not task.then.over:
-                return self._ask(task.then)
+            if task.then.id in self.left:  # else: it was stored before this one was taken up again
+                task.then.follow(task)
+                if not task.then.over:
+                    return self._ask(task.then)
             task = task.then

@@ -537,3 +537,18 @@ def test_the_real_script_on_the_tiny_writer(writer, tmp_path, capsys):
         assert record["response_words"] > 1.2 * record["initial_words"] and record["response_tokens"] > 0
     extend.main(command)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
+
+
+def test_one_pair_goes_on_with_more_attempts_where_a_later_job_had_been_accepted(monkeypatch, tmp_path):
+    """The earlier job, given up before, is tried again; the later one is stored and stays."""
+    rules = ["--samples", "3", "--rounds", "1", "--no-length-bias", "--one-pair", "--max-attempts"]
+    path = drafts_file(tmp_path / "run", num=8)
+    rows = [{**row, "prompt": f"Write about {i % 4}."} for i, row in enumerate(read_jsonl(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_stage(monkeypatch, tmp_path / "run", *rules, "1")
+    before = result_of(tmp_path / "run")
+    run_stage(monkeypatch, tmp_path / "run", *rules, "3")
+    after = result_of(tmp_path / "run")
+    kept = [id_ for id_, row in before.items() if "reason" not in row]
+    assert kept and before.keys() == after.keys() and all(after[id_] == before[id_] for id_ in kept)
+    assert sum("reason" not in row for row in after.values()) > len(kept)  # some were tried again

@@ -8,6 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import in_process
@@ -18,9 +19,11 @@ import run
 from lengthen import cli, jobs, records
 from lengthen.jobs import Job, read_sidecar
 from lengthen.models.cards import memory_limits, physical_memory
+from lengthen.reading import numbered_lines
 from lengthen.records import UserError
 from lengthen.stage import length_bias_drops
 from lengthen.steps import stale, standing_on
+from lengthen.tasks import Redraw, run_tasks
 
 ROOT = Path(__file__).parents[1]
 MORE = ["--responses.max-attempts", "5", "--extend.samples", "2", "--extend.max-attempts", "5", "--evaluate.limit", "3"]
@@ -47,6 +50,71 @@ def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, t
     assert read_sidecar(grown / "iter_1" / "extended.jsonl")["history"]["samples"] == [1, 2]
     _, said = in_process.loop(["--run", str(grown), *argv, *MORE])
     assert "another one" not in said and "device: " not in said  # nothing is left to do
+
+
+def test_what_the_length_bias_had_dropped_is_on_disk_while_an_output_grows(tmp_path):
+    """In one of the files at any time: a kill before the bias decides again must not lose it."""
+    output = tmp_path / "x.jsonl"
+    with Job("x", output, settings={"max_attempts": 1}, journal=True) as job:
+        for id_ in "abc":
+            job.accept({"id": id_})
+        job.reject({"id": "r", "attempt": 0}, "gain")
+        job.drop({"a": "length-bias"})
+        job.finish()
+    with Job("x", output, settings={"max_attempts": 2}, journal=True) as job:
+        job.take_back([row for row in job.rejected if row["id"] == "r"])
+        assert {row["id"] for row in records_in(output)} == {"a", "b", "c"}
+
+
+def records_in(path):
+    return [row for _, row in numbered_lines(path)]
+
+
+def test_work_begun_on_another_text_is_not_continued(monkeypatch, tmp_path):
+    """Killed before the first record; then the input is made afresh with the same ids."""
+    asked = []
+
+    class Half(Redraw):
+        def request(self, draw, engine):
+            return Asked((self.id, draw))
+
+        def read(self, reply, engine):
+            return {}, "gain"
+
+    @dataclass
+    class Asked:
+        key: object
+
+    @dataclass
+    class Got:
+        request: Asked
+        error: str = ""
+        num_tokens: int = 1
+
+    class Engine:
+        def __init__(self):
+            self.queue = []
+
+        def add(self, request):
+            asked.append(request.key)
+            self.queue.append(request)
+
+        def run(self):
+            yield Got(self.queue.pop(0))
+            raise KeyboardInterrupt
+
+        def progress(self):
+            return ""
+
+    source = tmp_path / "in.jsonl"
+    for text in ("old", "new"):
+        source.write_text(f'{{"id": "a", "prompt": "{text}"}}\n')
+        with Job("x", tmp_path / "x.jsonl", inputs=[source], settings={"max_attempts": 3}, journal=True) as job:
+            task = Half({"id": "a", "prompt": text, "attempt": -1}, 3)
+            with pytest.raises(KeyboardInterrupt if text == "old" else UserError) as ended:
+                run_tasks(job, [task], Engine, "things")
+    assert "record a was begun with another text" in str(ended.value)
+    assert len(asked) == 2  # both while the text was the old one
 
 
 def test_redo_starts_a_stage_and_what_stands_on_it():

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from lengthen import reading
-from lengthen.jobs import input_hashes
 from lengthen.reading import read_answers, read_jsonl, read_prompts
 from lengthen.records import Appender, UserError
 
@@ -53,7 +52,7 @@ def said(monkeypatch):
         (['{"prompt": "a", "id": true}'], "line 1: a bool in the field 'id'"),
         (['{"prompt": "a", "parent_id": [1]}'], "line 1: a list in the field 'parent_id'"),
         (['{"prompt": "a", "finish": "content_filter"}'], "line 1: the field 'finish' says 'content_filter'"),
-        (['{"prompt": "a", "finish_reason": 3}'], "line 1: the field 'finish_reason' says 3"),
+        (['{"prompt": "a", "response": "b", "finish_reason": 3}'], "line 1: the field 'finish_reason' says 3"),
         (['{"prompt": "x", "meta": ' + "[" * 3000 + "]" * 3000 + "}"], "line 1: nested too deeply"),
         (["[" * 100000], "nested too deeply"),
         (["[1, 2]"], "item 1: a int, an object is needed"),
@@ -249,6 +248,7 @@ def test_a_short_prompt_in_another_language_is_one_line_not_english(tmp_path, pr
         "Explain El Niño.",
         "1 2 3",
         "Poem, please",
+        "How do I do a handstand?",
         "Describe Don Quijote de la Mancha to a child.",
     ],
 )
@@ -274,6 +274,18 @@ def test_a_short_english_prompt_stays_english(tmp_path, prompt):
 )
 def test_other_engines_words_for_the_end_are_ours(tmp_path, field, value, ours):
     assert read_jsonl(write(tmp_path / "in.jsonl", json.dumps({**A, field: value})))[0]["finish"] == ours
+
+
+def test_columns_of_a_prompt_file_and_token_ids_are_no_finish(tmp_path):
+    rows = [{"prompt": "Write", "finish_reason": "content_filter"}, {**A, "stop_reason": 128009}]
+    assert read_jsonl(write(tmp_path / "in.jsonl", as_lines(*rows))) == rows
+
+
+def test_a_thought_without_an_answer_is_left_out_and_said(tmp_path, said):
+    path = write(tmp_path / "in.jsonl", as_lines({**A, "response": "<think>Tea is"}, B))
+    assert [row["prompt"] for row in read_answers(path)] == [B["prompt"]] and "1 such records" in said[0]
+    with pytest.raises(UserError, match="only thoughts"):
+        read_answers(write(path, as_lines({**A, "response": "<think>Tea is"})))
 
 
 def test_half_a_character_is_a_question_mark_and_counted(tmp_path, said):
@@ -332,15 +344,3 @@ def test_own_answers_get_language_and_id(tmp_path):
     assert read_answers(path) == [by_text, default, given]
     without = write(tmp_path / "null.jsonl", *(f'{{"prompt": "{p}", "response": "b", "id": null}}' for p in "ac"))
     assert len({row["id"] for row in read_answers(without)}) == 2
-
-
-def test_inputs_with_equal_names_are_all_hashed(tmp_path):
-    paths = [tmp_path / folder / "iter_1" / "extended.jsonl" for folder in ("a", "b")]
-    for path in paths:
-        path.parent.mkdir(parents=True)
-        write(path, path.parts[-3])
-    before = input_hashes(paths)
-    assert len(before) == 2 and set(input_hashes(paths[:1])) == {"iter_1/extended.jsonl"}
-    write(paths[0], "edited")
-    assert input_hashes(paths) != before
-    assert len(input_hashes([paths[0], paths[0]])) == 1

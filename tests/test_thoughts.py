@@ -131,6 +131,8 @@ ABOUT_THOUGHTS = [
     "Models write <think> first.\n</think>\nThen they answer.",
     "Write `</think>` where it ends.",
     "[Analysis of the river]\nIt flows.",
+    "[Analysis]\nIt flows.",
+    "[Reflection] It flows.",
     "<answer>42</answer>",
 ]
 ANSWERS = [  # text, answer, whether its thought has an end
@@ -209,7 +211,7 @@ def test_records_of_a_user_hold_no_thoughts(tmp_path):
     (row,) = read_rows(path, ready_made=True)
     assert row["response"] == "Once upon a time, long ago."
     path.write_text('{"prompt": "Tell.", "query": "Tell.", "response": "<think>\\nHm"}\n')
-    with pytest.raises(UserError, match="a thought without an answer"):
+    with pytest.raises(UserError, match="only thoughts"):
         read_answers(path)
     (row,) = read_rows(path, ready_made=True)
     assert row["finish"] == "length"

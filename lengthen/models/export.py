@@ -24,6 +24,8 @@ def merge_to(model: Any, base: Path, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files than a model's: it is not replaced", "--merge-to a new folder")
+    if folder.resolve() == base.resolve():
+        raise UserError(f"{folder} is the base model itself: it is not replaced", "--merge-to a new folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

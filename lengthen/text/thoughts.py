@@ -18,7 +18,9 @@ IRREGULAR = {
     "<unused94>thought": "<unused95>",  # MedGemma
 }
 _NAME = r"(?!end)(?:[\w-]+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
-_OPENS = re.compile("|".join([*map(re.escape, IRREGULAR), rf"[<\[◁]\|?{_NAME}\|?[>\]▷]"]), re.IGNORECASE)
+_OPENS = re.compile(
+    "|".join([*map(re.escape, IRREGULAR), rf"[<◁]\|?{_NAME}\|?[>▷]|\[\|?think(?:ing)?\|?\]"]), re.IGNORECASE
+)
 _BEGINS = re.compile(rf"\s*({_OPENS.pattern})", re.IGNORECASE)
 # The end alone in its line, where the beginning stood in the prompt: text of a server, or of a data set made with one.
 _END_ALONE = re.compile(r"(?:\A|\n)[ \t]*</(?:think|thought)>[ \t]*(?:\n|\Z)")

@@ -28,7 +28,7 @@ _NOT_ENGLISH = frozenset(
     "le la les des du une et est dans que qui pour au aux sur il elle nous vous ce cette "
     "der das und ist den dem ein eine nicht mit von zu sich auf auch für "
     "el los las del y en por para con una su como más pero es lo al "
-    "il di che per non della dei gli sono nel o os um uma não com do da dos das em mais se".split()
+    "il di che non della dei gli sono nel o os um uma não com da dos das em mais se".split()
 )
 # What prompts in these languages begin with: a short one may have no other word that tells.
 _REQUESTS = frozenset(
