@@ -274,7 +274,8 @@ def judge_run(folder: Path, judges: JudgeFlags, stage: Stage) -> list[UserError]
     read_scores(folder)
     # Answers still being written would be judged, but not all of them: refused unless --allow-partial says so.
     check_inputs([path], stage.out.allow_partial)
-    outputs = read_outputs(path)
+    if not (outputs := read_outputs(path)):
+        raise UserError(f"{path} holds no record", "run the evaluate.py command that writes it again")
     problems = judge_answers(folder, outputs, judges, stage)
     # Read again: another command may have written it in the hours that a judge takes.
     save_scores(folder, {**read_scores(folder), "quality": quality(folder, outputs, judges.judge)})
