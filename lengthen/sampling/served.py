@@ -223,7 +223,11 @@ class Served:
 
     async def _next(self, call: Call, prompt: list[int], tokens: list[int]) -> dict[int, float]:
         """Log-probabilities of some tokens as the next one."""
-        extra = {"logprobs": 1, "logprob_token_ids": sorted(set(tokens)), "return_tokens_as_token_ids": True}
+        extra: dict[str, Any] = {
+            "logprobs": 1,
+            "logprob_token_ids": sorted(set(tokens)),
+            "return_tokens_as_token_ids": True,
+        }
         choice = await self._once(call, prompt, max_tokens=1, **extra)
         try:
             found = {int(name.removeprefix("token_id:")): v for name, v in choice.logprobs.top_logprobs[0].items()}
