@@ -39,7 +39,7 @@ from typing import Any
 from lengthen.records import UserError
 
 FIRST_REST, LONGEST_REST = 1.0, 30.0  # seconds, plus or minus half
-CONNECT = 10.0  # seconds
+CONNECT = 60.0  # seconds; a thousand connections at a time take a while, and a refused one says so at once
 AGAIN = (408, 409, 425, 429)  # and 5xx
 
 Ask = Callable[["Call"], Awaitable[Any]]
