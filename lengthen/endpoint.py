@@ -90,7 +90,7 @@ class Call:
     """One try of one request."""
 
     server: Server
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())  # the clock of now, which tests may set
     heard: float = 0.0  # 0 = nothing yet
     silent: bool = False
     task: "asyncio.Task[Any] | None" = None
@@ -303,8 +303,7 @@ class Servers:
         """An exception of the openai package as one of ours."""
         import openai
 
-        body = error.body if isinstance(error.body, str) else (error.body or {}).get("message") or error.message
-        words = self.clean(" ".join(str(body).split())[:300])
+        words = self.words(error)
         if not isinstance(error, openai.APIStatusError):
             if isinstance(error, openai.APIConnectionError):
                 cause = str(error.__cause__ or error)
@@ -411,6 +410,11 @@ class Servers:
         for _, _, item in self.waiting:
             item.done(error)
         self.waiting.clear()
+
+    def words(self, error: Any) -> str:
+        """What a server says in an exception of the openai package."""
+        body = error.body if isinstance(error.body, str) else (error.body or {}).get("message") or error.message
+        return self.clean(" ".join(str(body).split())[:300])
 
     def clean(self, text: str) -> str:
         """A server's words without our key, should it write it back."""

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lengthen.cli import ModelFlags
@@ -72,7 +72,7 @@ def test_what_transformers_5_wrote_is_read_by_transformers_4(tmp_path):
     folder = save_tiny(
         tmp_path / "m", "llama", vocab_size=960, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
     )
-    tokenizer = tiny_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # tiny_tokenizer is every test's
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     tokenizer.save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # adds what is local to a load

@@ -84,14 +84,14 @@ class Fake:
 
             def do_GET(self) -> None:
                 with fake.lock:
-                    fake.headers.append(dict(self.headers))
+                    fake.headers.append({name.title(): value for name, value in self.headers.items()})
                 self.send(200, JSON, json.dumps({"data": fake.models}).encode())
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
                     fake.asked.append(request)
-                    fake.headers.append(dict(self.headers))
+                    fake.headers.append({name.title(): value for name, value in self.headers.items()})
                 reply = fake.answer(request)
                 self.send(*(said(reply, fake.streams) if isinstance(reply, str) else reply))
 
@@ -207,7 +207,90 @@ def test_verdicts(kind, text, expected):
     assert (verdict or reason) == expected and bool(verdict) != bool(reason)
 
 
-@pytest.mark.parametrize("unit", ["[", '{"a":', '"', "\\"])
+def scores_as(form: str, **others: str) -> str:
+    """A verdict whose every score is written so, # being the number."""
+    written = {name: form.replace("#", str(score)) for name, score in SCORES.items()} | others
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in written.items()) + "}"
+
+
+FORMS = {  # as models reply to prompts/quality.*.md
+    "floats": scores_as("#.0"),
+    "numbers as text": scores_as('"#"'),
+    "floats as text": scores_as('"#.0"'),
+    "out of ten, as text": scores_as('"#/10"'),
+    "out of ten": scores_as("#/10"),
+    "out of ten, with floats": scores_as('"#.0 / 10.0"'),
+    "out of ten, in words": scores_as('"# out of 10"'),
+    "a reason after the score": scores_as('"# - it does what is asked, with 3 slips"'),
+    "Chinese": scores_as('"#分"'),
+    "capitals": GOOD.title(),
+    "shouting": GOOD.upper(),
+    "single quotes": GOOD.replace('"', "'"),
+    "typographic quotes": GOOD.replace('"', "“"),
+    "Chinese punctuation": GOOD.replace(": ", "：").replace(", ", "，"),
+    "no quotes": GOOD.replace('"', ""),
+    "trailing comma": GOOD.replace("}", ",\n}"),
+    "comments": scores_as("#, // that's clear", end="0").replace(", ", ",\n").replace(",\n//", ", //"),
+    "hash comments": GOOD.replace(", ", ", # it's so\n"),
+    "score and reason": scores_as('{"score": #, "reason": "it\'s {good}, all in all"}'),
+    "reason and rating": scores_as('{"Reason": "9 of 10 would read on", "Rating": "#/10"}'),
+    "score and reason, single quotes": scores_as("{'score': #, 'reason': 'clear'}").replace('"', "'"),
+    "score and reason, within": '{"scores": ' + scores_as('{"score": #, "reason": "clear"}') + "}",
+    "scores called so": scores_as("#").replace('":', '_score":'),
+    "marked": scores_as("#").replace('":', '**":').replace('"', '"**', 1),
+    "rounded": GOOD.replace("7", "6.5"),
+    "tabs": GOOD.replace(" ", "\t").replace('"', "'"),
+    "line breaks in a reason": GOOD.replace("{", '{"why": "one\ntwo }", '),
+    "fenced": f"Sure!\n```json\n{GOOD}\n```\nIt's 5\" wide {{as they say}}.",
+    "a fence of Python": f"```python\n{GOOD.replace(chr(34), chr(39))}\n```",
+    "braces and quotes around": f"{{Let me see: it's 5\" wide}} {GOOD}",
+    "after a thought": f"<think>\n{scores_as('1')}\n</think>\n\n{GOOD}",
+    "after a thought begun in the prompt": f"Perhaps {scores_as('1')}.\n</think>\n{GOOD}",
+    "after a thought of gpt-oss": "<|channel|>analysis<|message|>"
+    f"{scores_as('1')}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}",
+    "after a thought of Magistral": f"[THINK]{scores_as('1')}[/THINK]{GOOD}",
+}
+NONE = {
+    "a thought that never ended": (f"<think>perhaps {GOOD} but on the other hand", "unfinished"),
+    "a second thought": (f"<think>a</think><think>perhaps {GOOD} but", "unfinished"),
+    "out of five": (scores_as('"#/5"'), "out-of-form"),
+    "out of a hundred": (scores_as('"#0/100"'), "out-of-form"),
+    "a range": (scores_as('"#-9"'), "out-of-form"),
+    "percent": (scores_as('"#%"'), "out-of-form"),
+    "words": (scores_as('"good"'), "out-of-form"),
+    "below one": (GOOD.replace("7", "0.6"), "out-of-form"),
+    "above ten": (GOOD.replace("7", "10.4"), "out-of-form"),
+    "a score of no name": (scores_as('{"reason": "clear", "number": #}'), "out-of-form"),
+    "lists": (scores_as("[#]"), "out-of-form"),
+    "the form that was asked for": (scores_as("N"), "out-of-form"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_verdict_in_the_forms_that_models_write(form):
+    assert read_verdict(Question("", "quality", "en", "q", ("a",)), FORMS[form]) == (SCORES, "")
+
+
+@pytest.mark.parametrize("form", NONE)
+def test_what_is_no_verdict(form):
+    text, reason = NONE[form]
+    assert read_verdict(Question("", "quality", "en", "q", ("a",)), text) == ({}, reason)
+
+
+def test_a_reply_cut_by_the_token_limit_is_no_verdict():
+    """Not even where it holds one: what would have followed may take it back."""
+    asked = Question("", "quality", "en", "q", ("a",))
+    assert read_verdict(asked, f"At first sight {GOOD}, but", ended=False) == ({}, "unfinished")
+
+
+@pytest.mark.parametrize(
+    "text", ["'winner': 'First'", '"WINNER": "the first answer"', "winner: first", '"winner": "FIRST",']
+)
+def test_a_winner_in_the_forms_that_models_write(text):
+    assert read_verdict(Question("", "compare", "en", "q", ("a", "b")), f"{{{text}}}") == ({"winner": "first"}, "")
+
+
+@pytest.mark.parametrize("unit", ["[", "{", "{}", "{:}", '{"a":', '"', "\\", '{"\\"', "{'"])
 def test_a_verdict_is_read_in_linear_time(unit):
     question = Question("", "quality", "en", "q", ("a",))
     assert_linear(lambda text: read_verdict(question, text), lambda size: unit * size + GOOD, 1000)
@@ -772,6 +855,93 @@ def test_fields_that_a_server_refuses_are_left_out(tmp_path, serve):
     needed = {"model", "messages", "stream", "response_format"}
     assert [set(r) - needed for r in fake.asked[-2:]] == [{"seed"}] * 2
     assert len(fake.asked) == 4 and len(judged(tmp_path / "out")) == 2
+
+
+def test_a_verdict_is_asked_for_by_a_schema_where_the_server_takes_one(tmp_path, serve):
+    """Found by behaviour, once: the refusal need not name the field."""
+    fake = serve(lambda r: GOOD)
+    evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
+    form = fake.asked[0]["response_format"]["json_schema"]["schema"]
+    assert form["required"] == list(CRITERIA) and form["properties"]["clarity"]["maximum"] == 10
+    for status in (400, 422):
+        fake = serve(lambda r, s=status: (s, JSON, b'{"detail": "no"}') if "response_format" in r else GOOD)
+        out = tmp_path / str(status)
+        evaluated(answers(tmp_path, ["a", "b", "c"]), out, "--judge", fake.url, "--judge-connections", "1")
+        assert len(judged(out)) == 3 and ["response_format" in r for r in fake.asked] == [True, False, False, False]
+    # One that takes it may still refuse a request: that is not the schema's fault.
+    fake = serve(lambda r: (400, {}, b"no") if "b" in prompt_of(r).split("answer\n")[1].split("\n")[0] else GOOD)
+    with pytest.raises(LowYield, match="1 of 3 judgements are missing"):
+        evaluated(answers(tmp_path, ["x", "b", "c"]), tmp_path / "o", "--judge", fake.url, "--judge-connections", "1")
+    assert all("response_format" in r for r in fake.asked)
+
+
+def test_the_other_name_of_the_token_limit(tmp_path, serve):
+    words = b"Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    fake = serve(lambda r: (400, {}, words) if "max_tokens" in r else GOOD)
+    evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url, "--judge-tokens", "99")
+    assert [r.get("max_tokens") for r in fake.asked] == [99, None] and fake.asked[1]["max_completion_tokens"] == 99
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "text, finish, more",
+    [
+        (f"<think>perhaps {GOOD} but on the other hand", "length", {}),
+        (f"<think>perhaps {GOOD} but on the other hand", "stop", {}),
+        ("", "length", {"reasoning_content": "Let me see"}),
+        ("", "stop", {"reasoning": "Let me see"}),
+        (GOOD[:-30], "length", {}),
+    ],
+)
+def test_a_reply_that_did_not_get_as_far_names_the_flag(tmp_path, serve, capsys, streams, text, finish, more):
+    fake = serve(lambda r: said(text, streams, finish, **more))
+    with pytest.raises(LowYield, match="cut by the token limit, or had not ended their thought") as caught:
+        evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url, "--judge-attempts", "2")
+    assert "--judge-tokens" in caught.value.hint and "--judge-tokens" in capsys.readouterr().err
+    assert [r["reason"] for r in lines(tmp_path / "out" / "judgements.rejected.jsonl")] == ["unfinished"]
+
+
+def test_a_server_that_does_not_stream_is_a_judge_too(tmp_path, serve, capsys):
+    fake = serve(lambda r: said(GOOD, streams=False, reasoning_content="Let me see"))
+    evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
+    assert last_json(capsys)["quality"][fake.url]["judged"] == 1
+
+
+@pytest.mark.parametrize("models", [["a", "b"], ["a", "b", "text-embedding-3-small"]])
+def test_of_several_models_one_must_be_named(tmp_path, serve, models):
+    fake = serve(lambda r: GOOD)
+    fake.models = [{"id": name} for name in models]
+    with pytest.raises(UserError, match="serves 2 models: a, b") as caught:
+        evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
+    assert caught.value.hint.endswith(f"--judge {fake.url}=a") and fake.asked == []
+    evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", f"{fake.url}=b")
+    assert [r["model"] for r in fake.asked] == ["b"]
+
+
+def test_a_model_of_embeddings_is_never_taken(tmp_path, serve):
+    others = "text-embedding-nomic-embed-text-v1.5 BAAI/bge-m3 all-minilm:latest Qwen3-Reranker-4B whisper-1 e5-large"
+    fake = serve(lambda r: GOOD)
+    fake.models = [*({"id": name} for name in others.split()), {"id": "odd", "type": "embedding"}, {"id": "gemma-3"}]
+    evaluated(answers(tmp_path, ["a"]), tmp_path / "out", "--judge", fake.url)
+    assert [r["model"] for r in fake.asked] == ["gemma-3"]
+    fake.models = fake.models[:-1]
+    with pytest.raises(UserError, match="lists no model that chats"):
+        evaluated(answers(tmp_path, ["b"]), tmp_path / "other", "--judge", fake.url)
+
+
+def test_scores_written_while_a_judge_was_asked_are_kept(tmp_path, serve):
+    """Another command has put something into scores.json meanwhile."""
+    path, out = answers(tmp_path, ["a"]), tmp_path / "out"
+    evaluated(path, out)
+    scores = out / "scores.json"
+
+    def reply(_: dict) -> str:
+        scores.write_text(json.dumps({**json.loads(scores.read_text()), "seconds": 4321}))
+        return GOOD
+
+    fake = serve(reply)
+    evaluate.main(["judge", str(out), "--judge", fake.url])
+    assert json.loads(scores.read_text())["seconds"] == 4321 and fake.url in json.loads(scores.read_text())["quality"]
 
 
 def test_control_tokens_in_a_text_are_text_to_the_server(tmp_path, serve):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from lengthen import steps
 from lengthen.records import UserError
 from lengthen.steps import Step, command_of, moved
@@ -112,3 +113,23 @@ def test_a_run_folder_that_cannot_be_made_is_a_mistake_in_one_line(step, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*run.log: Not a directory"):
         steps.execute([step], f"{tmp_path}/file/run")
+
+
+def test_training_is_started_by_its_launcher(tmp_path, capsys):
+    """run.py --train-launcher: on the printed commands, and through the torchrun of this environment, two processes."""
+    run.main(["--dry-run", "--train-launcher", "torchrun --nproc-per-node 2"])
+    commands = [line for line in capsys.readouterr().out.splitlines() if "train.py" in line]
+    assert commands and all(line.startswith("torchrun --nproc-per-node 2 train.py --") for line in commands[:3])
+    (tmp_path / "script.py").write_text(
+        "import json, os, sys\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    print(json.dumps([os.environ['WORLD_SIZE'], *sys.argv[1:]]))\n"
+    )
+    command = (str(tmp_path / "script.py"),)
+    launcher = "torchrun --standalone --nproc-per-node 2"
+    step = Step("iter_1", "train generator", command, {"output": "x"}, launcher=launcher)
+    with open(tmp_path / "run.log", "wb", buffering=0) as log:
+        code, output = steps.run_command(steps.command_of(step), log, step.launcher)
+    assert code == 0 and output.splitlines()[-1] == '["2", "--output", "x"]'
+    with pytest.raises(UserError, match="there is no program 'torchrum'"):
+        run.main(["--dry-run", "--train-launcher", "torchrum --nproc-per-node 2"])

@@ -132,7 +132,7 @@ def parsed(text: str) -> dict:
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
-        import yaml  # type: ignore[import-untyped]  # here: not for every verdict, it is slow
+        import yaml  # not for every verdict: it is slow
 
         text = re.sub(r"//[^\n\"']*$", "", text, flags=re.MULTILINE).expandtabs().replace("\\'", "''")
         try:

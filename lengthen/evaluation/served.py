@@ -62,9 +62,9 @@ class ServedJudge:
             key=key,
             key_name=KEY_NAMES[0],
             at_once=connections,
-            greet=self._greet,
             silence=silence,
             down_after=DOWN_AFTER + silence,
+            greet=self._greet,
         )
         try:
             self.servers.meet()
@@ -150,7 +150,7 @@ class ServedJudge:
             except openai.RateLimitError as error:
                 seconds = retry_after(error.response.headers.get("Retry-After")) or 0
                 if error.code == "insufficient_quota" or seconds > self.servers.down_after:
-                    raise AllDown(self.servers.clean(f"HTTP 429: {error.message}")[:300]) from None
+                    raise AllDown(f"HTTP 429: {self.servers.words(error)}") from None
                 raise
             except openai.APIStatusError as error:
                 if error.status_code not in (400, 413, 422):
