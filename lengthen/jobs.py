@@ -94,10 +94,11 @@ def read_sidecar(output: str | Path) -> dict:
 
 def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
     """File name with its folder -> sha256 of its bytes, 16 hex digits. Of equal names the earlier ones are numbered."""
-    names = [f"{Path(p).parent.name}/{Path(p).name}" for p in inputs]
+    paths = list(dict.fromkeys(map(Path, inputs)))  # one file named twice is one input
+    names = [f"{path.parent.name}/{path.name}" for path in paths]
     later = [names[i + 1 :].count(name) for i, name in enumerate(names)]
     keys = [f"{name}{EARLIER * bool(n)}{n or ''}" for name, n in zip(names, later, strict=True)]
-    return {key: _file_hash(Path(p)) for key, p in zip(keys, inputs, strict=True)}
+    return {key: _file_hash(path) for key, path in zip(keys, paths, strict=True)}
 
 
 def _file_hash(path: Path) -> str:
