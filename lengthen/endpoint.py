@@ -275,6 +275,8 @@ class Servers:
             if item.tries < self.tries:
                 return self._push(item)
             result = Unanswered(f"{call.server.url}: {error}")
+        except UserError as error:  # it ends the run: nothing more is sent
+            return item.done(error)
         except Exception as error:  # handed to whoever asked
             result = error
         item.done(result)

@@ -57,14 +57,20 @@ def test_a_helper_team_comes_with_a_neighbour_and_goes_with_it(monkeypatch):
     neighbours = Neighbours()
     neighbours.look()
     team = neighbours.helper
-    assert team and len(os.listdir("/proc/self/task")) > before + len(os.sched_getaffinity(0)) - 1
+    assert team
+    wait_until(lambda threads: threads > before + len(os.sched_getaffinity(0)) - 1)
     torch.testing.assert_close(a @ a, (a.double() @ a.double()).float(), rtol=1e-4, atol=1e-3)
     neighbours.look()
     assert neighbours.helper is team  # still busy: the same one
     neighbours.look()
     assert neighbours.helper is None
-    for _ in range(100):  # a thread's end takes the system a moment
-        if len(os.listdir("/proc/self/task")) <= before:
+    wait_until(lambda threads: threads <= before)
+
+
+def wait_until(right):
+    """The beginning and the end of a thread take the system a moment."""
+    for _ in range(1200):
+        if right(len(os.listdir("/proc/self/task"))):
             return
         time.sleep(0.05)
-    pytest.fail("the helper's team is still there")
+    pytest.fail("the helper's team did not come, or did not go")
