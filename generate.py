@@ -35,6 +35,7 @@ import argparse
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lengthen import cli
@@ -44,7 +45,7 @@ from lengthen.reading import filter_language, read_answers, read_prompts
 from lengthen.records import UserError, draw_seed, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer, smaller_values
-from lengthen.tasks import Draw, Entry, Pair, Redraw, Task, run_tasks
+from lengthen.tasks import HOPELESS, Draw, Entry, Pair, Redraw, Task, run_tasks
 from lengthen.text.demands import make_demand, states_demand
 from lengthen.text.filters import clean_answer, finish_reason, strip_chatter
 from lengthen.text.selection import NearDuplicates
@@ -142,7 +143,7 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
 
 
-def split_count(count: int, seeds: list[dict], before: list[int] = []) -> list[str]:  # noqa: B006  not changed
+def split_count(count: int, seeds: list[dict], before: Sequence[int] = ()) -> list[str]:
     """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh").
 
     before: the smaller counts that this output was asked for earlier; what was of a language then stays of it.
@@ -225,7 +226,7 @@ class NewInstruction(Task[Writer, Sample]):
         prompt_ids = writer.encode(question)
         answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
         # The answer's ids must fit too, since they are read together with the question.
-        fits = len(prompt_ids) + max(map(len, answers)) <= writer.loaded.context
+        fits = len(prompt_ids) + max(map(len, answers)) <= writer.sampler.context
         return [(prompt_ids, answer) for answer in answers] if fits else []
 
     def examine_scores(self, draw: Draw, sums: list[float]) -> Entry:
@@ -255,7 +256,7 @@ class NewInstruction(Task[Writer, Sample]):
 
     def restore(self, stored: dict, attempts: int) -> None:
         reason = stored.get("reason", "")
-        if reason and stored["attempt"] + 1 < self.rules.max_attempts:
+        if reason and reason not in HOPELESS and stored["attempt"] + 1 < self.rules.max_attempts:
             self.attempt = stored["attempt"] + 1
         else:
             self.reason = reason

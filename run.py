@@ -82,7 +82,9 @@ class LoopFlags:
         "continue = the adapter of the iteration before learns the new pairs; restart = a new one learns all pairs",
         choices=("continue", "restart"),
     )
-    train_launcher: str = flag("python", 'what starts train.py; for several GPUs "torchrun --nproc-per-node 8"')
+    train_launcher: str = flag(
+        "python", 'what starts train.py; for several GPUs "torchrun --nproc-per-node 8", with --train.accumulate 8'
+    )
     evaluate: str = flag("all", "which models; ends = only the base and the final one", choices=("all", "ends"))
     controls: list[str] = flag(
         [],

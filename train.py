@@ -314,9 +314,12 @@ def spike_ceiling(losses: list[float]) -> float:
 def train(training: Training, folder: TrainingFolder, processes: Processes) -> None:
     """From the records to a finished adapter; killed and started again, it goes on from its last checkpoint."""
     from lengthen.models import lora
+    from lengthen.models.export import check_target
     from lengthen.models.loading import context_length, load_chat, load_config
     from lengthen.training.learner import prepare
 
+    if training.runtime.merge_to:
+        check_target(Path(training.runtime.merge_to), Path(training.model.model))
     # 1) pairs: all are encoded before the model is loaded, so that a mistake in the input costs no gigabytes
     flags, optimizer = training.model, training.optimizer
     chat = load_chat(flags.model, flags.trust_remote_code)

@@ -24,6 +24,7 @@ not listed below go to run.py.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -364,7 +365,9 @@ def result_of(study: Study, steps: Sequence[Step]) -> dict:
         "rows": rows,
         "over": over,
         "searched": {
-            part: read_run(out)["words_median"] for part, out in answered.items() if part[:4] in ("sear", "half")
+            part: read_run(out)["words_median"]
+            for part, out in answered.items()
+            if part.partition("/")[0] in ("search", "half")
         },
         "texts": {f"{s.part} {s.name}": texts_of(s) for s in steps if s.name in ("responses", "extend")},
         "cost": (cost := [cost_of(s) for s in steps]),
@@ -436,11 +439,8 @@ def show(result: dict) -> None:
         cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
-def draw(folders: dict[str, str], path: Path, title: str) -> None:
+def draw(folders: dict[str, str], title: str) -> bytes:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
@@ -461,8 +461,10 @@ def draw(folders: dict[str, str], path: Path, title: str) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
     plt.close(figure)
+    return image.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -506,7 +508,8 @@ def main(argv: list[str] | None = None) -> None:
     replace_file(study.run / "growth.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     models = {s.part.removeprefix("eval/"): s.output for s in done if s.part.startswith("eval/")}
     if models:
-        draw(models, study.run / "growth.png", f"{own.shared['model']}: held-out instructions")
+        title = f"{own.shared['model']}: held-out instructions"
+        cli.save_figure(study.run / "growth.png", lambda: draw(models, title))
     show(result)
     cli.say(f"{study.run}/growth.json, growth.png; {result['seconds']} s of stages")
     cli.emit(result)

@@ -31,8 +31,7 @@ import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 # isort: split
 import train
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags
-from lengthen.models.chat import Chat
-from lengthen.models.loading import load_tokenizer
+from lengthen.models.loading import load_chat, load_tokenizer
 from lengthen.reading import each_record
 from lengthen.training.folder import TrainingFolder
 from lengthen.training.packed import pack
@@ -65,7 +64,7 @@ def training_of(args: argparse.Namespace, path: Path) -> Training:
 
 
 def ours(args: argparse.Namespace, path: Path) -> dict:
-    training, chat = training_of(args, path), Chat(load_tokenizer(args.model))
+    training, chat = training_of(args, path), load_chat(args.model)
     settings = {**training.recorded(), "templates": {}}
     io = {"inputs": training.inputs.input, "overwrite": True, "allow_partial": False}
     started = time.perf_counter()

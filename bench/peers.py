@@ -169,10 +169,12 @@ class LlamaCpp:
         llama = self.llama
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         for step in (
-            llama.llama_sampler_init_penalties(self.vocabulary, len(prompt) + limit, 1.1, 0.0, 0.0),
-            llama.llama_sampler_init_temp(0.7),
-            llama.llama_sampler_init_top_k(20),
-            llama.llama_sampler_init_top_p(0.8, 1),
+            llama.llama_sampler_init_penalties(
+                self.vocabulary, len(prompt) + limit, RECIPE["repetition_penalty"], 0.0, 0.0
+            ),
+            llama.llama_sampler_init_temp(RECIPE["temperature"]),
+            llama.llama_sampler_init_top_k(RECIPE["top_k"]),
+            llama.llama_sampler_init_top_p(RECIPE["top_p"], 1),
             llama.llama_sampler_init_dist(seed & 0xFFFFFFFF),
         ):
             llama.llama_sampler_chain_add(chain, step)

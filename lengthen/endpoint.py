@@ -12,8 +12,8 @@ returns is the result. For each part of a stream that comes it says `call.hear()
 2. After a broken stream, a refused connection, 408, 409, 425, 429, 5xx or silence the same request is sent again, to
    another server where there is one. Silence counts, never the total time; a request that waits in the queue of a
    server which sends parts of others is not silent.
-3. A server that fails rests: as long as Retry-After says, else longer each time. It comes back when /health (or
-   /v1/models) answers, and has one request at a time until one succeeds. One that was gone is greeted again.
+3. A server that fails rests: as long as Retry-After says, else longer each time. It comes back when /health
+   answers, and has one request at a time until one succeeds. One that was gone is greeted again.
 4. A request that has failed `tries` times comes back as Unanswered, and so does one that a server refuses (HTTP 400,
    say). If none has answered anything for `down_after` seconds, `run` raises AllDown.
 5. A wrong key or address, a redirect: UserError. The key is in one header of the requests to these addresses and
@@ -234,7 +234,7 @@ class Servers:
     def _push(self, item: _Item) -> None:
         if self.over:
             return item.done(self.over)
-        if not self.waiting and not any(server.calls for server in self.servers):
+        if not item.failed_at and not self.waiting and not any(server.calls for server in self.servers):
             for server in self.servers:  # it was idle: nobody could have been heard
                 server.heard = time.monotonic()
         heapq.heappush(self.waiting, (item.rank, next(self._order), item))
@@ -276,7 +276,8 @@ class Servers:
                 return self._push(item)
             result = Unanswered(f"{call.server.url}: {error}")
         except UserError as error:  # it ends the run: nothing more is sent
-            return item.done(error)
+            item.done(error)
+            return self._give_up(error)
         except Exception as error:  # handed to whoever asked
             result = error
         item.done(result)
@@ -361,8 +362,9 @@ class Servers:
 
         try:
             await call.client.get(f"{call.server.root}/health", cast_to=object)
-        except openai.NotFoundError:
-            await call.client.get("/models", cast_to=object)
+        except openai.APIStatusError as error:  # no such page, or not for us: it is there
+            if error.status_code in AGAIN or error.status_code >= 500:
+                raise
 
     async def _greet(self, server: Server) -> None:
         if self.greet:
@@ -398,12 +400,12 @@ class Servers:
                     if now - (call.heard or max(call.began, server.heard)) > self.silence and call.task:
                         call.silent = True
                         call.task.cancel()
-            busy = self.waiting or any(server.calls for server in self.servers)
+            busy = not self.over and (self.waiting or any(server.calls for server in self.servers))
             latest = max(server.heard for server in self.servers)
             if busy and all(server.failures for server in self.servers) and now - latest > self.down_after:
                 why = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
                 hint = "start it again, then run the same command again: it continues where it was"
-                return self._give_up(AllDown(f"no server has answered for {self.down_after:.0f} s ({why})", hint))
+                self._give_up(AllDown(f"no server has answered for {self.down_after:.0f} s ({why})", hint))
 
     def _give_up(self, error: Exception) -> None:
         """Tell everybody who waits."""
@@ -415,8 +417,8 @@ class Servers:
 
     def words(self, error: Any) -> str:
         """What a server says in an exception of the openai package."""
-        body = error.body if isinstance(error.body, str) else (error.body or {}).get("message") or error.message
-        return self.clean(" ".join(str(body).split())[:300])
+        body = error.body.get("message") if isinstance(error.body, dict) else error.body
+        return self.clean(" ".join(str(body or error.message).split())[:300])
 
     def clean(self, text: str) -> str:
         """A server's words without our key, should it write it back."""

@@ -22,6 +22,7 @@ import os
 import platform
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -151,7 +152,7 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
                 continue
             raise UserError(
                 f"{output} was made with {name} = {old}, this command says {new}, and what is there is not taken back",
-                f"{GROWING[name]} {old} or more goes on from it; --overwrite starts it afresh",
+                f"{GROWING[name]} {old}{' or more' * bool(old)} goes on from it; --overwrite starts it afresh",
             )
         raise UserError(
             f"{output} was made with {name} = {old!r}, this command says {new!r}",
@@ -207,18 +208,19 @@ class Lock:
         os.close(self.descriptor)
 
 
-class OneWriter:
+class OneWriter(ABC):
     """What `Job` and checkpoint.TrainingFolder share: complete inputs, one writer, a lock that a failed start releases.
 
-    A subclass sets the three attributes below, and reads in `_open` what is there already.
+    A subclass sets the three attributes below.
     """
 
     inputs: list[Any]  # paths
     settings: dict[str, Any]
     allow_partial: bool
 
+    @abstractmethod
     def _open(self) -> None:
-        raise NotImplementedError
+        """Read what is there, with the lock held."""
 
     def take(self, output: Path, folder: Path) -> None:
         """Lock the output, read what is there; `folder` is created where it is missing."""
@@ -328,7 +330,7 @@ class Job(OneWriter):
         self.done_ids = {r["id"] for r in self.records} | {r["id"] for r in self.rejected}
 
     def _grow(self, meta: dict, grown: dict[str, Any]) -> None:
-        """A larger setting: the output is unfinished again. What it changes waits in the sidecar for `settle`."""
+        """A larger setting: the output is unfinished again. What it changes waits in the sidecar for `take_back`."""
         self.before = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
         changes = {name: self.settings[name] for name in grown if name != "inputs"}
         for name, new in changes.items():
@@ -492,7 +494,7 @@ class Job(OneWriter):
 
     def remedy(self, reasons: Counter[str]) -> str:
         """What helps where too little comes out: by the commonest reason, then what always helps."""
-        known = [REMEDIES[reason] for reason, _ in reasons.most_common(1) if reason in REMEDIES]
+        known = [f"{REMEDIES[r]} (with --overwrite)" for r, _ in reasons.most_common(1) if r in REMEDIES]
         tries = self.settings.get("max_attempts")
         more = [f"--max-attempts {2 * tries} (it goes on from what is there)"] if tries else []
         return ", or ".join([*known, *more, "more input", "a stronger --model"])

@@ -25,7 +25,6 @@ from lengthen.text.words import count_words, detect_language
 
 TO_JSONL = "python -c \"import pandas; pandas.read_{0}({1!r}).to_json({2!r}, orient='records', lines=True)\""
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "feather", b"PK\3\4": "excel"}
-ONE_TURN = "{{'prompt': r['{0}'][0]['{1}'], 'response': r['{0}'][1]['{1}']}}"
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -107,9 +106,13 @@ def in_one_piece(path: Path) -> list | None:
                 except json.JSONDecodeError:
                     pass  # it may go on in the next line
             handle.seek(0)
-            values = list(decoded(handle.read().strip()))
-    except (OSError, ValueError, RecursionError):
+            values = list(decoded(handle.read().rstrip()))
+    except json.JSONDecodeError as error:
+        if first.startswith("["):  # an array, and nothing else
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}", "it is a JSON array: mend it there") from None
         return None  # read as JSONL, which says what is wrong and where
+    except (OSError, ValueError, RecursionError):
+        return None  # the same
     if len(values) == 1 and isinstance(values[0], list):
         say_once(f"{path} is a JSON array: its {len(values[0]):,} items are read as records")
         return values[0]
@@ -122,12 +125,10 @@ def in_one_piece(path: Path) -> list | None:
 
 def decoded(text: str) -> Iterator[Any]:
     """The JSON values of a text, one after the other, white space between them. Raises JSONDecodeError."""
-    decoder, start = json.JSONDecoder(), 0
-    while start < len(text):
-        value, end = decoder.raw_decode(text, start)
+    decoder, end = json.JSONDecoder(), 0
+    while match := re.compile(r"\s*(?=\S)").match(text, end):
+        value, end = decoder.raw_decode(text, match.end())
         yield value
-        blank = re.compile(r"\s*").match(text, end)
-        start = blank.end() if blank else end
 
 
 def wrapped(row: Any) -> tuple[str, list] | None:
@@ -141,22 +142,22 @@ def wrapped(row: Any) -> tuple[str, list] | None:
 # ---------------------------------------------------------------------------------------------------------
 # Rows: the columns of other formats, and values in other spellings
 
-TURNS = {"messages": ("role", "content"), "conversations": ("from", "value"), "conversation": ("from", "value")}
+TURNS = ("messages", "conversations", "conversation")  # a turn has role and content, or from and value
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 
 LANGUAGE_NAMES = {
     **dict.fromkeys(("en", "eng", "english", "英语", "英文"), "en"),
     **dict.fromkeys(("zh", "zho", "chi", "cmn", "cn", "chinese", "mandarin", "中文", "汉语", "漢語", "华语"), "zh"),
-    **dict.fromkeys(("简体中文", "繁體中文", "繁体中文", "simplified chinese", "traditional chinese"), "zh"),
+    **dict.fromkeys(("简体中文", "繁體中文", "繁体中文", "普通话", "国语"), "zh"),
 }
 FINISHES = {  # other engines' words for ours
     **dict.fromkeys(("", "unknown", "none", "null"), ""),
     **dict.fromkeys(
-        ("eos", "eos_token", "eos_token_id", "stop", "stop_sequence", "end_turn", "end", "complete"), "eos"
+        "eos eos_token eos_token_id stop stop_sequence end_turn end ended complete completed done".split(), "eos"
     ),
-    **dict.fromkeys(("completed", "finished", "done", "ended"), "eos"),
-    **dict.fromkeys(("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens"), "length"),
-    **dict.fromkeys(("token_limit", "model_length", "truncated"), "length"),
+    **dict.fromkeys(
+        "length max_tokens max_length max_new_tokens max_output_tokens token_limit truncated".split(), "length"
+    ),
     **dict.fromkeys(("repetition", "loop"), "repetition"),
     "error": "error",
 }
@@ -220,29 +221,31 @@ def common_columns(record: dict, path: Path, where: str) -> dict:
         if isinstance(record.get("output"), str):
             record["response"] = record["output"]
         say_once(f"{path}: Alpaca's columns: instruction and input are read as prompt, output as response")
-    for field, (role, content) in TURNS.items():
+    for field in TURNS:
         if isinstance(turns := record.get(field), list) and all(isinstance(turn, dict) for turn in turns):
-            spoken = [turn for turn in turns if turn.get(role) != "system"]
-            roles = [ROLES.get(str(turn.get(role))) for turn in spoken]
-            if roles not in (["user"], ["user", "assistant"]) or not all(
-                isinstance(turn.get(content), str) for turn in spoken
-            ):
+            said = [(str(t.get("role", t.get("from"))), t.get("content", t.get("value"))) for t in turns]
+            spoken = [(ROLES.get(role), text) for role, text in said if role != "system"]
+            texts = [text for _, text in spoken if isinstance(text, str)]
+            roles = [role for role, _ in spoken]
+            if roles not in (["user"], ["user", "assistant"]) or len(texts) < len(spoken):
                 raise UserError(
                     f"{where}: a conversation in {field!r} that is not one question in text and one answer",
-                    to_pairs(path, field, content),
+                    to_pairs(path, field, array=", item " in where),
                 )
-            record |= dict(zip(("prompt", "response"), (turn[content] for turn in spoken), strict=False))
+            record |= dict(zip(("prompt", "response"), texts, strict=False))
             less = " (system messages are left out)" if len(spoken) < len(turns) else ""
             say_once(f"{path}: {field}: a question is read as prompt, its answer as response{less}")
             break
     return record
 
 
-def to_pairs(path: Path, field: str, content: str) -> str:
+def to_pairs(path: Path, field: str, array: bool) -> str:
     """A command that keeps the first question and answer of each conversation."""
-    target, make = path.with_suffix(".pairs.jsonl"), ONE_TURN.format(field, content)
-    code = f"import json; [print(json.dumps({make})) for r in map(json.loads, open({str(path)!r}))]"
-    return f'python -c "{code}" > {target}'
+    rows = f"json.load(open({str(path)!r}))" if array else f"map(json.loads, open({str(path)!r}))"
+    spoken = f"[t for t in r[{field!r}] if t.get('role', t.get('from')) != 'system']"
+    pair = "dict(zip(('prompt', 'response'), [t.get('content', t.get('value')) for t in turns]))"
+    code = f"import json; [print(json.dumps({pair})) for r in {rows} for turns in [{spoken}]]"
+    return f'python -c "{code}" > {path.with_suffix(".pairs.jsonl")}'
 
 
 def columns_hint(field: str, record: Mapping) -> str:
@@ -280,11 +283,11 @@ def read_finish(record: dict, where: str) -> None:
     value = record[field]
     if field == "stop_reason" and not isinstance(value, str):  # vLLM's: a token id
         return
-    ours = FINISHES.get(value.rpartition(".")[2].casefold()) if isinstance(value, str) else None
+    ours = FINISHES.get(value.rpartition(".")[2].strip().casefold()) if isinstance(value, str) else None
     if ours is None:
         raise UserError(
             f"{where}: the field {field!r} says {value!r}, which is not known",
-            f"remove it, or say one of: {', '.join(filter(None, FINISHES))}",
+            f"remove it, or say one of: {', '.join(sorted(set(filter(None, FINISHES.values()))))}",
         )
     record["finish"] = ours
 
@@ -309,8 +312,8 @@ def read_language(record: dict, spoken: Sequence[str], where: str) -> None:
     """
     known = f"there are: {', '.join(LANGUAGES)}"
     if given := record.get("language"):
-        name = given.strip().casefold().replace("_", "-") if isinstance(given, str) else ""
-        language = LANGUAGE_NAMES.get(name) or LANGUAGE_NAMES.get(name.partition("-")[0])
+        words = re.findall(r"[^\W_]+", given.casefold()) if isinstance(given, str) else []
+        language = next(filter(None, map(LANGUAGE_NAMES.get, words)), "")
         if not language:
             raise UserError(f"{where}: language {given!r} is not served; {known}")
         record["language"] = language

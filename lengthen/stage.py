@@ -118,9 +118,7 @@ def say_settings(stage: Stage, notes: Sequence[str]) -> None:
 class Vocabulary:
     """What is left of a LoadedModel where servers hold the weights."""
 
-    tokenizer: Any
     chat: "Chat"
-    context: int  # tokens
 
 
 def check_endpoint(stage: Stage) -> None:
@@ -169,7 +167,7 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
             *served.notes,
         ],
     )
-    return Vocabulary(chat.tokenizer, chat, served.context), served
+    return Vocabulary(chat), served
 
 
 def open_writer(stage: Stage, job: Job) -> "Writer":

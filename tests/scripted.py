@@ -33,6 +33,8 @@ def prompt_of(request: Request) -> str:
 class ScriptedSampler:
     """`write(request)` gives (text, finish); the order of finishing is shuffled by `order`. Keeps every request."""
 
+    context = 2048  # tokens
+
     def __init__(
         self,
         write: Callable[[Request], tuple[str, str]],

@@ -44,7 +44,7 @@ class Stub:
         self.requests: list[dict] = []  # bodies of the streamed ones
         self.headers: list[dict[str, str]] = []
         self.paths: Counter[str] = Counter()
-        self.finished = self.running = self.most = 0
+        self.finished = self.running = 0
         self.connections: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> "Stub":
@@ -127,7 +127,6 @@ class Stub:
         if body["model"] not in ("base", *self.known_adapters):
             return self._reply(writer, 404, {"error": {"message": f"the model {body['model']} does not exist"}})
         self.running += 1
-        self.most = max(self.most, self.running)
         try:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
             ids, finish = self._generate(body)

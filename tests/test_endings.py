@@ -25,6 +25,9 @@ COMPLETE = [
     EN + "4 March 2026",
     EN + "2026-03-04",
     EN + "THE END",
+    EN + "[END]",
+    ZH + "谢谢\n李明",
+    EN + "#tea #harbour #morning",
     EN + "*The End*",
     EN + "### The End",
     EN + "To be continued...",
@@ -75,6 +78,12 @@ COMPLETE = [
     ZH + "一、带椅子\n二、带茶",
 ]
 CUT = [
+    EN + "— I never said that you should go and",
+    EN + "— the harbour was quiet when they",
+    EN + "End of the road he saw a",
+    EN + "Signed the papers and went to the",
+    "Letters are read by people who have little time for them, and so they are short wherever they can be, and plain."
+    "\n\nBest practices\n\nThe first thing",
     "The three reasons are cost, time and",
     "## Conclusion\n\nIn the end, the committee decided to",
     EN + "## Conclusion",

@@ -255,6 +255,12 @@ def test_answers_with_the_same_query_and_sample_are_numbered_not_dropped(tmp_pat
     assert len({row["parent_id"] for row in read}) == 1
 
 
+def test_a_thought_without_an_answer_counts_no_words(tmp_path):
+    rows = [{**GOOD, "response": "<think>Tea is a drink, and I could write"}, GOOD]
+    read = evaluate.read_rows(write_lines(tmp_path / "answers.jsonl", rows), ready_made=True)
+    assert [(row["response"], row["finish"]) for row in read] == [("", "length"), ("Tea.", "")]
+
+
 def test_another_engines_stop_is_an_ended_answer(tmp_path):
     rows = [{**GOOD, "finish_reason": "stop"}, {**GOOD, "finish": "max_tokens"}]
     read = evaluate.read_rows(write_lines(tmp_path / "answers.jsonl", rows), ready_made=True)

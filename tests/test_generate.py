@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripted import Killed, ScriptedSampler, chat, die_at, prompt_of, prose
@@ -102,11 +103,7 @@ def run_stage(monkeypatch, command: str, folder: Path, *flags: str, script, orde
     """One command in `folder`; returns the sampler, which holds every request."""
     sampler = ScriptedSampler(script, order, margin)
 
-    class Loaded:
-        context = 2048
-
-    Loaded.chat = chat()
-    monkeypatch.setattr("lengthen.stage.open_model", lambda args, job: (Loaded, sampler))
+    monkeypatch.setattr("lengthen.stage.open_model", lambda args, job: (SimpleNamespace(chat=chat()), sampler))
     output = folder / "iter_1" / f"{command}.jsonl"
     generate.main([command, "--model", "m", "--output", str(output), "--min-yield", "0", *flags])
     return sampler

@@ -26,10 +26,11 @@ from linear import assert_linear
 
 import evaluate
 from lengthen import cli, endpoint
+from lengthen.endpoint import AllDown, Servers, Unanswered
 from lengthen.evaluation import judge, questions, served
 from lengthen.evaluation.preferences import kappa, preferences
 from lengthen.evaluation.quality import judge_answers
-from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, read_verdict
+from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, parsed, read_verdict
 from lengthen.models import chat
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.stage import Stage
@@ -65,7 +66,7 @@ class Fake:
 
     def __init__(self, answer: Callable[[dict], str | tuple]):
         self.answer, self.asked, self.headers, self.lock = answer, [], [], threading.Lock()
-        self.models, self.streams = [{"id": "served-model"}], True
+        self.models, self.streams, self.health = [{"id": "served-model"}], True, 200
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,7 +86,8 @@ class Fake:
             def do_GET(self) -> None:
                 with fake.lock:
                     fake.headers.append({name.title(): value for name, value in self.headers.items()})
-                self.send(200, JSON, json.dumps({"data": fake.models}).encode())
+                status = fake.health if self.path == "/health" else 200
+                self.send(status, JSON, json.dumps({"data": fake.models}).encode())
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -417,6 +419,11 @@ def test_a_finished_run_is_judged_by_a_command_of_its_own(tmp_path, serve, capsy
     (tmp_path / "later" / "outputs.jsonl").write_text("")  # an --overwrite that was killed before its first answer
     with pytest.raises(UserError, match="outputs.jsonl holds no record"):
         evaluate.main(["judge", str(tmp_path / "later"), "--judge", fake.url, "--allow-partial"])
+
+
+@pytest.mark.parametrize("value", ['!!int ""', "!!bool x", "!!timestamp x"])
+def test_a_verdict_that_yaml_cannot_build_is_none(value):
+    assert parsed(f"{{relevance: {value}}}") == {}
 
 
 def test_torch_is_not_loaded_for_an_endpoint(tmp_path, serve):
@@ -1228,3 +1235,46 @@ def test_the_tiny_model_as_its_own_judge_fails_and_says_so(writer, tmp_path, mon
     with pytest.raises(LowYield, match="no usable verdict"):
         evaluate.main(command)
     assert len(loaded) == 2  # a second run loads nothing
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The client, with servers that have no /health or never answer (lengthen/endpoint.py)
+
+
+async def hello(call):
+    return await call.client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello."}])
+
+
+def test_the_last_request_under_a_limit_is_not_asked_for_ever(serve):
+    fake = serve(lambda r: (429, {}, b""))
+    servers = Servers([fake.url], down_after=0.3)
+    servers.add("last", hello)
+    with pytest.raises(AllDown, match="HTTP 429"):
+        list(servers.run())
+    servers.close()
+
+
+def test_a_server_that_never_answers_ends_a_question_asked_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        servers = Servers([f"http://127.0.0.1:{server.getsockname()[1]}/v1"], silence=0.2, down_after=0.3)
+        with pytest.raises(AllDown, match="silent|no server has answered"):
+            servers.ask([hello])
+        servers.close()
+
+
+@pytest.mark.parametrize("status", [404, 403])
+def test_one_limit_does_not_end_a_server_without_health(serve, status):
+    replies = iter([(429, {"Retry-After": "0"}, b"")])
+    fake = serve(lambda r: next(replies, GOOD))
+    fake.streams, fake.health = False, status
+    servers = Servers([fake.url])
+    assert servers.ask([hello])[0].choices[0].message.content == GOOD
+    servers.close()
+
+
+def test_an_error_that_is_a_list_is_words(serve):
+    fake = serve(lambda r: (400, JSON, b'[{"error": {"message": "no such field"}}]'))
+    servers = Servers([fake.url])
+    with pytest.raises(Unanswered, match="no such field"):
+        servers.ask([hello])
+    servers.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from tiny import tiny_model as any_tiny_model
@@ -422,3 +423,16 @@ def test_targets_that_match_nothing_are_named():
     assert "q_proj" in raised.value.hint
     with pytest.raises(UserError, match="lm_head"):
         lora.attach(tiny_model(), 4, 8, targets=["lm_head"])
+
+
+def test_of_a_vision_model_only_the_text_decoder_is_adapted():
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**text, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300}, vision_config=vision
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    lora.attach(model, rank=2, alpha=4)
+    names = list(lora.lora_layers(model))
+    assert len(names) == 14 and all(".language_model." in name for name in names)
+    assert lora.out_of_reach(model) == ""

@@ -56,6 +56,7 @@ def said(monkeypatch):
         (['{"prompt": "x", "meta": ' + "[" * 3000 + "]" * 3000 + "}"], "line 1: nested too deeply"),
         (["[" * 100000], "nested too deeply"),
         (["[1, 2]"], "item 1: a int, an object is needed"),
+        (["[", '{"prompt": "a"},', '{"prompt": ', "]"], "line 4: Expecting value"),
         (['["Write about tea"]'], "item 1: a str, an object is needed"),
         ([""], "holds no record"),
         (["[]"], "holds no record"),
@@ -144,6 +145,7 @@ def test_a_csv_and_a_compressed_file_are_refused_with_their_conversion(tmp_path)
     [
         {"instruction": "Write about tea", "input": "", "output": "Tea is good."},
         {"instruction": "Write about tea", "output": "Tea is good.", "input": None},
+        {"conversations": [{"role": "user", "content": A["prompt"]}, {"role": "assistant", "content": A["response"]}]},
         {"conversations": [{"from": "human", "value": A["prompt"]}, {"from": "gpt", "value": A["response"]}]},
         {"messages": [{"role": "user", "content": A["prompt"]}, {"role": "assistant", "content": A["response"]}]},
         {
@@ -183,8 +185,9 @@ def test_a_long_conversation_is_refused_with_a_command_that_works(tmp_path):
         ("conversations", "from", "value", ("human", "gpt")),
     ):
         turns = [{role: roles[i % 2], content: text} for i, text in enumerate(texts)]
-        path = write(tmp_path / f"{field}.jsonl", json.dumps({field: turns}))
-        with pytest.raises(UserError, match="line 1: a conversation") as error:
+        row = {field: [{role: "system", content: "Be brief."}, *turns]}
+        path = write(tmp_path / f"{field}.jsonl", json.dumps(row if role == "role" else [row]))
+        with pytest.raises(UserError, match="(line|item) 1: a conversation") as error:
             read_jsonl(path)
         command = error.value.hint.replace("python -c", f"{sys.executable} -c", 1)
         subprocess.run(command, shell=True, check=True, timeout=3600)
@@ -209,12 +212,28 @@ def test_ids_are_texts(tmp_path):
     assert [row["id"] for row in rows] == ["1", "x", "2.5"] and rows[2]["parent_id"] == "7"
 
 
-@pytest.mark.parametrize("name", ["en", "EN", "En", "English", "en-US", "en_GB", " eng ", "英文"])
+@pytest.mark.parametrize("name", ["American English", "en", "EN", "En", "English", "en-US", "en_GB", " eng ", "英文"])
 def test_english_by_its_names(tmp_path, name):
     assert read_prompts([write(tmp_path / "in.jsonl", json.dumps({**A, "language": name}))])[0]["language"] == "en"
 
 
-@pytest.mark.parametrize("name", ["zh", "ZH", "zh-CN", "zh_Hans", "zh-TW", "Chinese", "zho", "cmn", "中文", "简体中文"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Chinese (Simplified)",
+        "普通话",
+        "zh",
+        "ZH",
+        "zh-CN",
+        "zh_Hans",
+        "zh-TW",
+        "Chinese",
+        "zho",
+        "cmn",
+        "中文",
+        "简体中文",
+    ],
+)
 def test_chinese_by_its_names(tmp_path, name):
     assert read_prompts([write(tmp_path / "in.jsonl", json.dumps({**A, "language": name}))])[0]["language"] == "zh"
 

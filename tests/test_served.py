@@ -585,21 +585,18 @@ def test_extend_asks_for_its_penalty_s_scope(tmp_path, writer):
     }
 
 
+def responses(tmp_path, writer):
+    """The words of a command that reads one draft."""
+    files = ["--input", drafts(tmp_path, 1), "--output", str(tmp_path / "o.jsonl")]
+    return ["responses", "--model", str(writer), *files, "--endpoint", "http://127.0.0.1:9/v1"]
+
+
 @pytest.mark.parametrize(
     "flag", [("--dtype", "float32"), ("--quantize", "nf4"), ("--kv-cache", "fp8"), ("--device", "cpu")]
 )
 def test_what_the_server_decides_is_refused_beside_endpoint(tmp_path, writer, flag):
-    command = [
-        "responses",
-        "--model",
-        str(writer),
-        "--input",
-        drafts(tmp_path, 1),
-        "--output",
-        str(tmp_path / "o.jsonl"),
-    ]
     with pytest.raises(UserError, match="the server decides that"):
-        generate.main([*command, "--endpoint", "http://127.0.0.1:9/v1", *flag])
+        generate.main([*responses(tmp_path, writer), *flag])
 
 
 def test_an_evaluation_through_a_server_probes_with_and_without_the_adapter(tmp_path, writer, adapter):
@@ -638,17 +635,8 @@ def test_run_passes_the_servers_on_and_keeps_the_device_for_training():
 
 
 def test_no_server_at_the_address_is_said_at_once(tmp_path, writer):
-    command = [
-        "responses",
-        "--model",
-        str(writer),
-        "--input",
-        drafts(tmp_path, 1),
-        "--output",
-        str(tmp_path / "o.jsonl"),
-    ]
     with pytest.raises(UserError, match="connection refused") as caught:
-        generate.main([*command, "--endpoint", "http://127.0.0.1:9/v1"])
+        generate.main(responses(tmp_path, writer))
     assert "start the server" in caught.value.hint
 
 

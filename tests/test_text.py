@@ -244,6 +244,7 @@ def test_loops_without_words_are_loops(unit):
         lambda text: f.clean_answer("if you want " * (len(text) // 12) + "x.", "eos", "en"),
         lambda text: f.clean_answer("Here is a text " * (len(text) // 15), "eos", "en"),
         lambda text: f.clean_answer("-" * len(text), "eos", "en"),
+        lambda text: f.is_complete("#tea " * (len(text) // 5) + "x"),
         lambda text: w.split_paragraphs(text.replace(" ", "\n")),
         lambda text: w.split_paragraphs("\n" * len(text) + "x"),
         lambda text: w.remove_lines(text.replace(" ", "\n"), 0.8, 0),

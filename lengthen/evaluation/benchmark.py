@@ -66,7 +66,8 @@ def read_rows(path: Path, ready_made: bool = False) -> list[dict]:
                 sample += 1
             used.add((parent, sample))
             known |= earlier_measurements(row)
-            strip_thoughts(known)
+            if not strip_thoughts(known):
+                known["response"] = ""  # as of our own sampler: a thought is no answer
         else:  # an equal query is another query
             sample, parent = 0, known.pop("id") or prompt_id(language, row["query"], occurrence)
         known["id"] = known.get("id") or record_id("evaluate", parent, sample)

@@ -39,7 +39,7 @@ LOCAL_TOKENS = 128  # of a local judge's reply; the seven scores take about 60
 MARGIN_TOKENS = 32  # texts tokenized one by one may have a few tokens more or fewer than the whole prompt
 LONGEST_REPLY = 20_000  # characters; of a longer reply only the end is kept
 UNFINISHED = "replies were cut by the token limit, or had not ended their thought"
-MORE_TOKENS = "a larger --judge-tokens (in run.py --evaluate.judge-tokens)"
+MORE_TOKENS = "a larger --judge-tokens"
 AGAIN = "run the same command again: it asks only for what is missing"
 
 
@@ -247,7 +247,7 @@ def ask(name: str, judges: JudgeFlags, stage: Stage, job: Job, tasks: Sequence[J
     finally:
         judge.close()
     if cut := sum(r["judge"] == name and r["reason"] == "unfinished" for r in job.rejected):
-        cli.say(f"{cli.printable(name)}: {cut} verdicts given up, {UNFINISHED}: {MORE_TOKENS}")
+        cli.say(f"{cli.printable(name)}: {cut} verdicts given up, {UNFINISHED}: {cli.spelt(MORE_TOKENS)}")
     if missing:
         why = ", ".join(f"{n} x {what}" for what, n in missing.most_common())
         raise LowYield(f"{name}: {missing.total()} of {len(tasks)} judgements are missing ({why})", AGAIN)
@@ -270,7 +270,7 @@ def no_verdict(name: str, folder: Path, failed: int) -> LowYield:
     """What is wrong with a judge whose every verdict was given up."""
     what, hint = "no reply was valid JSON with the required fields", "try a larger judge"
     if any(r["judge"] == name and r.get("reason") == "unfinished" for r in recorded(folder)):
-        what, hint = UNFINISHED, f"rm {folder}/judgements.*  and judge again with {MORE_TOKENS}"
+        what, hint = UNFINISHED, f"judge again with a larger --judge-attempts and {MORE_TOKENS}"
     message = f"{name} gave no usable verdict, {failed} were given up: {what}"
     return LowYield(message, f"see {folder / 'judgements.rejected.jsonl'}, and {hint}")
 

@@ -137,7 +137,7 @@ def parsed(text: str) -> dict:
         text = re.sub(r"//[^\n\"']*$", "", text, flags=re.MULTILINE).expandtabs().replace("\\'", "''")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return {}
     return {str(name).lower().strip(" *_"): v for name, v in value.items()} if isinstance(value, dict) else {}
 

@@ -116,7 +116,10 @@ class ServedJudge:
             what = f"serves {len(names)} models: {shown}" if names else "lists no model that chats (/models)"
             raise UserError(f"{self.url} {what}", f"name one: --judge {self.url}={names[0] if names else 'NAME'}")
         if self.model not in ("", names[0]):
-            raise UserError(f"{self.url} was {self.model} and is {names[0]} now", "the same command judges the rest")
+            raise UserError(
+                f"{self.url} was {self.model} and is {names[0]} now",
+                f"--judge {self.url}={names[0]} judges everything again",
+            )
         self.model = names[0]
 
     async def _ask(self, call: Call, request: JudgeRequest) -> JudgeReply:

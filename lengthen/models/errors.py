@@ -21,7 +21,8 @@ def explained(name: str, what: str = "model", own_code: bool = False) -> Iterato
         yield
     except (AttributeError, TypeError, ImportError, NameError, NotImplementedError) as error:
         if isinstance(error, ImportError) and "cannot import name" not in str(error):
-            raise _needs_a_package(name, error) from None
+            hint = "pip install -r requirements.txt"
+            raise UserError(f"{name} needs a package: {first_line(error)}", hint) from None
         if not own_code:
             raise  # a defect of ours or of transformers
         raise UserError(
@@ -41,10 +42,6 @@ def explained(name: str, what: str = "model", own_code: bool = False) -> Iterato
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise _mistake(name, what, error) from None
-
-
-def _needs_a_package(name: str, error: ImportError) -> UserError:
-    return UserError(f"{name} needs a package: {first_line(error)}", "pip install -r requirements.txt")
 
 
 def _mistake(name: str, what: str, error: Exception) -> UserError:

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lengthen.models.lora import lora_layers
 from lengthen.records import UserError
 
@@ -18,14 +20,19 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msg
 LOCAL = {"is_local", "local_files_only", "backend"}  # of tokenizer_config.json: how it was loaded last, and by what
 
 
-def merge_to(model: Any, base: Path, folder: str | Path) -> None:
-    """Write a merged model as a folder that any loader takes: whole, or not at all. `base`: the base model's folder."""
-    assert not lora_layers(model), "merge_adapter first"
-    folder = Path(folder)
+def check_target(folder: Path, base: Path) -> None:
+    """UserError unless a merged model may be written to `folder`: also asked before a training, which takes hours."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files than a model's: it is not replaced", "--merge-to a new folder")
     if folder.resolve() == base.resolve():
         raise UserError(f"{folder} is the base model itself: it is not replaced", "--merge-to a new folder")
+
+
+def merge_to(model: Any, base: Path, folder: str | Path) -> None:
+    """Write a merged model as a folder that any loader takes: whole, or not at all. `base`: the base model's folder."""
+    assert not lora_layers(model), "merge_adapter first"
+    folder = Path(folder)
+    check_target(folder, base)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -35,15 +42,19 @@ def merge_to(model: Any, base: Path, folder: str | Path) -> None:
         whole = type(model).__name__ in (_read(base / "config.json").get("architectures") or ())
         for file in sorted(base.iterdir()):
             weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
-            hidden = file.name.startswith(".") or (file.name == "config.json" and not whole)
-            if file.is_file() and not weights and not hidden:
+            ours = file.name == "gguf.json" or (file.name == "config.json" and not whole)
+            if file.is_file() and not weights and not ours and not file.name.startswith("."):
                 shutil.copyfile(file, temporary / file.name)  # what a link on the hub's cache points to
         for_older_readers(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        before = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            os.replace(folder, before)
         os.replace(temporary, folder)
-    except OSError as error:
+        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write the merged model {folder}: {error.strerror or error}") from error
+        why = getattr(error, "strerror", "") or error
+        raise UserError(f"cannot write the merged model {folder}: {why}") from error
 
 
 def for_older_readers(folder: Path) -> None:

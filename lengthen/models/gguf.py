@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lengthen import cli
 from lengthen.jobs import try_lock
@@ -74,9 +75,9 @@ def converted(gguf: Path) -> Path:
                     with open(file, "rb") as handle:
                         sync(handle.fileno())  # a half-written file must not survive a power cut under its name
                 temporary.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
         raise UserError(
-            f"cannot write the converted model to {final}: {error.strerror or error}",
+            f"cannot write the converted model to {final}: {getattr(error, 'strerror', '') or error}",
             "make room there, or set XDG_CACHE_HOME to another folder",
         ) from None
     return final

@@ -133,10 +133,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
 def load_chat(name: str, trust_remote_code: bool = False) -> Chat:
     """The tokenizer and its template, with every EOS that the model's files name; without its weights."""
     tokenizer, source = load_tokenizer(name, trust_remote_code), _resolve(name)
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError):  # there is none, or one that transformers refuses for its sampling
-        generation = transformers.GenerationConfig.from_model_config(load_config(name, trust_remote_code))
+    with explained(name):  # a ValueError: without its file the model would have other ends
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(source)
+        except OSError:  # there is none
+            generation = transformers.GenerationConfig.from_model_config(load_config(name, trust_remote_code))
     eos = generation.eos_token_id
     return Chat(tokenizer, [eos] if isinstance(eos, int) else eos or ())
 

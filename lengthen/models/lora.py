@@ -87,9 +87,10 @@ class LoraLinear(nn.Module):
 
 def decoder_linears(model: Any) -> dict[str, nn.Linear]:
     """Name -> linear layer, quantised or not; without the head, whose weight the loss reads past any LoRA layer."""
-    head = model.get_output_embeddings()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)  # a vision tower is beside it
     linears = {}
-    for name, module in model.named_modules():
+    for name, module in decoder.named_modules(prefix=prefix):
         if isinstance(module, LoraLinear):
             linears[name] = module.base
         elif isinstance(module, nn.Linear) and module is not head and not name.endswith(".base"):
@@ -171,7 +172,7 @@ def out_of_reach(model: Any) -> str:
     """A line on the weights that no LoRA layer can be put over, a mixture's experts above all; "" = there are none."""
     reached = {id(p) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters()}
     reached |= {id(p) for p in lora_parameters(model)}
-    others = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached}
+    others = {name: p for name, p in model.get_decoder().named_parameters() if p.dim() > 1 and id(p) not in reached}
     if not others:
         return ""
     linear = sum(layer.in_features * layer.out_features for layer in decoder_linears(model).values())

@@ -9,7 +9,6 @@ processor, threads and torch: layouts round differently, so the same machine mus
 can be kept, nothing is measured. Delete the file to measure again.
 """
 
-import fcntl
 import functools
 import json
 import math
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lengthen.jobs import try_lock
 from lengthen.models.gguf import cache_folder
 
 BLOCK_ROWS = 32  # the number of rows that oneDNN's layout is made for; it serves 2 to 512 as well
@@ -67,7 +67,7 @@ def kept(machine: str, out: int, width: int, layouts: tuple[str, ...]) -> str:
     path, shape = cache_folder() / "layouts.json", f"{out} x {width}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one measures
+        try_lock(lock.fileno(), path, wait=True)  # of two processes one measures
         known = read(path)
         found = known.setdefault(machine, {})
         if found.get(shape) not in layouts:
@@ -85,9 +85,10 @@ def recorded() -> dict[str, str]:
 
 def read(path: Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads(path.read_text())
+        known = json.loads(path.read_text())
     except (OSError, ValueError):  # one that is damaged is measured anew
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def measure(out: int, width: int, layouts: tuple[str, ...]) -> str:
@@ -108,14 +109,18 @@ def measure(out: int, width: int, layouts: tuple[str, ...]) -> str:
     return best if score[best] < score[layouts[0]] + math.log(AHEAD) else layouts[0]
 
 
-@functools.cache
 def machine() -> str:
     """Processor, threads, and what computes: the key of what is kept."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{processor()}, {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@functools.cache
+def processor() -> str:
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return name

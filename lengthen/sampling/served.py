@@ -52,7 +52,8 @@ class Served:
         self.stopping = Stopping(tokenizer, self.eos_ids)
         self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.adapter, self.paths = adapter, paths
-        self.lora = f"lengthen-{fingerprint(adapter)}" if adapter else ""  # never one name for two adapters
+        # Never one name for two adapters. `lora` is empty while the base model is asked.
+        self.lora = self.name = f"lengthen-{fingerprint(adapter)}" if adapter else ""
         self.needs = {"model", "tokenizer", "ids", *(["adapter"] if adapter else []), "weights"}
         self.stats: dict[str, float] = {"samples": 0, "decode_tokens": 0}
         self.rejected: list[Sample] = []  # those that no server need be asked about
@@ -79,11 +80,11 @@ class Served:
     @contextlib.contextmanager
     def base(self) -> Iterator["Served"]:
         """The same without the adapter."""
-        lora, self.lora = self.lora, ""
+        self.lora = ""
         try:
             yield self
         finally:
-            self.lora = lora
+            self.lora = self.name
 
     # -- requests in, samples out
 
@@ -129,8 +130,6 @@ class Served:
         return f"{rate:.0f} tok/s, {running} texts on {up} of {len(servers)} servers{again}"
 
     async def _complete(self, call: Call, request: Request) -> Sample:
-        import openai
-
         prompt, sampling = request.prompt_ids, request.sampling
         row = Row(
             request,
@@ -158,23 +157,25 @@ class Served:
                 **{"return_token_ids": True, "stream_interval": 4 if row.stop_texts else CHUNK},
             },
         }
-        try:
-            finish, text = await self._stream(call, row, body)
-        except openai.NotFoundError:
-            if not self.lora:
-                raise
-            call.server.facts.clear()  # it was restarted: it has forgotten the adapter, and may be another
-            await self.greet(call)
-            finish, text = await self._stream(call, row, body)
+        finish, text = await self._stream(call, row, body)
         if finish == "eos" and row.written <= sampling.min_new_tokens:
             raise UserError(f"{call.server.url} ignores min_tokens: a text of {row.written} tokens", SERVER)
         return Sample(request, text, row.output, finish)
 
+    async def _create(self, call: Call, prompt: list[int], **body: Any) -> Any:
+        import openai
+
+        try:
+            return await call.client.completions.create(model=self._model(call), prompt=prompt, **body)
+        except openai.NotFoundError:
+            if not self.lora:
+                raise
+            call.server.gone = True  # it was restarted: it has forgotten the adapter, and may be another
+            raise Failure("the adapter is not there") from None
+
     async def _stream(self, call: Call, row: Row, body: dict[str, Any]) -> tuple[str, str]:
         """(finish, text) of a row, which gets its tokens."""
-        del row.ids[row.prompt_tokens :]
-        said = ""
-        stream = await call.client.completions.create(model=self._model(call), prompt=row.ids[:], **body)
+        said, stream = "", await self._create(call, row.ids[:], **body)
         async with stream:
             async for part in stream:
                 call.hear()
@@ -250,8 +251,7 @@ class Served:
         """The only choice of a request that is not streamed; greedy, unless `extra` says otherwise."""
         extra = {"top_k": 0, "min_p": 0, "repetition_penalty": 1.0, "return_token_ids": True, **extra}
         settings: Any = {"max_tokens": max_tokens, "temperature": temperature, "top_p": 1, "seed": seed}
-        create = call.client.completions.create
-        reply = await create(model=self._model(call), prompt=prompt, extra_body=extra, **settings)
+        reply = await self._create(call, prompt, extra_body=extra, **settings)
         if not getattr(reply, "choices", None):
             raise Failure("a reply that is not a completion")
         return reply.choices[0]
@@ -267,13 +267,15 @@ class Served:
                 passed.add(name)
 
     async def _probe_model(self, call: Call) -> None:
+        import openai
+
         listed = (await call.client.get("/models", cast_to=object)).get("data") or [{}]
         first = next((entry for entry in listed if not entry.get("parent")), listed[0])
         if not first.get("id"):
             raise UserError(f"{call.server.url}/models lists no model", SERVER)
         try:
             version = (await call.client.get(f"{call.server.root}/version", cast_to=object)).get("version", "")
-        except Exception:
+        except (openai.APIError, AttributeError):  # no such page, or no object
             version = ""  # for people only
         kind, context = str(first.get("owned_by") or "unknown"), int(first.get("max_model_len") or 0)
         self.kind = self.kind or kind  # of the first that answers
@@ -294,9 +296,6 @@ class Served:
         choice = await self._once(call, self._ids(PATTERN), max_tokens=4)
         if not getattr(choice, "token_ids", None):
             raise UserError(f"{call.server.url} gives no token ids back", f"vLLM's return_token_ids: {SERVER}")
-
-    async def _probe_adapter(self, call: Call) -> None:
-        await self._load(call)
 
     async def _probe_weights(self, call: Call) -> None:
         ids = self._ids(PATTERN)
@@ -335,7 +334,7 @@ class Served:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    async def _load(self, call: Call) -> None:
+    async def _probe_adapter(self, call: Call) -> None:
         """The adapter, under the name of its hash."""
         import openai
 
@@ -345,7 +344,7 @@ class Served:
                 path = theirs.rstrip("/") + path[len(ours.rstrip("/")) :]
                 break
         try:
-            body = {"lora_name": self.lora, "lora_path": path}
+            body = {"lora_name": self.name, "lora_path": path}
             await call.client.post("/load_lora_adapter", cast_to=object, body=body)
         except openai.APIStatusError as error:
             words = self.servers.clean(" ".join(str(error.message).split())[:200])

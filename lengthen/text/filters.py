@@ -240,14 +240,14 @@ _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _ZH_NUMBER = r"[\d〇零○一二三四五六七八九十]"
 # Whole last lines that end a text without a full stop.
 _LAST_LINE = re.compile(
-    r"[\W_]*(?:the end|fin|finis|to be continued|end of [\w ]{1,40}|amen|q\.?e\.?d"
+    r"[\W_]*(?:(?:the )?end|fin|finis|to be continued|end of [\w ]{1,40}|amen|q\.?e\.?d"
     r"|(?:全文|本文|故事|本章|全书|全剧)?(?:完|终|完结|结束|待续|剧终)|未完待续|全剧终|此致敬礼|敬礼|祝好|阿门)[\W_]*"
     rf"|\W*(?:date: *)?(?:\w+day, *)?(?:{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}}|\d{{1,2}} {_MONTH},? \d{{4}})\W*"
     rf"|\W*(?:日期[:：] *)?(?:{_ZH_NUMBER}{{2,4}}年)?{_ZH_NUMBER}{{1,3}}月{_ZH_NUMBER}{{1,3}}[日号]\W*"
     r"|\W*(?:date: *|日期[:：] *)?\d{4}[-/.]\d{1,2}[-/.]\d{1,2}\W*"
     r"|[^。！？]{1,20}(?:敬上|谨上|敬启|谨启|敬呈|亲笔|手书)"
-    r"|(?:written by|author:|signed,?|作者[:：]|署名[:：]) *\S.{1,50}|[—–]{1,2} *[A-Z\u4e00-\u9fff].{1,50}"
-    r"|(?:\W*#\w+\s*)+",  # hashtags
+    r"|(?:written by|author:|signed,?|作者[:：]|署名[:：]) *\S.{1,50}|[—–]{1,2} *(?-i:[A-Z\u4e00-\u9fff]).{1,50}"
+    r"|(?:[^\w#]*#\w+)+\W*",  # hashtags
     re.IGNORECASE,
 )
 # What stands last in its line and ends a text: a link or an address, a closing tag, the end of a formula, an emoticon,
@@ -257,11 +257,12 @@ _LAST_MARK = re.compile(
     r"|\\end\{\w+\*?\}|(?<!\S)[:;]-?[)D]|[\u4e00-\u9fff][~～]|[∎■□◆\u2600-\u27bf\u2b50\U0001f000-\U0001faff][\ufe0f\u200d♀♂]*)\s*"
 )
 _FAREWELL = re.compile(
-    r"\W*(?:yours|sincerely|best|(?:kind|warm|with|much|many)(?:est)? ?(?:regards|love|thanks|gratitude|wishes)|regards"
+    r"\W*(?:yours|sincerely|best(?=\W*$| *,| regards| wishes)"
+    r"|(?:kind|warm|with|much|many)(?:est)? ?(?:regards|love|thanks|gratitude|wishes)|regards"
     r"|warmly|with (?:love|all|deep|sincere|heartfelt|warm|great|kind|best|much|hope)|love|respectfully|faithfully"
     r"|cordially|thank you|thanks|cheers|signed|your (?:\w+ )?(?:friend|son|daughter|colleague|neighbou?r|brother"
     r"|sister|mother|father|servant)|affectionately|all the best|take care|until|in (?:solidarity|gratitude)|xoxo"
-    r"|forever|ever yours|此致|敬礼|祝|顺祝|顺颂|谨启|您的|你的|爱你|签名|落款|致礼)",
+    r"|forever|ever yours|此致|敬礼|祝|谢谢|顺祝|顺颂|谨启|您的|你的|爱你|签名|落款|致礼)",
     re.IGNORECASE,
 )
 SIGNATURE_LINES, VERSE_LINES = 7, 4  # at most under a farewell; at least of a poem
@@ -278,7 +279,7 @@ def is_complete(text: str) -> bool:
     bare = last.rstrip(_CLOSERS)
     if len(_FENCE.findall(text)) % 2 or text.count("$$") % 2:  # a block that was never closed
         return False
-    if _LAST_LINE.fullmatch(last):
+    if _LAST_LINE.fullmatch(last) and not _JOINING.fullmatch(bare):
         return True
     if (
         _HEADING.match(last)

@@ -34,7 +34,7 @@ _NOT_ENGLISH = frozenset(
 _REQUESTS = frozenset(
     "écris écrivez écrire rédige rédigez décris décrivez explique expliquez raconte racontez "
     "schreib schreibe schreiben verfasse verfassen erkläre beschreibe erzähle "
-    "escribe escriba escribir redacta explica cuéntame cuenta escreva explique descreva conte "
+    "escribe escriba escribir redacta explica cuéntame cuenta escreva explique descreva "
     "scrivi scrivere spiega descrivi racconta schrijf beschrijf skriv beskriv napisz opisz yaz tulis tuliskan buatlah "
     "kirjoita napiš írj scrie hãy viết".split()
 )
