@@ -16,12 +16,13 @@ Tensors on "cuda" are torch's FakeTensors. Tensors on the host are real, and so 
     the capture's stream stays current, and its memory pool stays under way until somebody ends it
   * under set_sync_debug_mode("error"): a read, or an upload that waits
 
-What the host reads is made up: integers are the next of `tokens`, floats are 1, a condition that is asked for alone
-holds, one of many does not, and `nonzero` finds nothing. `answers` has other answers to conditions, by the name of the
-function that asks.
+What the host reads is what it has sent before, where nobody has written there since. Else it is made up: integers are
+the next of `tokens`, floats are 1, a condition that is asked for alone holds, one of many does not, and `nonzero` finds
+nothing. `answers` has other answers to conditions, by the name of the function that asks.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -42,8 +43,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-CACHED = ("lengthen.models.flash", "lengthen.sampling.meter")  # modules that remember what they asked a device
-HOST = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32}
 DTYPES |= {"int64": torch.int64, "uint8": torch.uint8}
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl"}  # of Triton, not of a kernel
@@ -51,6 +50,7 @@ LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl"
 QUIET = {"_unsafe_view", "detach", "alias", "lift_fresh", "set_", "resize_", "record_stream", "_reshape_alias"}
 READS = {"_local_scalar_dense", "nonzero", "equal", "allclose", "is_nonzero"}
 ANSWERS = {"draw": False}  # the sampler's draw: neither all rows are greedy nor any
+KNOWN = 4096  # numbers; tensors up to this size are remembered when they are sent
 TOKENS = range(10, 50)  # what is drawn, over and over: too many to be taken for a text that runs in circles
 
 
@@ -99,9 +99,10 @@ class FakeCuda(TorchDispatchMode):
         self._forget_devices()
 
     def _forget_devices(self) -> None:
-        for name in (*CACHED, *(f"kernels.{path.stem}" for path in KERNELS.glob("*_triton.py"))):
-            for value in list(vars(sys.modules.get(name, SimpleNamespace())).values()):
-                if hasattr(value, "cache_clear"):
+        """What our modules remember of cuda:0 is of another one."""
+        for name, module in list(sys.modules.items()):
+            for value in list(vars(module).values()) if name.startswith(("kernels.", "lengthen.")) else ():
+                if isinstance(value, functools._lru_cache_wrapper) and "device" in inspect.signature(value).parameters:
                     value.cache_clear()
 
     def _replacements(self) -> list[tuple[Any, str, Any]]:
@@ -134,7 +135,7 @@ class FakeCuda(TorchDispatchMode):
             "_exchange_device": self._exchange,
             "_maybe_exchange_device": self._exchange,
             "empty_cache": self._empty_cache,
-            "synchronize": lambda device=None: self._host_waits(),
+            "synchronize": lambda device=None: self._forbidden("the host waits"),
             "current_stream": lambda device=None: self.streams[self._index(device)],
             "default_stream": lambda device=None: self.defaults[self._index(device)],
             "set_stream": self._set_stream,
@@ -165,7 +166,7 @@ class FakeCuda(TorchDispatchMode):
             (Tensor, "pin_memory", lambda x, device=None: self._pin(x.clone())),
             (Tensor, "is_pinned", lambda x, device=None: self._is_pinned(x)),
             (Tensor, "record_stream", lambda x, stream: None),
-            (FakeTensor, "tolist", self._tolist),
+            (FakeTensor, "tolist", lambda x: self._read_by("tolist", x)),
         ]
         return replacements + self._kernels()
 
@@ -202,10 +203,12 @@ class FakeCuda(TorchDispatchMode):
             source, target = args[1], args[0]
             if not isinstance(target, FakeTensor):
                 self._read(waits=not (args[2:] == (True,) or kwargs.get("non_blocking")))
-                return target.copy_(self._numbers(target.shape, target.dtype))
+                return target.copy_(self._values(source))
             if not isinstance(source, FakeTensor):
                 assert torch.broadcast_shapes(source.shape, target.shape) == target.shape, (source.shape, target.shape)
                 self._upload(waits=not (args[2:] == (True,) or kwargs.get("non_blocking")))
+                with self.fake:
+                    target.zero_()  # a write, of whatever
                 return target
         with self.fake:
             result = func(*args, **kwargs)
@@ -224,11 +227,15 @@ class FakeCuda(TorchDispatchMode):
         waits = not kwargs.get("non_blocking")
         if target.type == "cpu":
             self._read(waits)
-            return self._numbers(x.shape, dtype)
+            return self._values(x).to(dtype)
         if not isinstance(x, FakeTensor):
             self._upload(waits)
+            strides = torch.empty_like(x, device="meta").stride()
             with self.fake:
-                return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=target)
+                sent = torch.empty_strided(x.shape, strides, dtype=dtype, device=target)
+            if x.numel() <= KNOWN:
+                sent.known = x.detach().to(dtype, copy=True), sent._version
+            return sent
         with self.fake:
             result = func(x, **kwargs)
         self._count("_to_copy")
@@ -266,8 +273,9 @@ class FakeCuda(TorchDispatchMode):
         if name == "nonzero":
             with self.fake:
                 return torch.empty(0, x.dim(), dtype=torch.long, device=x.device)
-        dtype = x.dtype if name == "_local_scalar_dense" else torch.bool
-        return self._holds(True) if dtype == torch.bool else self._numbers((), dtype).item()
+        if name in ("equal", "allclose", "is_nonzero") or (name == "_local_scalar_dense" and x.dtype == torch.bool):
+            return self._holds(True)
+        return self._values(x).tolist()
 
     def _holds(self, default: bool) -> bool:
         """The answer to whoever asks: the first function on the stack that is neither torch's nor in this file."""
@@ -276,8 +284,13 @@ class FakeCuda(TorchDispatchMode):
             frame = frame.f_back
         return self.answers.get(frame.f_code.co_name, default) if frame else default
 
+    def _values(self, x: FakeTensor) -> Tensor:
+        """What the host reads of it."""
+        known, version = getattr(x, "known", (None, -1))
+        return known if version == x._version else self._numbers(x.shape, x.dtype)
+
     def _numbers(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        """What is read, on the host."""
+        """Made up."""
         shape = tuple(shape)
         if dtype == torch.bool:
             return torch.full(shape, self._holds(False))
@@ -286,10 +299,6 @@ class FakeCuda(TorchDispatchMode):
         if dtype == torch.uint8:  # bytes of activations on their way
             return torch.zeros(shape, dtype=dtype)
         return torch.tensor(list(itertools.islice(self.tokens, math.prod(shape))), dtype=dtype).view(shape)
-
-    def _tolist(self, x: FakeTensor) -> Any:
-        self._read()
-        return self._numbers(x.shape, x.dtype).tolist()
 
     def _pin(self, x: Tensor) -> Tensor:
         self._forbidden("host memory is pinned")
@@ -369,7 +378,7 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.recorded, "the host waits for an event that nobody has recorded"
-        self.gpu._host_waits()
+        self.gpu._forbidden("the host waits")
 
     def wait(self, stream: Stream | None = None) -> None:
         assert self.recorded
