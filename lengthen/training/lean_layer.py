@@ -46,7 +46,7 @@ from lengthen.training.lean_linears import Linears, dense_weight, dropout_mask
 from lengthen.training.offload import Host
 from lengthen.training.settings import Recompute
 
-DRAWS = 8  # most draws by which a layer of 16 bits is judged
+DRAWS = 16  # most draws by which a layer of 16 bits is judged
 
 # T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP, R rows of a tile.
 
