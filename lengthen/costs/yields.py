@@ -47,8 +47,12 @@ class Assumption(NamedTuple):
     text: str  # what it is, and its unit
     source: str
 
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self.low, self.likely, self.high
+
     def __str__(self) -> str:
-        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self[:3])
+        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self.values)
         return f"{self.text}: {likely} ({low} to {high}); {self.source}"
 
 
@@ -328,7 +332,7 @@ def scenarios(known: Mapping[str, Assumption]) -> list[dict[str, float]]:
     """
 
     def choice(lengths: int, yields: int) -> dict[str, float]:
-        return {name: value[:3][lengths if name in LENGTHS else yields] for name, value in known.items()}
+        return {name: value.values[lengths if name in LENGTHS else yields] for name, value in known.items()}
 
     order: Sequence[int] = (1, 0, 2)
     return [choice(i, j) for i in order for j in order]
