@@ -54,7 +54,7 @@ from lengthen.sampling.engine import Sampler
 from lengthen.sampling.lookup import Lookup
 from lengthen.sampling.request import Request, Sampling
 
-PROMPTS = ROOT / "prompts"
+PROMPTS = ROOT / "prompts" / "en"
 WISHES = ("", " Write one short paragraph.", " Answer in two sentences.", " Answer in one sentence.")
 WARM = 4  # tokens of a text before its steps are timed
 PLACES = {"default": (0, False), "1 thread": (1, False), "busy": (0, True)}  # threads, a busy neighbour
@@ -62,9 +62,9 @@ PLACES = {"default": (0, False), "1 thread": (1, False), "busy": (0, True)}  # t
 
 def real_prompts(count: int) -> list[str]:
     """Our seeds and the mini benchmark's queries, English, in file order; what they lack of `count`, once more."""
-    texts = [json.loads(x)["prompt"] for x in (PROMPTS / "seeds.en.jsonl").read_text("utf-8").splitlines()]
+    texts = [json.loads(x)["prompt"] for x in (PROMPTS / "seeds.jsonl").read_text("utf-8").splitlines()]
     rows = [json.loads(x) for x in (PROMPTS / "bench_mini.jsonl").read_text("utf-8").splitlines()]
-    texts += [row["query"] for row in rows if row["language"] == "en"]
+    texts += [row["query"] for row in rows]
     texts += [f"{text} Keep it short." for text in texts]
     assert len(texts) >= count, len(texts)
     return texts[:count]

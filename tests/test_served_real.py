@@ -128,7 +128,7 @@ def both(tmp_path: Path, engine: Engine, name: str, *command: str) -> None:
 
 
 def test_greedy_instructions_are_those_of_our_own_sampler(tmp_path, engine):
-    words = ["--seeds", "prompts/seeds.en.jsonl", "--count", "4", "--max-new-tokens", "96", "--max-attempts", "2"]
+    words = ["--seeds", "prompts/en/seeds.jsonl", "--count", "4", "--max-new-tokens", "96", "--max-attempts", "2"]
     both(tmp_path, engine, "instructions", "generate.py", "instructions", *words, "--judge-margin=-3")
 
 
