@@ -55,8 +55,10 @@ def test_every_command_parses(document, command):
         for flag in flags:
             assert not flag.startswith("--") or f'"{flag}"' in text_of(ROOT / script), f"{document}: {flag}"
         return
-    parser = importlib.import_module(script.removesuffix(".py")).make_parser()
-    parser.parse_args(flags)  # raises UserError
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.make_parser().parse_args(flags)  # raises UserError
+    if script == "run.py":
+        module.main([*flags, "--dry-run"])  # also where nobody has the model or the servers: the plan is made
 
 
 def test_the_test_finds_commands():
