@@ -88,9 +88,14 @@ def test_it_is_torchs_loss_and_the_projects():
 
 def test_no_logits_are_held():
     hidden, weight, targets = example()
+    most = max(64 * len(hidden), 64 * hidden.shape[1], hidden.numel())
     with Largest(hidden, weight, targets) as largest:
-        loss_and_gradient(hidden, weight, targets, 64)
-    assert largest.numbers <= max(64 * len(hidden), 64 * hidden.shape[1], hidden.numel())
+        loss, dh = loss_and_gradient(hidden, weight, targets, 64)
+    assert loss.shape == targets.shape and dh.shape == hidden.shape
+    assert largest.numbers <= most
+    with Largest(hidden, weight, targets) as largest:
+        loss_and_gradient(hidden, weight, targets, len(weight))
+    assert largest.numbers > most, "logits of all words at once are noticed"
 
 
 def test_a_sure_token_keeps_its_digits():
