@@ -135,8 +135,12 @@ def methods(device: str, dtype: torch.dtype, softcap: float | None) -> tuple[dic
             try:
                 have |= make(softcap)
             except Exception as error:  # a peer that does not import with this torch is no reason to stop
-                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                missing[name] = reason(error)
     return have, missing
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def liger(softcap: float | None) -> dict[str, Callable]:
@@ -304,7 +308,7 @@ def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats
         except Exception as error:  # a peer's kernel that does not compile here must not end the others
             if method.startswith("ours"):
                 raise
-            missing[method] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+            missing[method] = reason(error)
             del have[method]
             continue
         relative = (grad.double() - grad64).norm() / grad64.norm()

@@ -241,14 +241,14 @@ def by_steps(model: nn.Module, vocab: int, settings: str) -> Run:
     """Steps by the model's own loss on a row of one sample: a batch of one has no padding."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
-    device = parameters[0].device
+    device, half = parameters[0].device, any(p.dtype == torch.bfloat16 for p in model.parameters())
 
     def step(pair: Pair) -> None:
         ids = torch.tensor([pair.ids], device=device)
         labels = ids.clone()
         labels[0, : pair.num_prompt] = -100
         # As Trainer's bf16=True: without it PEFT's fp32 adapters would make every product an fp32 one.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -267,7 +267,7 @@ def method_of(args: argparse.Namespace) -> Run:
     device, rank = torch.device("cuda" if torch.cuda.is_available() else "cpu"), SHAPES[args.shapes[0]][1]
     if args.worker == "Unsloth":
         return with_unsloth(args.unsloth_model, rank, max(args.tokens))
-    model = random_model(args.shapes[0], device, nf4=True)
+    model = random_model(args.shapes[0], device, nf4=device.type == "cuda")
     if args.worker == "ours":
         return ours(model, rank, args.vram, max(args.tokens))
     model.set_attn_implementation("flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa")
