@@ -64,7 +64,7 @@ CONTROLS = {
     "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
 }
 TOKENS_PER_WORD = 1.35  # of English prose, for most tokenizers: how long "for as long" is in tokens
-SEEDS = ["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"]
+SEEDS = ["prompts/en/seeds.jsonl", "prompts/zh/seeds.jsonl"]
 
 
 @dataclass(frozen=True)
