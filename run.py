@@ -67,7 +67,7 @@ CONTROLS = {
     "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
 }
 MODEL = "Qwen/Qwen2.5-7B-Instruct"  # of the presets that need a GPU
-SEEDS = ["prompts/seeds.en.jsonl", "prompts/seeds.zh.jsonl"]
+SEEDS = ["prompts/en/seeds.jsonl", "prompts/zh/seeds.jsonl"]
 
 
 @dataclass(frozen=True)

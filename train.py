@@ -203,10 +203,10 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     import torch.nn.functional as F
 
     from kernels.linear_cross_entropy import linear_cross_entropy
-    from lengthen.training.packed import pack
+    from lengthen.training.packed import pack, upload
 
     # The sum, not the mean: train_step divides by the targets of all rows, so that a token counts the same in each.
-    index, targets = (torch.tensor(x).to(model.device) for x in targets_of(pairs))  # int64 [num_targets]
+    index, targets = upload(targets_of(pairs), model.device)  # int64 [num_targets]
     row = pack([p.ids for p in pairs], model.device)
     # A model whose attention cannot be packed exactly gets rows of one sample, and its own attention.
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
@@ -280,7 +280,7 @@ def train_step(
 def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets: int) -> list[float] | None:
     """Add the gradients of these pairs -> [loss, hits, FLOPs], their share of the step's; None = out of memory."""
     memory, abilities = learner.memory, learner.abilities
-    total = hits = flops = 0.0
+    flops, rows = 0.0, []
     try:
         # A row is no longer than what fits without recomputation: filling it further would cost more than it saves.
         for row in split_rows(pairs, per_row if abilities.packs else 1, memory.free_tokens):
@@ -289,8 +289,10 @@ def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets:
             loss, likeliest = row_loss(learner.model, abilities, row)
             loss = loss / num_targets
             loss.backward()  # adds to A's and B's .grad; the base is frozen
-            total, hits = total + loss.item(), hits + likeliest.item()
+            rows.append((loss.detach(), likeliest))
             flops += memory.budget.flops(lengths, [p.num_targets for p in row], how)
+        # Read only now: the host prepares a row while the device still computes the one before.
+        total, hits = (float(sum(pair[i].item() for pair in rows)) for i in (0, 1))
     except RuntimeError as error:  # torch.OutOfMemoryError is one, too
         if not out_of_memory(error):
             raise
