@@ -23,6 +23,8 @@ HANG = 3600  # seconds; of a cell
 # What a machine may lack. A cell with one of these words is shown and not run.
 LACKS = {
     "pip install": "a network",
+    "hf upload": "a network",
+    "llama-cli": "llama.cpp",
     "vllm serve": "vLLM and a GPU",
     "/v1": "a server that answers",
     "LENGTHEN_ENGINE_PYTHON": "vLLM",
