@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from lengthen.evaluation.benchmark import BENCHMARKS, read_rows
+from lengthen.evaluation.benchmark import BENCHMARKS, find_benchmark, read_rows
 from lengthen.reading import filter_language
 from lengthen.steps import Step
 
@@ -303,8 +303,10 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 
 
 def _queries(flags: Mapping[str, Any]) -> float:
-    path = BENCHMARKS.get(flags["benchmark"], Path(flags["benchmark"]))
-    count = len(filter_language(read_rows(path), flags["language"])) if path.is_file() else HUB_QUERIES
+    name, count = flags["benchmark"], float(HUB_QUERIES)
+    if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
+        rows = [row for path in find_benchmark(name) for row in read_rows(path)]
+        count = float(len(filter_language(rows, flags["language"])))
     return min(flags["limit"] or count, count)
 
 
