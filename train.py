@@ -9,7 +9,7 @@ Algorithm (Self-Lengthen, arXiv 2410.23933; constants of its released trainer):
 
 Reads    extended.jsonl (prompt, initial, response), several files; `query` takes the place of `prompt` where a record
          has one (constrained.jsonl); any JSONL with prompt and response will do for the Generator.
-Writes   OUTPUT/  adapter_model.safetensors  adapter_config.json  meta.json  train_log.jsonl  loss.png
+Writes   OUTPUT/  adapter_model.safetensors  adapter_config.json  meta.json  train_log.jsonl  loss.png  README.md
          rejected.jsonl (pairs left out, with `reason`)  checkpoint/ and pairs.bin (while it runs)
 
 Departures from the release:
@@ -39,7 +39,7 @@ from lengthen import cli
 from lengthen.jobs import read_sidecar
 from lengthen.models.cards import out_of_memory
 from lengthen.models.chat import Chat, fill, template_hashes
-from lengthen.records import LowYield, UserError, draw_seed, fingerprint
+from lengthen.records import LowYield, UserError, draw_seed, fingerprint, replace_file
 from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import remove_lines
 from lengthen.training import parallel, steplog
@@ -315,13 +315,11 @@ def spike_ceiling(losses: list[float]) -> float:
 
 def train(training: Training, folder: TrainingFolder, processes: Processes) -> None:
     """From the records to a finished adapter; killed and started again, it goes on from its last checkpoint."""
-    from lengthen.models import lora
-    from lengthen.models.export import check_target
+    from lengthen.models import hub, lora
     from lengthen.models.loading import context_length, load_chat, load_config
-    from lengthen.training.learner import prepare
+    from lengthen.training.learner import check_exports, prepare
 
-    if training.runtime.merge_to:
-        check_target(Path(training.runtime.merge_to), Path(training.model.model))
+    check_exports(training)
     # 1) pairs: all are encoded before the model is loaded, so that a mistake in the input costs no gigabytes
     flags, optimizer = training.model, training.optimizer
     chat = load_chat(flags.model, flags.trust_remote_code)
@@ -361,6 +359,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
     summary = {"stage": "train", "role": training.pairs.role, "output": training.out.output, "pairs": len(pairs)}
     summary |= {"left_out": pairs.facts["left_out"], "steps": total, **steplog.totals(entries)}
     folder.save_meta("done", summary=summary)
+    replace_file(folder.folder / "README.md", hub.model_card(folder.folder))
     folder.drop_checkpoints()
 
 
@@ -487,10 +486,9 @@ def run(training: Training, processes: Processes) -> None:
         if processes.first:
             summary = dict(folder.meta["summary"])
             if training.runtime.merge_to:
-                from lengthen.training.learner import write_merged
+                from lengthen.training.learner import write_exports
 
-                write_merged(model, out.output, training.runtime.merge_to)
-                summary["merged"] = training.runtime.merge_to
+                summary |= write_exports(training)
             cli.emit(summary)
         processes.wait()  # else torchrun would end the first in the middle of a merge
     processes.stop()
