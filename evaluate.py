@@ -6,7 +6,7 @@ answer   1. The queries of a benchmark in LonGen's format: one length demand ("a
          2. The model answers every query --samples times, its prompts rendered as in training.
          3. Probes, with the model that is still loaded: is the beginning of an answer likelier after its own query than
             after another one (is it about its query)? How does the base model's perplexity run along it (does it
-            decay)? How likely are the short answers of prompts/short_tasks.jsonl (can the model still be brief)?
+            decay)? How likely are the short answers of prompts/*/short_tasks.jsonl (can the model still be brief)?
             On a CPU this takes a third of the sampling's time (SmolLM2: 36 s and 109 s); --no-probes leaves it out.
          4. Scores: each answer's length by LonGen's published formula and word count, and controls beside it:
             - rank correlation of wanted and written lengths: does the model follow, or is it merely long?
@@ -19,7 +19,7 @@ report   A run of run.py as one HTML file.
 
 Beside each number is its 95 % interval over queries (evaluation/intervals.py), in `compare` also that of a difference.
 
-Reads   prompts/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
+Reads   prompts/*/bench_mini.jsonl ("mini"), any JSONL with language, range, type, constraint, query, or a data set of
         the hub; ready-made answers.
 Writes  OUTPUT/outputs.jsonl one record "output" per finished answer: killed and started again, it goes on from there.
         OUTPUT/scores.json   length scores in points of 100, shares in 0..1, losses in nats per token, words by the
@@ -155,14 +155,15 @@ def measured(row: dict, response: str, finish: str, response_tokens: int, perple
 
 def answer(stage: Stage, asked: BenchmarkFlags, controls: ControlFlags, judges: JudgeFlags) -> None:
     # 1) the queries, as records whose answer is still missing
-    source = find_benchmark(asked.benchmark)
-    rows = select(read_rows(source), stage.out.language, asked.limit, asked.benchmark)
+    sources = find_benchmark(asked.benchmark)
+    rows = [row for source in sources for row in read_rows(source)]
+    rows = select(rows, stage.out.language, asked.limit, asked.benchmark)
     # 2) the answers and, while the model is loaded, 3) their probes. A finished run loads no model.
     folder = Path(stage.out.output)
     output = str(folder / "outputs.jsonl")
     drawn = {"samples": asked.samples, **vars(controls)}
     writes = replace(stage, out=replace(stage.out, output=output))
-    with open_job("evaluate", writes, [str(source)], {"limit": asked.limit, **drawn}) as job:
+    with open_job("evaluate", writes, [*map(str, sources)], {"limit": asked.limit, **drawn}) as job:
         probes: dict[str, Any] = {}
         if not job.complete:
             probes = ask_model(job, rows, writes, asked, controls)

@@ -56,7 +56,7 @@ from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_l
 from lengthen.text.words import count_words, detect_language, split_paragraphs
 
 KEPT = (2, 3)  # share of the paragraphs that a stage returns: what the next one continues
-_TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/extend.*.md call the draft
+_TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/*/extend.md call the draft
 
 
 @dataclass(frozen=True)

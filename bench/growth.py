@@ -40,7 +40,7 @@ from rich.table import Table
 
 import run as loop
 from lengthen import cli
-from lengthen.evaluation.benchmark import BENCHMARKS
+from lengthen.evaluation.benchmark import find_benchmark
 from lengthen.evaluation.compare import read_run
 from lengthen.evaluation.growth import change, difference, ratio
 from lengthen.evaluation.measures import mean, median
@@ -119,7 +119,8 @@ class Study:
             raise UserError(f"{args.held_out} has {len(held_out)} instructions", f"more than {args.search + 1}")
         self.searched = write_rows(self.run / "queries" / "search.jsonl", as_queries(held_out[: args.search]))
         reported = write_rows(self.run / "queries" / "report.jsonl", as_queries(held_out[args.search :]))
-        demands = [row for file in (BENCHMARKS["mini"], args.demands) for row in read_jsonl(file, needs=("query",))]
+        files = [*find_benchmark("mini"), args.demands]
+        demands = [row for file in files for row in read_jsonl(file, needs=("query",))]
         self.demands = write_rows(self.run / "queries" / "demands.jsonl", [r for r in demands if r["language"] == "en"])
         own.stages["evaluate"]["benchmark"] = reported
         asked = own.stages["instructions"]
@@ -474,8 +475,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
     """Our flags and run.py's."""
     parser = cli.make_parser(__doc__, "bench/growth.py")
     add = parser.add_argument
-    add("--held-out", default="prompts/heldout.en.jsonl", metavar="FILE", help="instructions that nobody trains on")
-    add("--demands", default="prompts/bench_more.en.jsonl", metavar="FILE", help="queries beside the mini benchmark's")
+    add("--held-out", default="prompts/en/heldout.jsonl", metavar="FILE", help="instructions that nobody trains on")
+    add("--demands", default="prompts/en/bench_more.jsonl", metavar="FILE", help="queries beside the mini benchmark's")
     add("--search", type=cli.at_least(2), default=12, help="first held-out instructions, to choose the setting by")
     add("--try", dest="tries", nargs="+", default=TRIES, help="settings of train.py")
     add("--until", choices=PHASES, default=PHASES[-1], help="the last phase to run")

@@ -48,7 +48,7 @@ def commands(model: Path, clean: Path, folder: Path) -> dict[str, tuple[str, lis
     common = ["--model", str(model), "--language", "en", "--device", "cpu"]
     short = ["--max-new-tokens", "200", "--max-rows", "2"]  # few at a time: lines then come throughout, not at the end
     asked, drafts, longer = (str(clean / f"{n}.jsonl") for n in ("instructions", "responses", "extended"))
-    seeds = str(ROOT / "prompts" / "seeds.en.jsonl")
+    seeds = str(ROOT / "prompts" / "en" / "seeds.jsonl")
     scale = ["--demand-min", "5", "--demand-max", "2000", "--demand-steps", "5,10"]
     steps = ["--epochs", "10", "--save-every", "2", "--dropout", "0.1", "--learning-rate", "1e-3"]
     lines = {

@@ -4,6 +4,7 @@ The oracle is transformers' apply_chat_template: where no content holds control 
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from lengthen.models import chat as chat_module
 from lengthen.models.chat import FIELDS, LANGUAGES, Chat, fill, template, template_hashes
 from lengthen.records import UserError
+from lengthen.text import languages
 
 # The shapes that chat templates come in, each cut down to what distinguishes it.
 DEFAULT_SYSTEM = (  # SmolLM2, Qwen2.5: a system turn of its own where the user gives none
@@ -420,7 +422,8 @@ def test_templates_hold_their_fields(name, language):
 
 
 def test_a_template_with_other_fields_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_module, "PROMPTS", tmp_path)
+    monkeypatch.setattr(languages, "PROMPTS", tmp_path)
+    (tmp_path / "en").mkdir()
     for text, message in (
         ("{instruction}", "must have the fields"),
         ("{instruction", "cannot be read"),
@@ -428,9 +431,9 @@ def test_a_template_with_other_fields_is_refused(tmp_path, monkeypatch):
     ):
         template.cache_clear()
         if text is None:
-            (tmp_path / "judge.en.md").unlink()
+            (tmp_path / "en" / "judge.md").unlink()
         else:
-            (tmp_path / "judge.en.md").write_text(text)
+            (tmp_path / "en" / "judge.md").write_text(text)
         with pytest.raises(UserError, match=message):
             template("judge", "en")
     template.cache_clear()
@@ -441,8 +444,12 @@ def test_template_hashes_follow_the_text(tmp_path, monkeypatch):
     assert sorted(before) == ["extend.en.md", "extend.zh.md", "judge.en.md", "judge.zh.md"]
     assert len(set(before.values())) == 4 and json.dumps(before)
     for name in before:
-        (tmp_path / name).write_text((chat_module.PROMPTS / name).read_text("utf-8") + "x" * (name == "judge.en.md"))
-    monkeypatch.setattr(chat_module, "PROMPTS", tmp_path)
+        template_name, language, _ = name.split(".")
+        path = Path(language) / f"{template_name}.md"
+        (tmp_path / language).mkdir(exist_ok=True)
+        text = (languages.PROMPTS / path).read_text("utf-8") + "x" * (name == "judge.en.md")
+        (tmp_path / path).write_text(text, "utf-8")
+    monkeypatch.setattr(languages, "PROMPTS", tmp_path)
     template.cache_clear()
     after = template_hashes("judge", "extend")
     template.cache_clear()

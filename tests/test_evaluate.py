@@ -21,6 +21,7 @@ from lengthen.evaluation.scores import HEADLINES, MEASURES, cell, constant_write
 from lengthen.jobs import read_sidecar
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.text.demands import length_score, parse_demand
+from lengthen.text.languages import files
 
 ROOT = Path(__file__).parent.parent
 LONGEN = ROOT.parent / "shared" / "data" / "LonGen.jsonl"  # as published; not part of this project
@@ -316,7 +317,7 @@ def test_bad_benchmarks(tmp_path, rows, message):
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "some/where.jsonl", "nowhere"])
 def test_a_missing_benchmark_file(name):
     with pytest.raises(UserError, match="does not exist"):
-        evaluate.read_rows(evaluate.find_benchmark(name))
+        evaluate.read_rows(*evaluate.find_benchmark(name))
 
 
 def test_a_hub_data_set_offline_is_one_line_and_a_hint():
@@ -332,7 +333,7 @@ def test_a_hub_data_set_is_its_one_jsonl_file(tmp_path, monkeypatch):
 
     write_lines(tmp_path / "LonGen.jsonl", ROWS)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    assert evaluate.find_benchmark("some/benchmark") == tmp_path / "LonGen.jsonl"
+    assert evaluate.find_benchmark("some/benchmark") == [tmp_path / "LonGen.jsonl"]
     write_lines(tmp_path / "other.jsonl", ROWS)
     with pytest.raises(UserError, match="LonGen.jsonl, other.jsonl"):
         evaluate.find_benchmark("some/benchmark")
@@ -348,7 +349,7 @@ def test_queries_that_do_not_state_their_demand_are_listed(tmp_path):
 
 
 def test_the_mini_benchmark_states_all_its_demands():
-    rows = evaluate.read_rows(evaluate.find_benchmark("mini"))
+    rows = [row for path in evaluate.find_benchmark("mini") for row in evaluate.read_rows(path)]
     assert evaluate.contradictions(rows) == []
     first = [r for r in rows if r["language"] == "en"][:8]  # the demo's
     assert {r["type"] for r in first} == {"about", "range", "above", "below"}
@@ -506,7 +507,7 @@ def test_probes_are_full_passes_of_the_base_and_of_the_adapted_model(writer, ada
         parts = [numpy.mean(part) for part in (own[:16], own[16:]) if part]
         assert record["base_losses"] == pytest.approx(parts, abs=1e-3)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    tasks = [json.loads(line) for line in probes.SHORT_TASKS.read_text().splitlines()]
+    tasks = [json.loads(line) for file in files(probes.SHORT_TASKS) for line in file.read_text().splitlines()]
     adapted, want, without = peft.PeftModel.from_pretrained(base, adapter).eval(), [], []
     for task in tasks:
         if task["language"] == "en":

@@ -107,8 +107,8 @@ def study(run: Path, capsys, *flags: str) -> dict:
     """bench/growth.py with 4 + 10 held-out instructions and 16 + 4 demands; its result."""
     run.mkdir(parents=True, exist_ok=True)
     small = {"held-out": (run / "heldout.jsonl", 14), "demands": (run / "more.jsonl", 4)}
-    for (path, count), source in zip(small.values(), ("heldout.en.jsonl", "bench_more.en.jsonl"), strict=True):
-        path.write_text("".join((ROOT / "prompts" / source).read_text().splitlines(keepends=True)[:count]))
+    for (path, count), source in zip(small.values(), ("heldout.jsonl", "bench_more.jsonl"), strict=True):
+        path.write_text("".join((ROOT / "prompts" / "en" / source).read_text().splitlines(keepends=True)[:count]))
     given = [word for name, (path, _) in small.items() for word in (f"--{name}", str(path))]
     sizes = ["--search", "4", "--instructions", "6", "--final-instructions", "3", "--responses.samples", "2"]
     sizes += ["--evaluate.samples", "1"]
@@ -215,7 +215,7 @@ def test_the_study_with_a_model(writer, tmp_path, monkeypatch, capsys):
     --constrain.max-attempts 1 --language en --evaluate.samples 1 --evaluate.max-new-tokens 40 --evaluate.no-probes
     --control-words 30 --search 6 --try epochs=1 epochs=2""".split()
     held_out = tmp_path / "heldout.jsonl"
-    held_out.write_text("".join((ROOT / "prompts/heldout.en.jsonl").read_text().splitlines(keepends=True)[:12]))
+    held_out.write_text("".join((ROOT / "prompts/en/heldout.jsonl").read_text().splitlines(keepends=True)[:12]))
     flags = ["--run", str(tmp_path / "g"), "--model", str(writer), "--held-out", str(held_out), *small]
     growth.main([*flags, "--until", "iter_1"])
     first = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -215,7 +215,7 @@ def scores_as(form: str, **others: str) -> str:
     return "{" + ", ".join(f'"{name}": {value}' for name, value in written.items()) + "}"
 
 
-FORMS = {  # as models reply to prompts/quality.*.md
+FORMS = {  # as models reply to prompts/*/quality.md
     "floats": scores_as("#.0"),
     "numbers as text": scores_as('"#"'),
     "floats as text": scores_as('"#.0"'),

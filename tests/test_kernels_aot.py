@@ -41,11 +41,12 @@ def compile_kernel(kernel, meta: dict, types: dict, arch: int, warps: int, stage
         elif name.endswith("_ptr"):
             signature[name] = "*" + types[name]
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap", "eps") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "eps", "coldest") else "i32"
     aligned = [
         i
         for i, n in enumerate(signature)
         if signature[n][0] == "*" or n in ("V", "H", "N", "half", "n") or n.startswith("stride")
+        if not kernel.params[i].do_not_specialize
     ]
     source = ASTSource(
         kernel, signature=signature, constexprs=meta, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
@@ -85,13 +86,13 @@ def compile_loss(arch: int) -> dict:
     product also the one that training runs."""
     from kernels import linear_cross_entropy_triton as fast
 
-    store = {"STORE": True, "STATS": False, "EMULATE": False}
+    store = {"STORE": True, "EMULATE": False}
     plain = {"HAS_BIAS": False, "HAS_CAP": False, **store}
-    full = {"HAS_BIAS": True, "HAS_CAP": True, **store, "STATS": True}
+    full = {"HAS_BIAS": True, "HAS_CAP": True, **store}
     report = {}
     for name, flags, small, even in (
         ("train", plain, False, True),
-        ("softcap, statistics", full, True, True),
+        ("softcap", full, True, True),
         ("bias, ragged H", {**plain, "HAS_BIAS": True}, False, False),
     ):
         if not even and arch not in (89, 90):
@@ -103,7 +104,7 @@ def compile_loss(arch: int) -> dict:
     meta = {"HAS_BIAS": True, "HAS_CAP": True, "BLOCK": 1024}
     report["target"] = compile_one(fast._target_kernel, meta, arch, 4, 3)
     # 2048 partial sums: V = 262,144 in tiles of 128
-    meta = {"HAS_CAP": True, "HAS_ROWS": True, "GRAD": True, "STATS": True, "EMULATE": False}
+    meta = {"HAS_CAP": True, "HAS_ROWS": True, "GRAD": True, "EMULATE": False}
     report["finish"] = compile_one(fast._finish_kernel, {**meta, "BLOCK_P": 2048, "BLOCK_H": 1024}, arch, 4, 3)
     return report
 
@@ -112,8 +113,7 @@ def compile_loss(arch: int) -> dict:
 DECODES = {
     "decode qwen2.5": {},
     "decode verify, softcap, sinks": {"G": 8, "Q": 8, "HAS_CAP": True, "HAS_SINKS": True},
-    # Triton makes constants of integers that are 1
-    "decode one text, one split": {"SINGLE": True, "HAS_SINKS": True, "B": 1, "window": 1, "workers": 1, "splits": 1},
+    "decode one split": {"SINGLE": True, "HAS_SINKS": True},
     "decode fp8": {"G": 8, "Q": 8, "FP8": True},
     "decode gemma": {"G": 2, "Q": 4, "D": 256, "HAS_CAP": True},
     "decode head 96": {"G": 4, "Q": 8, "D": 96, "DTYPE": "fp16"},
@@ -147,9 +147,35 @@ def compile_attention(arch: int) -> dict:
     flags = {"HAS_SINKS": True, "EMULATE": False}
     meta = {"HQ": 28, "Q": 1, "DV": 128, **flags, "BN": 64, "BDV": 128, "BS": 128, "STEP": 8}
     report["join"] = compile_kernel(fast._join_kernel, meta, {**types, "out_ptr": "bf16"}, arch, 2, 3)
-    meta = {"HKV": 4, "D": 128, "S": 256, "FP8": True, "BD": 128}
-    types |= {"new_ptr": "bf16", "pool_ptr": "u8"}
-    report["store"] = compile_kernel(fast._store_kernel, meta, types, arch, 1, 3)
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "bf16")
+    types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "fp32")
+    cases = ("place", 128, True, True), ("place 256", 256, True, False), ("store", 128, False, True)
+    for name, D, turn, fp8 in cases:
+        types |= dict.fromkeys(("k_pool_ptr", "v_pool_ptr"), "u8" if fp8 else "bf16")
+        meta = {"HQ": 28 * turn, "HKV": 4, "D": D, "DV": D, "S": 256, "TURN": turn, "NORM": turn, "FP8": fp8}
+        meta |= {"EMULATE": False, "BH": fast.PLACED, "BD": D // 2, "BDV": D // 2}
+        report[name] = compile_kernel(fast._place_kernel, meta, types, arch, 2, 3)
+    return report
+
+
+def compile_tail(arch: int) -> dict:
+    """kernels/sampling_tail_triton.py: of the logits, with drafts and without; above a floor; the threshold."""
+    from kernels import sampling_tail_triton as fast
+
+    types = dict.fromkeys(("kinds_ptr", "early_ptr", "seen_ptr", "free_ptr", "wide_ptr"), "u8")
+    types |= dict.fromkeys(("line_ptr", "drafts_ptr", "seeds_ptr", "positions_ptr", "token_ptr", "top_k_ptr"), "i64")
+    types |= dict.fromkeys(("penalty_ptr", "temperature_ptr", "floors_ptr", "y_ptr", "maxima_ptr", "top_p_ptr"), "fp32")
+    types |= {"best_ptr": "fp64"}
+    report = {}
+    for name, x, Q, prepare, store in (
+        ("all", "bf16", 1, True, False),
+        ("ranked, drafts", "bf16", 8, True, True),
+        ("above", "fp32", 1, False, False),
+    ):
+        meta = {"Q": Q, "PREPARE": prepare, "STORE": store, "ROWS": 64, "BLOCK": fast.BLOCK}
+        report[name] = compile_kernel(fast._tail_kernel, meta, {**types, "x_ptr": x}, arch, 4, 3)
+    meta = {"BLOCK": fast.SCAN}
+    report["lowest"] = compile_kernel(fast._lowest_kernel, meta, {**types, "x_ptr": "fp32"}, arch, 16, 3)
     return report
 
 
@@ -179,6 +205,7 @@ FILES = {
     "loss": (compile_loss, (80, 86, 89, 90, 120)),
     "attention": (compile_attention, (80, 86, 89, 90)),
     "layer passes": (compile_layer_passes, (80, 89, 90)),
+    "tail": (compile_tail, (80, 86, 89, 90)),
 }
 
 
@@ -201,7 +228,8 @@ def test_kernels_fit_the_card(arch):
     for name, used in report["loss"].items():
         assert (used["tensor_core"] > 0) == name.startswith("gemm_exp"), (name, used)
     if "attention" in report:
-        assert set(report["attention"]) == {*DECODES, "join", "store"}
+        assert set(report["attention"]) == {*DECODES, "join", "place", "place 256", "store"}
+        assert len(report["tail"]) == 4
     for name, used in report.get("attention", {}).items():
         products = name.startswith("decode") and name != "decode fp32"  # fp32 is exact, hence not on tensor cores
         assert (used["tensor_core"] > 0) == products, (name, used)
@@ -211,6 +239,59 @@ def test_kernels_fit_the_card(arch):
         assert used["registers"] <= 128, (name, used)  # two programs of four warps and more on a multiprocessor
 
 
-if __name__ == "__main__":
+def variants_of_the_loss() -> dict[str, int]:
+    """How many variants of each kernel the chunks of many steps would compile, by Triton's own rule.
+
+    The real launcher, with kernels that note what they are given; no code is made.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from kernels import linear_cross_entropy_triton as fast
+    from kernels.linear_cross_entropy import Head
+
+    backend, keys = make_backend(GPUTarget("cuda", 90, 32)), {}
+
+    def noting(name, kernel):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        def launch(*args, num_warps, num_stages=3, **meta):
+            keys.setdefault(name, set()).add(str(bind(*args, **meta)[1]))
+
+        return type("Noting", (), {"__getitem__": lambda self, grid: launch})()
+
+    for name in ("_target_kernel", "_gemm_exp_kernel", "_exp_kernel", "_finish_kernel"):
+        setattr(fast, name, noting(name, getattr(fast, name)))
+    fast.architecture = lambda device: 90
+    weight, total = torch.zeros(512, 64, dtype=torch.bfloat16), 1000
+    for rows in (1, 7, 16, 100, 128, 129, 300):
+        for path in ("fused", "split"):
+            for start in (0, 128, 640):  # chunks begin at multiples of 128
+                here = slice(start, start + rows)
+                h, t = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(total, dtype=torch.long)[here]
+                sums = torch.zeros(2, total + rows)[:, here]
+                given = (h, Head(weight), t, torch.ones(total)[here], sums, torch.empty_like(h), None)
+                fast.run_chunk(path, *given)
+    return {name: len(found) for name, found in keys.items()}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_number_of_rows_compiles_no_variant():
+    """It did: one more for a single row, one more for multiples of 16, of each kernel that knows it."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = cold.interpreter(__file__, "variants", env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    one_each = ("_target_kernel", "_gemm_exp_kernel", "_exp_kernel")
+    assert found == dict.fromkeys(one_each, 1) | {"_finish_kernel": 2}  # the split path has one partial sum a row
+
+
+if __name__ == "__main__" and sys.argv[1] == "variants":
+    print(json.dumps(variants_of_the_loss()))
+elif __name__ == "__main__":
     arch = int(sys.argv[1])
     print(json.dumps({file: compile_file(arch) for file, (compile_file, archs) in FILES.items() if arch in archs}))

@@ -77,7 +77,7 @@ def chain(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     commands = {
         "instructions": (
             "generate",
-            ["instructions", *model, "--seeds", "prompts/seeds.en.jsonl", "--count", "6"],
+            ["instructions", *model, "--seeds", "prompts/en/seeds.jsonl", "--count", "6"],
             asked,
         ),
         "responses": ("generate", ["responses", *model, *short, "--input", asked, "--max-attempts", "3"], drafts),

@@ -6,7 +6,6 @@ What the files in prompts/ must hold so that the stages work, and that they are 
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from string import Formatter
 
 import pytest
@@ -14,10 +13,10 @@ import pytest
 from lengthen.models import chat
 from lengthen.text.demands import TYPES, length_score, parse_demand, stated_demands, states_demand
 from lengthen.text.filters import has_chatter
+from lengthen.text.languages import PROMPTS
 from lengthen.text.selection import NearDuplicates
 from lengthen.text.words import count_words, detect_language
 
-PROMPTS = Path(chat.PROMPTS)
 FIELDS = {
     "instruct": set(),
     "instruct_prefill": {"example_1", "example_2"},
@@ -31,11 +30,13 @@ LANGUAGES = ("en", "zh")
 
 
 def raw(name: str, language: str) -> str:
-    return (PROMPTS / f"{name}.{language}.md").read_text("utf-8")
+    return (PROMPTS / language / f"{name}.md").read_text("utf-8")
 
 
-def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (PROMPTS / name).read_text("utf-8").splitlines()]
+def rows(name: str, *languages: str) -> list[dict]:
+    """The lines of a file of those languages, of all without."""
+    files = [PROMPTS / language / name for language in languages or LANGUAGES]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text("utf-8").splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_texts_with_braces_go_in_as_they_are(language):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_seeds_are_enough_of_each_of_seven_kinds_and_in_their_language(language):
-    seeds = rows(f"seeds.{language}.jsonl")
+    seeds = rows("seeds.jsonl", language)
     assert len(seeds) >= 24 and all(set(seed) == {"language", "kind", "prompt"} for seed in seeds)
     kinds = Counter(seed["kind"] for seed in seeds)
     assert len(kinds) == 7 and min(kinds.values()) >= 3
@@ -114,7 +115,7 @@ def test_seeds_are_enough_of_each_of_seven_kinds_and_in_their_language(language)
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_seeds_state_no_length(language):
-    for seed in rows(f"seeds.{language}.jsonl"):
+    for seed in rows("seeds.jsonl", language):
         assert stated_demands(seed["prompt"], language) == []
         assert not re.search(r"\d|\bwords?\b|\bpages?\b|\bchapters?\b|字数|篇幅|字以|页", seed["prompt"]), seed[
             "prompt"
@@ -125,16 +126,16 @@ def test_seeds_state_no_length(language):
 def test_seeds_and_queries_differ_from_each_other(language):
     """The benchmark must not be what the models are trained on."""
     distinct = NearDuplicates(threshold=0.25)
-    for seed in rows(f"seeds.{language}.jsonl"):
+    for seed in rows("seeds.jsonl", language):
         assert distinct.add(seed["prompt"], language), seed["prompt"]
-    for name, field in (("bench_mini", "query"), ("heldout.en", "prompt"), ("bench_more.en", "query")):
+    for name, field in (("bench_mini", "query"), ("heldout", "prompt"), ("bench_more", "query")):
         for row in rows(f"{name}.jsonl"):
             if row["language"] == language:
                 assert distinct.add(row[field], language), row[field]
 
 
 def test_held_out_instructions_are_of_the_kinds_of_the_seeds_and_of_others_in_turn():
-    held_out, kinds = rows("heldout.en.jsonl"), {seed["kind"] for seed in rows("seeds.en.jsonl")}
+    held_out, kinds = rows("heldout.jsonl", "en"), {seed["kind"] for seed in rows("seeds.jsonl", "en")}
     assert [row["kind"] in kinds for row in held_out] == [True, False] * 36
     for row in held_out:
         assert set(row) == {"language", "kind", "prompt"} and detect_language(row["prompt"]) == row["language"] == "en"
@@ -144,7 +145,7 @@ def test_held_out_instructions_are_of_the_kinds_of_the_seeds_and_of_others_in_tu
 # ---------------------------------------------------------------------------------------------------------------------
 # Mini benchmark
 
-FIRST = [row for row in rows("bench_mini.jsonl") if row["language"] == "en"][:8]  # the demo's evaluation
+FIRST = rows("bench_mini.jsonl", "en")[:8]  # the demo's evaluation
 
 
 def demand(row: dict) -> tuple[str, int, int]:
@@ -152,7 +153,7 @@ def demand(row: dict) -> tuple[str, int, int]:
 
 
 def test_every_query_is_readable_and_states_exactly_its_demand():
-    for row in rows("bench_mini.jsonl") + rows("bench_more.en.jsonl"):
+    for row in rows("bench_mini.jsonl") + rows("bench_more.jsonl", "en"):
         assert list(row) == ["language", "range", "type", "constraint", "query"]
         assert demand(row)[0] == row["type"]
         assert states_demand(row["query"], *demand(row), row["language"]), row["query"]
@@ -168,7 +169,7 @@ def test_the_mini_benchmark_is_balanced():
         types = Counter(row["type"] for row in bench if row["language"] == language)
         assert set(types) == set(TYPES) and len(set(types.values())) == 1
         assert len({row["range"] for row in bench if row["language"] == language}) == 3
-    cells = Counter((row["type"], row["range"]) for row in rows("bench_more.en.jsonl"))
+    cells = Counter((row["type"], row["range"]) for row in rows("bench_more.jsonl", "en"))
     assert len(cells) == 12 and set(cells.values()) == {4}
     numerals = [row for row in bench if row["language"] == "zh" and not re.search(r"\d", row["constraint"])]
     assert len(numerals) >= 4
@@ -189,10 +190,9 @@ def test_no_constant_length_does_well_on_the_mini_benchmark():
 
 def test_the_readme_names_every_file_and_kind():
     readme = (PROMPTS / "README.md").read_text("utf-8")
-    for path in PROMPTS.iterdir():
-        name = re.sub(r"\.(en|zh)\.md$", ".*.md", path.name)
-        assert path.name == "README.md" or name in readme, path.name
-    for kind in {seed["kind"] for language in LANGUAGES for seed in rows(f"seeds.{language}.jsonl")}:
+    for path in PROMPTS.glob("*/*"):
+        assert f"`{path.name}`" in readme, path
+    for kind in {seed["kind"] for language in LANGUAGES for seed in rows("seeds.jsonl", language)}:
         assert f"`{kind}`" in readme
     for fields in FIELDS.values():
         assert all(f"`{field}`" in readme for field in fields)
@@ -213,7 +213,7 @@ def test_short_tasks_are_short_and_of_both_languages():
 def test_short_tasks_are_held_out():
     """None is a seed or a query of the benchmark, nor like one."""
     known = NearDuplicates()
-    for name, field in (("seeds.en.jsonl", "prompt"), ("seeds.zh.jsonl", "prompt"), ("bench_mini.jsonl", "query")):
+    for name, field in (("seeds.jsonl", "prompt"), ("bench_mini.jsonl", "query")):
         for row in rows(name):
             known.add(row[field], row["language"])
     assert all(known.add(task["prompt"], task["language"]) for task in rows("short_tasks.jsonl"))

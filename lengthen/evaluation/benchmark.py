@@ -10,19 +10,19 @@ from lengthen.evaluation.scores import LARGEST, POSITIONS
 from lengthen.reading import filter_language, located_records
 from lengthen.records import UserError, new_record, prompt_id, record_id
 from lengthen.text.demands import parse_demand, stated_demands
+from lengthen.text.languages import files
 from lengthen.text.thoughts import strip_thoughts
 
 LARGEST_LOSS = 100.0  # nats per token: above it, it was no model that wrote it
-PROMPTS = Path(__file__).parents[2] / "prompts"
-BENCHMARKS = {"mini": PROMPTS / "bench_mini.jsonl"}
+BENCHMARKS = {"mini": "bench_mini.jsonl"}  # files of prompts/LANGUAGE/
 
 
-def find_benchmark(name: str) -> Path:
-    """The file that --benchmark names: a known name, a path, or the one JSONL file of a data set on the hub."""
+def find_benchmark(name: str) -> list[Path]:
+    """What --benchmark names: a known name (a file per language), a path, or the one JSONL file of a hub data set."""
     if name in BENCHMARKS:
-        return BENCHMARKS[name]
+        return files(BENCHMARKS[name])
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".jsonl", ".json")):
-        return Path(name)  # reading it says what is wrong with it, if anything
+        return [Path(name)]  # reading it says what is wrong with it, if anything
     hint = "download its JSONL file where there is a network and give --benchmark FILE, or use --benchmark mini"
     try:
         from huggingface_hub import snapshot_download
@@ -35,11 +35,11 @@ def find_benchmark(name: str) -> Path:
     except (OSError, ValueError) as error:  # all errors of the hub's client are one or the other
         why = str(error).splitlines()[0]
         raise UserError(f"{name} is not a file, and the hub did not give it: {why}", hint) from None
-    files = sorted(folder.rglob("*.jsonl"))
-    if len(files) != 1:
-        names = ", ".join(str(f.relative_to(folder)) for f in files) or "none"
+    found = sorted(folder.rglob("*.jsonl"))
+    if len(found) != 1:
+        names = ", ".join(str(f.relative_to(folder)) for f in found) or "none"
         raise UserError(f"{name} must hold one JSONL file, it has: {names}", hint)
-    return files[0]
+    return found
 
 
 def read_rows(path: Path, ready_made: bool = False) -> list[dict]:

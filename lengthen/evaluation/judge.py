@@ -1,6 +1,6 @@
 """Judges: local models or servers that are asked for their opinion of answers, and the file of what they say.
 
-    1. a question (questions.py): the template prompts/quality or prompts/compare, with the texts between marks that
+    1. a question (questions.py): the template prompts/*/quality.md or compare.md, with the texts between marks that
        occur in none of them
     2. the judge replies with JSON, greedily; a reply that is not in the required form is asked for again with another
        seed at RETRY_TEMPERATURE, --judge-attempts times in all; then the verdict is given up and counted

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
@@ -19,6 +18,7 @@ from lengthen.evaluation.scores import POSITIONS
 from lengthen.jobs import Job
 from lengthen.reading import filter_language, read_jsonl
 from lengthen.stage import Stage, Writer
+from lengthen.text.languages import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from lengthen.sampling.engine import Sampler
     from lengthen.sampling.served import Served
 
-SHORT_TASKS = Path(__file__).parents[2] / "prompts" / "short_tasks.jsonl"
+SHORT_TASKS = "short_tasks.jsonl"  # of prompts/LANGUAGE/
 BATCH = 8  # answers measured between two writes to disk
 
 
 def probe(job: Job, rows: Sequence[dict], stage: Stage, writer: Writer) -> dict[str, Any]:
     """Measure the answers under the base model (into their records) and the short tasks under the evaluated one."""
     began = time.monotonic()
-    tasks = filter_language(read_jsonl(SHORT_TASKS, ("prompt", "answer")), stage.out.language)
+    tasks = [task for file in files(SHORT_TASKS) for task in read_jsonl(file, ("prompt", "answer"))]
+    tasks = filter_language(tasks, stage.out.language)
     losses = short_losses(tasks, writer.chat, writer.sampler)
     with writer.base() as base:
         probe_answers(job, rows, writer.chat, base)

@@ -16,20 +16,19 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 from functools import cache, cached_property
-from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from lengthen.records import LANGUAGES, UserError
+from lengthen.text import languages
 from lengthen.text.thoughts import closing_of, is_opening, open_thought, without_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ---------------------------------------------------------------------------------------------------------
-# prompts/NAME.LANGUAGE.md
+# prompts/LANGUAGE/NAME.md
 
-PROMPTS = Path(__file__).parents[2] / "prompts"
 FIELDS: dict[str, set[str]] = {  # what each template must hold, no more and no less
     "instruct": set(),
     "instruct_prefill": {"example_1", "example_2"},
@@ -43,8 +42,8 @@ FIELDS: dict[str, set[str]] = {  # what each template must hold, no more and no 
 
 @cache
 def template(name: str, language: str) -> str:
-    """The text of prompts/NAME.LANGUAGE.md, a str.format template whose fields are checked; no newline at its end."""
-    path = PROMPTS / f"{name}.{language}.md"
+    """The text of prompts/LANGUAGE/NAME.md, a str.format template whose fields are checked; no newline at its end."""
+    path = languages.PROMPTS / language / f"{name}.md"
     try:
         text = path.read_text("utf-8").rstrip("\n")
         fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
