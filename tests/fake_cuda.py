@@ -18,8 +18,8 @@ Tensors on "cuda" are torch's FakeTensors. Tensors on the host are real, and so 
 
 What the host reads is what it has sent before, where nobody has written there since. Else it is made up: integers are
 the next of `tokens`, floats are 1, a condition that is asked for alone holds, one of many does not, and `nonzero` finds
-nothing. `answers` has other answers to conditions, by the name of the function that asks. Backward passes walk torch's graph here, node by node: its engine has no threads for a device that
-torch was built without.
+nothing. `answers` has other answers to conditions, by the name of the function that asks. Backward passes walk torch's
+graph here, node by node: its engine has no threads for a device that torch was built without.
 """
 
 import contextlib

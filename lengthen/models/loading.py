@@ -92,6 +92,10 @@ def load_model(
             model(input_ids=torch.tensor([[0, 1]], device=target), use_cache=False)
     if quantize == "nf4" and target.type == "cpu":
         check_rows(name, model)
+        for module in model.modules() if train else ():
+            # An evaluation would lay 4-bit weights out for AVX512-BF16, which bitsandbytes 0.50 gives no gradient.
+            if type(module).__name__ == "Linear4bit":
+                module.support_avx512bf16_for_cpu = False
     model = model.eval().requires_grad_(False)
     if target.type not in ("cuda", "cpu"):
         model = model.to(target)
