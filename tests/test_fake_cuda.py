@@ -92,7 +92,7 @@ def test_what_a_kernel_does_not_take_is_an_error(gpu):
         with pytest.raises(AssertionError, match=why):
             kernel[(1,)](*args, **{**meta, **more})
     with pytest.raises(AssertionError, match="grid"):
-        kernel[(0,)](*good, **meta)
+        kernel[(1, 1 << 16)](*good, **meta)
     k = torch.ones(3, 2, 64, device="cuda", dtype=torch.bfloat16)
     sizes = {"HQ": 0, "HKV": 2, "D": 64, "DV": 64, "S": 16, "BH": 4, "BD": 32, "BDV": 32}
     flags = dict.fromkeys(("TURN", "NORM", "FP8", "EMULATE"), False)
@@ -408,7 +408,7 @@ def test_every_launcher_sets_its_tensors_device():
         rms_norm(x, w, 1e-6)
         rms_norm_backward_(x.clone(), x, w, 1e-6)
         rms_norm_backward_(x.clone(), x, w, 1e-6, x.clone())
-        swiglu(x, x)
+        swiglu(x[0], x[0])
         swiglu_backward_(x.clone(), x.clone(), x.clone())
         rotate_(x, cos, cos)
         hidden = torch.ones(300, 64, device="cuda:1", dtype=torch.bfloat16)
