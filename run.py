@@ -22,6 +22,7 @@ Relative paths are below the repository, wherever run.py is started.
 Examples
     python run.py                                   the demo: SmolLM2-135M on a CPU with 2 cores
     python run.py --dry-run                         only print the commands, as a shell script (recipes/demo.sh)
+    python run.py --scale small --plan "RTX 4090"   what a night on a card of 24 GB takes, before it is started
     python run.py --model Qwen/Qwen2.5-7B-Instruct --run runs/qwen --instructions 5000 --iterations 3
     python run.py --instructions 24 --extend.samples 4 --evaluate.limit 16
     python run.py --extend.rounds 2 --redo extend   that stage afresh, and all that stands on it
@@ -38,16 +39,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from evaluate import BenchmarkFlags
 from extend import ExtendFlags
 from generate import ConstrainFlags, InstructionsFlags, ResponsesFlags
 from lengthen import cli
-from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags, at_least, flag
+from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
+from lengthen.costs.forecast import TimeLeft, show_plan
+from lengthen.costs.machine import HERE, ask
+from lengthen.costs.yields import TOKENS_PER_WORD
 from lengthen.evaluation.judge import JudgeFlags
 from lengthen.evaluation.report.page import write_report
-from lengthen.evaluation.scores import cell
+from lengthen.evaluation.report.summary import show
+from lengthen.models.hub import write_cards
 from lengthen.records import UserError, replace_file
 from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, standing_on
 from lengthen.text import languages
@@ -64,7 +67,7 @@ CONTROLS = {
     "no-removal": "the last iteration, its Extender trained on whole drafts (needs 2 iterations)",
     "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
 }
-TOKENS_PER_WORD = 1.35  # of English prose, for most tokenizers: how long "for as long" is in tokens
+MODEL = "Qwen/Qwen2.5-7B-Instruct"  # of the presets that need a GPU
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,21 @@ class LoopFlags:
     """The flags of the loop itself."""
 
     run: str = flag("runs/paper", "folder of the run; its name is part of every record's id")
+    scale: str = flag(
+        "",
+        "demo: SmolLM2 on a CPU, minutes; small: a night on a card of 24 GB; paper: its constants"
+        " (default: demo, or paper where --model is given)",
+        choices=("demo", "small", "paper"),
+    )
     dry_run: bool = flag(False, "only print the commands, as a shell script")
+    plan: str = flag(
+        "",
+        "only print calls, tokens, hours and GB of each stage, and what they assume; on this machine, or on a card by"
+        ' its name: --plan "RTX 4090"',
+        nargs="?",
+        const=HERE,
+        metavar="CARD",
+    )
     redo: str = flag("", "start this stage afresh, and what stands on it: extend, iter_2/extend, final, ...")
     iterations: int = flag(3, "macro-iterations", at_least(1))
     instructions: int = flag(5000, "new instructions per macro-iteration", at_least(1))
@@ -115,7 +132,7 @@ STAGES = {
         ("train.py",),
         "",
         (PairFlags, LoraFlags, OptimizerFlags, MemoryFlags, RuntimeFlags),
-        ("role", "budget_of", "plan", "merge_to"),
+        ("role", "budget_of", "plan", "merge_to", "gguf", "gguf_type"),
     ),
     # The answers of the last Generator: drafts that nobody extends, so all of them are kept.
     "answers": StageSpec(
@@ -153,6 +170,18 @@ DEMO: Preset = {
     # without the probes, which take half a minute per model
     "evaluate": {"limit": 8, "no_probes": True, "max_new_tokens": 560},
 }
+
+# A model of 7B on a card of 24 GB, over a night: the paper's constants but for the counts, and for how often a stage
+# tries again. `--scale small --plan "RTX 4090"` says what each stage takes.
+SMALL: Preset = {
+    "run": {"model": MODEL, "run": "runs/small", "language": "demo", "iterations": 2, "evaluate": "ends"}
+    | {"instructions": 240, "final_instructions": 100},
+    "responses": {"max_attempts": 3},
+    "extend": {"samples": 1, "max_attempts": 6, "rounds": 2},
+    "train": {"epochs": 2},
+    "constrain": {"demand_min": 1000, "max_attempts": 3},
+}
+PRESETS: dict[str, Preset] = {"demo": DEMO, "small": SMALL, "paper": {"run": {"model": MODEL}}}
 
 
 @dataclass(frozen=True)
@@ -237,6 +266,13 @@ def make_step(own: Settings, part: str, stage: str, decided: dict[str, Any]) -> 
     name = f"{spec.command[-1].removesuffix('.py')} {role}".strip()
     launcher = own.loop.train_launcher if stage == "train" else "python"
     return Step(part, name, spec.command, settings, launcher=launcher, spelt=spellings(part, stage, name))
+
+
+def all_settings(step: Step) -> dict[str, Any]:
+    """A step's settings, with the stage's defaults for what is not given."""
+    spec = next(spec for spec in STAGES.values() if spec.command == step.command)
+    kinds = (ModelFlags, OutputFlags, SamplingFlags, InputFlags, *spec.flags)
+    return {name: value for kind in kinds for name, value in cli.defaults_of(kind).items()} | step.settings
 
 
 def spellings(part: str, stage: str, name: str) -> dict[str, str]:
@@ -346,48 +382,6 @@ def summary_of(own: Settings, stages: list[dict], ended: list[str], seconds: flo
     }
 
 
-MODELS = {  # column: (figure of scores.json, how it is printed)
-    "median words": ("words_median", "{:.0f}"),
-    "p90": ("words_p90", "{:.0f}"),
-    "EOS share": ("eos_share", "{:.0%}"),
-    "loop rate": ("loop_rate", "{:.0%}"),
-    "length score": ("length_score", "{:.1f}"),
-    "wanted/written": ("rank_correlation", "{:+.2f}"),
-}
-COSTS = {  # column: (figures of a stage's summary, the first one there is; how it is printed)
-    "records": (("accepted", "pairs", "rows"), "{:.0f}"),
-    "rejected": (("rejected",), "{:.0f}"),
-    "gain": (("gain_median",), "{:.2f}x"),
-    "tokens": (("tokens",), "{:,.0f}"),
-    "seconds": (("seconds",), "{:.0f}"),
-}
-
-
-def show(summary: dict) -> None:
-    """The result as two tables: what each model writes, and what each stage cost."""
-    table = Table(
-        "model", title="What the models write (words of answers that ended by EOS, 95 % intervals over queries)"
-    )
-    for column in MODELS:
-        table.add_column(column, justify="right")
-    for name, scores in summary["models"].items():
-        trust = {"words_median": scores["intervals"]["words_median"]}  # one interval is enough for a look
-        table.add_row(name, *(cell(scores[key], form, trust.get(key)) for key, form in MODELS.values()))
-    cli.console.print(table)
-
-    table = Table("part", "stage", title="What it took")
-    for column in COSTS:
-        table.add_column(column, justify="right")
-    for stage in summary["stages"]:
-        rejected = stage.get("rejected")  # by reason
-        stage = {**stage, "rejected": sum(rejected.values()) if isinstance(rejected, dict) else None}
-        values = [next((stage[key] for key in keys if key in stage), None) for keys, _ in COSTS.values()]
-        forms = [form for _, form in COSTS.values()]
-        shown = [cell(None if v == -1 else v, form) for v, form in zip(values, forms, strict=True)]
-        table.add_row(stage["part"], stage["stage"], *shown)
-    cli.console.print(table)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -410,12 +404,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None, preset: Preset = DEMO) -> Settings:
-    """The settings of a run: those given, over those of the preset where no --model is given."""
+    """The settings of a run: those given, over those of --scale; without it, of the preset where no --model is."""
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}", spelling_of(unknown[0]))
     given = vars(args)
-    preset = {} if given.get("model") else preset  # its values are those of one model
+    if given.get("scale"):
+        preset = PRESETS[given["scale"]]
+    elif given.get("model"):
+        preset = {}  # the demo's values are those of one model
     stages = {name: dict(preset.get(name, {})) for name in STAGES}
     general = {**preset.get("run", {}), **{name: value for name, value in given.items() if "." not in name}}
     if "language" in general:  # the preset names a group
@@ -466,6 +463,9 @@ def main(argv: list[str] | None = None) -> None:
         print(as_shell(steps, shlex.join(["python", "run.py", *given]), heading, names))
         return
     os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
+    if own.loop.plan:
+        show_plan(steps, all_settings, ask(own.loop.plan, own.shared | own.stages["train"]))
+        return
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
     afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
     for step in afresh:
@@ -476,12 +476,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(steps, run, afresh)
+    results, ended = execute(
+        steps, run, afresh, TimeLeft(steps, all_settings, own.shared | own.stages["train"], afresh)
+    )
 
     # 3) say what came of it
     summary = summary_of(own, results, ended, time.monotonic() - started)
     replace_file(Path(run) / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     report = write_report(Path(run))
+    write_cards(run)
     show(summary)
     cli.say(f"{summary['seconds']:.0f} s; everything is in {run}, this table in {run}/summary.json")
     cli.say(f"to look at: {report}")

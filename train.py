@@ -9,7 +9,7 @@ Algorithm (Self-Lengthen, arXiv 2410.23933; constants of its released trainer):
 
 Reads    extended.jsonl (prompt, initial, response), several files; `query` takes the place of `prompt` where a record
          has one (constrained.jsonl); any JSONL with prompt and response will do for the Generator.
-Writes   OUTPUT/  adapter_model.safetensors  adapter_config.json  meta.json  train_log.jsonl  loss.png
+Writes   OUTPUT/  adapter_model.safetensors  adapter_config.json  meta.json  train_log.jsonl  loss.png  README.md
          rejected.jsonl (pairs left out, with `reason`)  checkpoint/ and pairs.bin (while it runs)
 
 Departures from the release:
@@ -39,7 +39,7 @@ from lengthen import cli
 from lengthen.jobs import read_sidecar
 from lengthen.models.cards import out_of_memory
 from lengthen.models.chat import Chat, fill, template_hashes
-from lengthen.records import LowYield, UserError, draw_seed, fingerprint
+from lengthen.records import LowYield, UserError, draw_seed, fingerprint, replace_file
 from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import remove_lines
 from lengthen.training import parallel, steplog
@@ -203,10 +203,10 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     import torch.nn.functional as F
 
     from kernels.linear_cross_entropy import linear_cross_entropy
-    from lengthen.training.packed import pack
+    from lengthen.training.packed import pack, upload
 
     # The sum, not the mean: train_step divides by the targets of all rows, so that a token counts the same in each.
-    index, targets = (torch.tensor(x).to(model.device) for x in targets_of(pairs))  # int64 [num_targets]
+    index, targets = upload(targets_of(pairs), model.device)  # int64 [num_targets]
     row = pack([p.ids for p in pairs], model.device)
     # A model whose attention cannot be packed exactly gets rows of one sample, and its own attention.
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
@@ -280,7 +280,7 @@ def train_step(
 def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets: int) -> list[float] | None:
     """Add the gradients of these pairs -> [loss, hits, FLOPs], their share of the step's; None = out of memory."""
     memory, abilities = learner.memory, learner.abilities
-    total = hits = flops = 0.0
+    flops, rows = 0.0, []
     try:
         # A row is no longer than what fits without recomputation: filling it further would cost more than it saves.
         for row in split_rows(pairs, per_row if abilities.packs else 1, memory.free_tokens):
@@ -289,8 +289,10 @@ def accumulate(learner: "Learner", pairs: list[Pair], per_row: int, num_targets:
             loss, likeliest = row_loss(learner.model, abilities, row)
             loss = loss / num_targets
             loss.backward()  # adds to A's and B's .grad; the base is frozen
-            total, hits = total + loss.item(), hits + likeliest.item()
+            rows.append((loss.detach(), likeliest))
             flops += memory.budget.flops(lengths, [p.num_targets for p in row], how)
+        # Read only now: the host prepares a row while the device still computes the one before.
+        total, hits = (float(sum(pair[i].item() for pair in rows)) for i in (0, 1))
     except RuntimeError as error:  # torch.OutOfMemoryError is one, too
         if not out_of_memory(error):
             raise
@@ -313,13 +315,11 @@ def spike_ceiling(losses: list[float]) -> float:
 
 def train(training: Training, folder: TrainingFolder, processes: Processes) -> None:
     """From the records to a finished adapter; killed and started again, it goes on from its last checkpoint."""
-    from lengthen.models import lora
-    from lengthen.models.export import check_target
+    from lengthen.models import hub, lora
     from lengthen.models.loading import context_length, load_chat, load_config
-    from lengthen.training.learner import prepare
+    from lengthen.training.learner import check_exports, prepare
 
-    if training.runtime.merge_to:
-        check_target(Path(training.runtime.merge_to), Path(training.model.model))
+    check_exports(training)
     # 1) pairs: all are encoded before the model is loaded, so that a mistake in the input costs no gigabytes
     flags, optimizer = training.model, training.optimizer
     chat = load_chat(flags.model, flags.trust_remote_code)
@@ -359,6 +359,7 @@ def train(training: Training, folder: TrainingFolder, processes: Processes) -> N
     summary = {"stage": "train", "role": training.pairs.role, "output": training.out.output, "pairs": len(pairs)}
     summary |= {"left_out": pairs.facts["left_out"], "steps": total, **steplog.totals(entries)}
     folder.save_meta("done", summary=summary)
+    replace_file(folder.folder / "README.md", hub.model_card(folder.folder))
     folder.drop_checkpoints()
 
 
@@ -485,10 +486,9 @@ def run(training: Training, processes: Processes) -> None:
         if processes.first:
             summary = dict(folder.meta["summary"])
             if training.runtime.merge_to:
-                from lengthen.training.learner import write_merged
+                from lengthen.training.learner import write_exports
 
-                write_merged(model, out.output, training.runtime.merge_to)
-                summary["merged"] = training.runtime.merge_to
+                summary |= write_exports(training)
             cli.emit(summary)
         processes.wait()  # else torchrun would end the first in the middle of a merge
     processes.stop()

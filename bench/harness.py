@@ -48,15 +48,13 @@ def machine() -> dict[str, Any]:
     found = dict(re.findall(r"^(model name|flags|Features)\s*: (.*)$", info, re.MULTILINE))
     flags = (found.get("flags") or found.get("Features") or "").split()
     versions = [f"{name} {version}" for name in ("torch", "transformers") if (version := _version(name))]
-    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": found.get("model name") or platform.processor() or platform.machine(),
         "instructions": ", ".join(name for flag, name in SETS.items() if flag in flags) or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": _gpu(),
+        "gpu": _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "commit": commit,
+        "commit": _printed("git", "describe", "--always", "--dirty", "--exclude", "*"),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -70,10 +68,10 @@ def _version(package: str) -> str:
         return ""
 
 
-def _gpu() -> str:
+def _printed(*command: str) -> str:
+    """The first line that a program prints, "" where it is not installed."""
     try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip().partition("\n")[0]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip().partition("\n")[0]
     except OSError:
         return ""
 

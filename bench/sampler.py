@@ -135,10 +135,13 @@ def bench_jobs(args: argparse.Namespace, engines: dict, prompts: dict) -> tuple[
         return one
 
     for name in engines.keys() & {"generate", "llama.cpp"}:
-        if len(args.batches) > 1:
-            probes = {rows: run(name, "ragged", 0, rows) for rows in args.batches}
+        sizes = [
+            int(rows) for engine, _, rows in (word.rpartition("=") for word in args.batches) if engine in ("", name)
+        ]
+        if len(sizes) > 1:
+            probes = {rows: run(name, "ragged", 0, rows) for rows in sizes}
             tried[name] = {rows: one["tokens"] / one["seconds"] for rows, one in probes.items()}
-        batches[name] = max(tried[name], key=tried[name].__getitem__) if name in tried else args.batches[0]
+        batches[name] = max(tried[name], key=tried[name].__getitem__) if name in tried else sizes[0]
     tables, figures = [], {"tokens_per_second_by_batch": tried}
     for which in job:
         runs = in_turns(args.runs, list(engines), lambda name, turn: run(name, which, turn + 1, batches[name]))  # noqa: B023
@@ -331,7 +334,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompts", type=int, default=48, help="how many prompts (default 48; --lookup: at most 16)")
     p.add_argument("--max-new-tokens", type=int, default=384, help="limit of a ragged text, tokens (default 384)")
     p.add_argument("--even", type=int, default=96, help="tokens of each text of the even job (default 96)")
-    p.add_argument("--batches", type=int, nargs="+", default=[16, 48], help="texts at once; the best counts")
+    p.add_argument(
+        "--batches",
+        nargs="+",
+        default=["16", "48"],
+        metavar="N or ENGINE=N",
+        help="texts at once, of one engine or of both; the best counts (default 16 48)",
+    )
     p.add_argument("--rows", type=int, nargs="+", default=[], help="decode steps of so many rows (default 1 4 8 32 48)")
     p.add_argument("--steps", type=int, default=32, help="decode steps that are timed together (default 32)")
     p.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES), help="how steps run (default: all)")

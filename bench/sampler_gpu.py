@@ -2,26 +2,31 @@
 
 Every cell of the table is a process of its own, so that peak memory is its own and no engine finds what another left.
 
-    a   256 texts, prompts and outputs of 100 to 1,024 tokens, Qwen3-0.6B's shape, temperature 0.6 alone
+    decode-SHAPE-ROWS   decoding alone: ROWS texts of 2,048 tokens write 256 more, the recipe's sampling; clocked from
+        the 17th token of the last text on, so neither prompts nor compilation count. SHAPE: 7B or 0.6B
+    a   256 texts, prompts and outputs of 100 to 1,024 tokens, Qwen3-0.6B's shape, temperature 0.6 alone: the job of
+        nano-vllm's and mini-sglang's offline benches
     b   128 texts, 512 tokens in, 4,096 out, the shape of Qwen2.5-7B; b-nf4: the same over NF4 weights
     c   the recipe's sampling on 500 prompts, n = 2, outputs that end raggedly (lognormal, median 1,200 tokens, at most
         8,192), the 7B's shape
-    d   Extender-like texts, 16 at once, the 7B's shape, with and without lookup: a random model copies nothing, so the
-        drawn tokens are replaced by a script, which continues a place of the prompt in spans of 12 tokens on average
-        for `--copied` of its length and is new elsewhere. All passes, draws and drafts are computed as ever.
+    d   Extender-like texts, 16 at once, the 7B's shape, with and without lookup. A random model copies nothing, so this
+        one's head is made such that the newest token alone decides the next one (`make_it_follow`): the output
+        continues a place of the prompt in spans of 12 tokens on average for `--copied` of its length and is new
+        elsewhere. All passes, draws and drafts are computed as ever, captured steps included.
 
-Columns: tokens/s over the whole job (prompts included), the share of the memory's bandwidth over the last half minute
-of decoding (sampling/meter.py), peak GB as torch counts them; ours also with keys and values in fp8. Peers run the same
-prompts and lengths where they can:
+Columns: tokens/s over the whole job (prompts included, but in the decode cases), the share of the memory's bandwidth
+over the last half minute of decoding (sampling/meter.py), peak GB as torch counts them. Engines: ours; ours without
+captured steps; with keys and values in fp8; and peers on the same prompts and lengths where they can:
 
     generate         transformers, the best of --batches, left-padded, each batch as long as its longest text
     generate_batch   transformers' continuous batching; it drops the repetition penalty, so in c it does less work
     vllm             where importable (dummy weights of the same config, its own memory management: no peak)
 
-No GPU has run this yet. --tiny runs every line of it on a CPU with a toy shape (about a minute).
+The defaults take a few minutes on an H200. No GPU has run this yet; --tiny runs every line of it on a CPU with a toy
+shape (about a minute).
 
     python bench/sampler_gpu.py --cases a b c d
-    python bench/sampler_gpu.py --cases b --engines ours generate_batch
+    python bench/sampler_gpu.py --cases decode-7B-64 --engines ours "ours, no graphs"
     python bench/sampler_gpu.py --tiny
 """
 
@@ -33,22 +38,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import harness
 
 import lengthen  # noqa: F401  before torch
 
 # isort: split
 import torch
-from rich.console import Console
-from rich.table import Table
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lengthen.sampling.engine import Sampler
+from lengthen.sampling.meter import Meter
 from lengthen.sampling.request import Request, Sampling
 
 SHAPES = {
@@ -86,7 +93,11 @@ SHAPES = {
 }
 PLAIN = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 RECIPE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-ENGINES = ("ours", "ours, fp8 pages", "ours, no lookup", "generate", "generate_batch", "vllm")
+ENGINES = ("ours", "ours, no graphs", "ours, fp8 pages", "ours, no lookup", "generate", "generate_batch", "vllm")
+DECODE = tuple(f"decode-{shape}-{rows}" for shape in ("7B", "0.6B") for rows in (1, 64, 256))
+CASES = (*DECODE, "a", "b", "b-nf4", "c", "d")
+WARM = 16  # decode: tokens of each text before the clock starts; by then everything is compiled and captured
+PEAK = 40.0  # d: the logit of the token that follows; those of all others stay below half of it
 
 
 @dataclass
@@ -99,19 +110,26 @@ class Work:
     sampling: dict
     quantize: bool = False
     rows: int = 0  # at once; 0 = the engine's own choice
-    script: list[list[int]] = field(default_factory=list)  # d: the tokens that are "drawn"
+    script: list[list[int]] = field(default_factory=list)  # d: what the model will write
+    decode_only: bool = False  # clocked without prompts and compilation
 
 
 def make_work(case: str, args: argparse.Namespace) -> Work:
     rng, scale = random.Random(0), 64 if args.tiny else 1  # tiny: lengths and counts by so much less
+    vocab = 4096 if args.tiny else 150_000
 
     def tokens(count: int) -> list[int]:
-        return [rng.randrange(4096 if args.tiny else 150_000) for _ in range(count)]
+        return [rng.randrange(vocab) for _ in range(count)]
 
     def less(count: int) -> int:
         return max(4, count // scale)
 
     small, large = ("tiny", "tiny") if args.tiny else ("0.6B", "7B")
+    if case in DECODE:
+        _, shape, rows = case.split("-")
+        prompts = [tokens(less(2048)) for _ in range(less(int(rows)))]
+        lengths = [max(2 * WARM, less(256))] * len(prompts)
+        return Work("tiny" if args.tiny else shape, prompts, lengths, RECIPE, decode_only=True)
     if case == "a":
         sizes = [(less(rng.randint(100, 1024)), less(rng.randint(100, 1024))) for _ in range(less(256))]
         return Work(small, [tokens(a) for a, _ in sizes], [b for _, b in sizes], PLAIN)
@@ -120,20 +138,43 @@ def make_work(case: str, args: argparse.Namespace) -> Work:
     if case == "c":
         prompts = [prompt for _ in range(less(500)) for prompt in [tokens(less(rng.randint(100, 400)))] * 2]
         return Work(large, prompts, [less(min(8192, int(rng.lognormvariate(7.1, 0.7)))) for _ in prompts], RECIPE)
-    count = 8 if args.tiny else 64
-    prompts = [tokens(max(60, less(1500))) for _ in range(count)]
-    script = [copying(rng, prompt, max(40, less(2000)), args.copied, tokens) for prompt in prompts]
+    # No token twice in all texts: which one follows is a function of the newest.
+    unused = iter(rng.sample(range(vocab), vocab))
+    prompts, script = [], []
+    for _ in range(8 if args.tiny else 40):
+        prompts.append([next(unused) for _ in range(max(60, less(1500)))])
+        script.append(copying(rng, prompts[-1], max(40, less(2000)), args.copied, unused))
     return Work(large, prompts, list(map(len, script)), RECIPE, rows=16, script=script)
 
 
-def copying(rng: random.Random, prompt: list[int], length: int, copied: float, new: Callable) -> list[int]:
-    """`length` tokens, of which about the share `copied` continue a place of the prompt."""
+def copying(rng: random.Random, prompt: list[int], length: int, copied: float, unused: Iterator[int]) -> list[int]:
+    """`length` tokens, of which about the share `copied` continues places of the prompt, each place once."""
+    places, at = [], 0
+    while at < len(prompt) - 1:  # its last token starts the text
+        places.append(prompt[at : at + 1 + int(rng.expovariate(1 / 12))][: len(prompt) - 1 - at])
+        at += len(places[-1])
+    rng.shuffle(places)
     text: list[int] = []
     while len(text) < length:
-        span = 1 + int(rng.expovariate(1 / 12))
-        start = rng.randrange(len(prompt) - 4)
-        text += prompt[start : start + span] if rng.random() < copied else new(span)
+        new = not places or rng.random() >= copied
+        text += [next(unused) for _ in range(1 + int(rng.expovariate(1 / 12)))] if new else places.pop()
     return text[:length]
+
+
+@torch.no_grad()
+def make_it_follow(model: torch.nn.Module, work: Work) -> None:
+    """Gives the model a head that writes the script: of each of its tokens, and a prompt's last, the next one.
+
+    The layers add little to the embedding of the newest token, so the head's row of the next token is its direction.
+    """
+    head, table = (m.weight for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight *= 1e-3
+    table *= 50  # of about length 1 per element, as the norms make it
+    texts = [[prompt[-1], *text] for prompt, text in zip(work.prompts, work.script, strict=True)]
+    now, then = torch.tensor([pair for text in texts for pair in pairwise(text)], device=head.device).T
+    head[then] = (F.normalize(table[now].float(), dim=1) * PEAK / table.shape[1] ** 0.5).to(head.dtype)
 
 
 class Ids:
@@ -173,6 +214,8 @@ def make_model(work: Work, device: torch.device) -> torch.nn.Module:
                 new.bias = old.bias
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, new.to(device))
+    if work.script:
+        make_it_follow(model, work)
     return model
 
 
@@ -180,36 +223,50 @@ def make_model(work: Work, device: torch.device) -> torch.nn.Module:
 # The engines: each returns the tokens it made, and what it knows of itself
 
 
-def run_ours(work: Work, device: torch.device, **options: object) -> dict:
+def run_ours(work: Work, device: torch.device, graphs: bool = True, **options: object) -> dict:
     model = make_model(work, device)
-    context = model.config.max_position_embeddings
-    with Sampler(
-        model, Ids(model.config.vocab_size), eos_ids=set(), context=context, max_rows=work.rows, **options
-    ) as sampler:
-        if work.script:
-            draw = sampler.drawer.draw
-
-            def scripted(draws: list, logits: torch.Tensor) -> list[int]:
-                draw(draws, logits)  # its time counts
-                return [work.script[row.request.key][row.written + drafts] for row, drafts in draws]
-
-            sampler.drawer.draw = scripted
-        began = time.perf_counter()
+    context, ids = model.config.max_position_embeddings, Ids(model.config.vocab_size)
+    with Sampler(model, ids, eos_ids=set(), context=context, max_rows=work.rows, **options) as sampler:
+        if not graphs:
+            sampler.graphs = None
         for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
             settings = Sampling(**work.sampling, max_new_tokens=length)
             sampler.add(Request(i, prompt, i, settings, penalty_from=len(prompt) if work.script else 0))
-        made, most, roofline = 0, 0, 0.0
+        if work.decode_only:
+            return decode_alone(sampler, len(work.prompts))
+        made, most, roofline, as_written = 0, 0, 0.0, 0
+        began = time.perf_counter()
         for sample in sampler.run():
             made += sample.num_tokens
             progress = sampler.progress()
             most = max(most, progress.rows)
             if progress.rows > most // 2:  # before the last texts are left alone
                 roofline = progress.roofline
+            if work.script:
+                as_written += sum(map(int.__eq__, sample.token_ids, work.script[sample.request.key]))
         seconds = time.perf_counter() - began
         notes = "; ".join(sampler.notes)
         if work.script:
-            notes = f"{sampler.stats['decode_tokens'] / max(1, sampler.stats['row_steps']):.2f} tokens per row and step"
+            rate = sampler.stats["decode_tokens"] / max(1, sampler.stats["row_steps"])
+            notes = f"{rate:.2f} tokens per row and step; {as_written / made:.1%} of the tokens as scripted"
         return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": notes}
+
+
+def decode_alone(sampler: Sampler, texts: int) -> dict:
+    """From the step in which every text has WARM tokens to the one in which the first ends."""
+    rows = sampler.scheduler.rows
+    while len(rows) < texts or any(len(row.output) < WARM for row in rows):
+        sampler.step()
+        if sampler.finished:
+            return {"notes": f"{texts} texts do not fit at once: {'; '.join(sampler.notes)}"}
+    sampler.meter, before = Meter(), sampler.stats["decode_tokens"]
+    began = time.perf_counter()
+    while not sampler.finished:
+        sampler.step()
+    seconds = time.perf_counter() - began
+    made = int(sampler.stats["decode_tokens"] - before)
+    roofline = sampler.meter.roofline(sampler.device)
+    return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": "; ".join(sampler.notes)}
 
 
 @torch.no_grad()
@@ -300,6 +357,7 @@ def run_one(case: str, engine: str, args: argparse.Namespace) -> dict:
     else:
         result = {
             "ours": lambda: run_ours(work, device),
+            "ours, no graphs": lambda: run_ours(work, device, graphs=False),
             "ours, fp8 pages": lambda: run_ours(work, device, kv_dtype=torch.float8_e4m3fn),
             "ours, no lookup": lambda: run_ours(work, device, lookup=False),
             "generate_batch": lambda: run_generate_batch(work, device),
@@ -311,52 +369,51 @@ def run_one(case: str, engine: str, args: argparse.Namespace) -> dict:
 
 
 def engines_of(case: str, args: argparse.Namespace) -> list[str]:
-    """Peers cannot be scripted, so in d it is ours alone; elsewhere lookup makes no difference on random weights. Pages
-    of fp8 are for a GPU."""
-    if case == "d":
-        return ["ours", "ours, no lookup"]
-    have = [name for name in args.engines if name != "ours, no lookup"]
+    """The decode cases and d are for ours: peers say nothing of decoding alone, and of lookup only ours has any.
+    Lookup makes no difference on random weights elsewhere. Pages of fp8 are for a GPU."""
     able = {"vllm": importlib.util.find_spec("vllm"), "ours, fp8 pages": torch.cuda.is_available()}
-    return [name for name in have if able.get(name, True)]
+    fits = {"ours, no lookup": case == "d", "ours, no graphs": case in DECODE}
+    mine = case == "d" or case in DECODE
+    asked = [name for name in args.engines if able.get(name, True) and fits.get(name, True)]
+    return [name for name in asked if not mine or name in ("ours", *fits)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--cases", nargs="+", choices=("a", "b", "b-nf4", "c", "d"), default=["a", "b", "b-nf4", "c", "d"])
+    p.add_argument("--cases", nargs="+", choices=CASES, default=["decode-7B-64", "decode-0.6B-256", "a", "d"])
     p.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which of them (default all)")
-    p.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128], help="batch sizes generate may choose")
+    p.add_argument("--batches", type=int, nargs="+", default=[128], help="batch sizes generate may choose")
     p.add_argument("--copied", type=float, default=0.5, help="d: share of the output that copies (default 0.5)")
     p.add_argument("--tiny", action="store_true", help="a toy shape, everywhere: to see that it runs")
     p.add_argument("--one", nargs=2, metavar=("CASE", "ENGINE"), help="one cell, in this process (used by itself)")
+    harness.add_save(p)
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, console = parse_args(argv), Console(stderr=True)
+    args = parse_args(argv)
     if args.one:
         print(json.dumps(run_one(*args.one, args)))
         return
     if not torch.cuda.is_available() and not args.tiny:
         raise SystemExit("error: no CUDA device\n  hint: --tiny runs a toy shape on a CPU")
-    place = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    table, cells = Table(title=f"random weights on {place}"), []
-    for column in ("case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", ""):
-        table.add_column(column, justify="left" if column in ("case", "engine", "") else "right")
+    lines, cells = [], []
     for case in args.cases:
         for engine in engines_of(case, args):
             options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
             options += ["--batches", *map(str, args.batches)]
             command = [sys.executable, __file__, "--one", case, engine, *options]
             done = subprocess.run(command, capture_output=True, text=True)
+            print(done.stderr, file=sys.stderr)
             last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:] or ["no output"]
             one = json.loads(last[0]) if not done.returncode else {"notes": f"failed: {last[0][:80]}"}
             rate = one["tokens"] / one["seconds"] if one.get("tokens") else 0.0
             shown = [f"{one[key]:{form}}" if key in one else "" for key, form in FORMS.items()]
-            table.add_row(case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", ""))
+            lines.append([case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", "")])
             cells.append({"case": case, "engine": engine, "tokens_per_second": round(rate, 1), **one})
-            console.print(f"{case}, {engine}: {rate:,.0f} tokens/s {one.get('notes', '')}")
-    console.print(table)
-    print(json.dumps({"bench": "sampler-gpu", "device": place, "tiny": args.tiny, "cells": cells}))
+            print(f"{case}, {engine}: {rate:,.0f} tokens/s {one.get('notes', '')}", file=sys.stderr, flush=True)
+    columns = ["case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", "notes"]
+    harness.finish("sampler_gpu", argv, args.save, [harness.table("sampling", columns, lines)], {"cells": cells})
 
 
 FORMS = {"tokens": ",", "seconds": ".1f", "roofline": ".0%", "peak": ".1f"}

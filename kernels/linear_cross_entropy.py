@@ -55,7 +55,6 @@ class LossStats(NamedTuple):
     """Per token, [T]; 0 and False in ignored rows. No gradient flows through them."""
 
     logprob: Tensor  # log p of the target, in nats
-    entropy: Tensor  # of the predicted distribution, in nats
     top1: Tensor  # bool: no other logit is larger than the target's
 
 
@@ -73,9 +72,8 @@ def linear_cross_entropy_reference(hidden: Tensor, head: Head, targets: Tensor, 
         z = head.softcap * torch.tanh(z / head.softcap)
     logp = z.log_softmax(dim=1)
     target_logp = logp.gather(1, t)[:, 0] * valid
-    entropy = -(logp.exp() * logp).sum(dim=1) * valid
     top1 = (z <= z.gather(1, t)).all(dim=1) & valid
-    return -target_logp, LossStats(target_logp.detach(), entropy.detach(), top1)
+    return -target_logp, LossStats(target_logp.detach(), top1)
 
 
 # ---- plain torch, tile by tile ---------------------------------------------------------------------------------------
@@ -132,12 +130,12 @@ def _zero_target(x: Tensor, t: Tensor, start: int) -> None:
     x.scatter_(1, column, x.gather(1, column).masked_fill(inside[:, None], 0))
 
 
-def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, stats: bool, from_max: bool = False):
-    """Rows h [n, H] with targets t [n] -> (sums [4, n], dh [n, H] or None), fp32 (fp64).
+def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, from_max: bool = False):
+    """Rows h [n, H] with targets t [n] -> (sums [3, n], dh [n, H] or None), fp32 (fp64).
 
     The exponentials are relative to r: the target's logit, or with from_max the largest one, which cannot overflow but
-    takes one more matrix product. sums = S, sum_{j != t} E_j (z_j - r), max_{j != t} E_j, z_t - r; the two in
-    the middle only with stats. dh = coef * (sum_j E_j W_j - S W_t) / (e^(z_t - r) + S): for r = z_t the text on top.
+    takes one more matrix product. sums = S, max_{j != t} E_j, z_t - r.
+    dh = coef * (sum_j E_j W_j - S W_t) / (e^(z_t - r) + S): for r = z_t the text on top.
     """
     vocab = len(head.weight)
     tiles = _tiles(h, vocab)
@@ -146,23 +144,17 @@ def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, sta
     if from_max:
         for start, stop in tiles:
             r = torch.maximum(r, _logits(h, head, start, stop).amax(dim=1))
-    sums = zt.new_zeros(4, len(h))
-    total, moment, largest, offset = sums
+    sums = zt.new_zeros(3, len(h))
+    total, largest, offset = sums
     offset.copy_(zt - r)
     u = zt.new_zeros(h.shape if grad else (0,))  # sum_j E_j W_j
 
     for start, stop in tiles:
         x = _logits(h, head, start, stop)
         slope = None if head.softcap is None else _slope(x, head)
-        x -= r[:, None]
-        if stats:
-            e = x.exp()
-            _zero_target(e, t, start)
-            torch.maximum(largest, e.amax(dim=1), out=largest)
-            moment += x.mul_(e).sum(dim=1)
-        else:
-            e = x.exp_()
-            _zero_target(e, t, start)
+        e = x.sub_(r[:, None]).exp_()
+        _zero_target(e, t, start)
+        torch.maximum(largest, e.amax(dim=1), out=largest)
         total += e.sum(dim=1)
         if grad:
             if slope is not None:
@@ -212,7 +204,7 @@ def _rows_per_chunk(num_rows: int, vocab: int, dim: int, path: str) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head: Head, targets, rows, options):
-        ignore_index, reduction, want_grad, want_stats, path = options
+        ignore_index, reduction, want_grad, path = options
         hidden = hidden.detach() if hidden.stride(1) == 1 else hidden.detach().contiguous()
         num_tokens, vocab, dtype = len(hidden), len(head.weight), _acc(hidden)
         num_rows = num_tokens if rows is None else len(rows)
@@ -230,13 +222,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             coef /= max(1, num_rows)
 
         # 2) chunks of rows; everything of a row is final when its chunk is done
-        sums = torch.zeros(4, num_rows, dtype=dtype, device=hidden.device)
+        sums = torch.zeros(3, num_rows, dtype=dtype, device=hidden.device)
         dh = None
         if want_grad:
             dh = (torch.empty if rows is None else torch.zeros)(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
         def by_torch(where, source, **options):
-            chunk, grad = _torch_chunk(hidden[source], head, t[where], coef[where], want_grad, want_stats, **options)
+            chunk, grad = _torch_chunk(hidden[source], head, t[where], coef[where], want_grad, **options)
             sums[:, where] = chunk
             if dh is not None:
                 dh[source] = grad.to(dh.dtype)
@@ -252,7 +244,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 target = dh[where] if dh is not None and rows is None else dh
                 to = None if rows is None else source
-                run_chunk(path, hidden[source], head, t[where], coef[where], sums[:3, where], target, to, want_stats)
+                run_chunk(path, hidden[source], head, t[where], coef[where], sums[:2, where], target, to)
 
         # 3) the one host read
         overflow = ~(sums[0] < math.exp(MAX_EXPONENT))  # also catches NaN
@@ -270,20 +262,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 by_torch(where, where if rows is None else rows[where], from_max=True)
 
         # 4) what is returned; kept for the backward pass is dh alone
-        total, moment, largest, offset = sums  # offset = z_t - r is 0 but in redone rows
+        total, largest, offset = sums  # offset = z_t - r is 0 but in redone rows
         log_d = torch.log1p(torch.expm1(offset) + total)  # expm1(0) = 0: confident tokens keep every digit
         loss = log_d - offset
-        value = (loss * coef).sum()
-        entropy, top1 = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool)
-        if want_stats:
-            entropy = log_d - (moment + offset.exp() * offset) / (offset.exp() + total)
-            top1 = largest <= offset.exp()
+        value, top1 = (loss * coef).sum(), largest <= offset.exp()
         if rows is not None:  # ignored rows have 0 and False
-            spread = torch.zeros(2, num_tokens, dtype=dtype, device=hidden.device)
-            spread[0, rows], spread[1, rows] = loss, entropy
-            loss, entropy = spread
-            top1 = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device).index_copy_(0, rows, top1)
-        stats = LossStats(-loss, entropy, top1)
+            loss, top1 = (x.new_zeros(num_tokens).index_copy_(0, rows, x) for x in (loss, top1))
+        stats = LossStats(-loss, top1)
         ctx.dh = dh
         ctx.mark_non_differentiable(*stats)
         return value, *stats
@@ -380,7 +365,7 @@ def linear_cross_entropy(
     want_grad = torch.is_grad_enabled() and hidden.requires_grad
     head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
-        options = (ignore_index, reduction, want_grad, return_stats, path)
+        options = (ignore_index, reduction, want_grad, path)
         value, *stats = _LinearCrossEntropy.apply(hidden, head, targets, rows, options)
     return (value, LossStats(*stats)) if return_stats else value
 

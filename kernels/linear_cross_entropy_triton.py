@@ -50,7 +50,7 @@ TILES = {
     90: Tile(128, 256, 64, 8, 4),
     120: Tile(128, 256, 64, 8, 3),
 }
-# With a softcap or statistics the epilogue needs more registers: half the tile, or it spills.
+# With a softcap the epilogue needs more registers: half the tile, or it spills.
 SMALL_TILE = Tile(128, 128, 64, 8, 3)
 # By estimate, until bench/loss.py has run on each: Triton's mma.sync products keep up with cuBLAS on sm_8x and 12x; on
 # Hopper the memory traffic that the epilogue saves is worth about what cuBLAS's faster product is; datacenter Blackwell
@@ -61,6 +61,9 @@ WARPS = 8  # of the row kernels
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
+#
+# Triton compiles a variant for an integer of 1 and one for multiples of 16. The number of rows is either by chance, so
+# it is not looked at; sizes of the model are, so that its vectors are read 16 bytes at a time.
 
 
 @triton.jit
@@ -82,14 +85,13 @@ def _to_bf16(x, EMULATE: tl.constexpr):
 
 @triton.jit
 def _exponentials(z, zt, others, softcap, HAS_CAP: tl.constexpr):
-    """Scaled logits z -> (capped z - z_t, E, E times the slope of the cap); E is 0 outside `others`."""
+    """Scaled logits z -> (E = exp(capped z - z_t), E times the slope of the cap); 0 outside `others`."""
     slope = 1.0
     if HAS_CAP:
         z = _cap(z, softcap)
         slope = 1 - (z / softcap) * (z / softcap)
-    d = z - zt
-    e = tl.where(others, tl.exp(d), 0.0)
-    return d, e, e * slope
+    e = tl.where(others, tl.exp(z - zt), 0.0)
+    return e, e * slope
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def _target_kernel(
     tl.store(zt_ptr + row, z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _gemm_exp_kernel(
     # pointers
     h_ptr,  # bf16 [R, H]
@@ -139,7 +141,7 @@ def _gemm_exp_kernel(
     t_ptr,  # int64 [R]
     zt_ptr,  # fp32 [R]
     e_ptr,  # bf16 [R, >= V], out
-    part_ptr,  # fp32 [3, R, P], out: sum E, sum E (z - z_t), max E of each of the P vocabulary tiles
+    part_ptr,  # fp32 [2, R, P], out: sum E and max E of each of the P vocabulary tiles
     # shapes
     R,
     V,
@@ -154,7 +156,6 @@ def _gemm_exp_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     STORE: tl.constexpr,
-    STATS: tl.constexpr,
     EVEN_H: tl.constexpr,
     EMULATE: tl.constexpr,
     BM: tl.constexpr,
@@ -198,20 +199,18 @@ def _gemm_exp_kernel(
     if HAS_BIAS:
         z += tl.load(bias_ptr + n, mask=n < V, other=0.0).to(tl.float32)[None, :]
     others = (n < V)[None, :] & (n[None, :] != t[:, None])
-    d, e, e_slope = _exponentials(z * scale, zt[:, None], others, softcap, HAS_CAP)
+    e, e_slope = _exponentials(z * scale, zt[:, None], others, softcap, HAS_CAP)
 
     # 4) partial sums and E; no atomics, so the order of summation is fixed
     part = part_ptr + m * parts + tile_n
     tl.store(part, tl.sum(e, axis=1), mask=row)
-    if STATS:
-        tl.store(part + R * parts, tl.sum(e * d, axis=1), mask=row)
-        tl.store(part + 2 * R * parts, tl.max(e, axis=1), mask=row)
+    tl.store(part + R * parts, tl.max(e, axis=1), mask=row)
     if STORE:
         e_ptrs = e_ptr + m.to(tl.int64)[:, None] * stride_e + n[None, :]
         tl.store(e_ptrs, _to_bf16(e_slope, EMULATE), mask=row[:, None] & (n < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _exp_kernel(
     # pointers
     z_ptr,  # fp32 [R, V], in
@@ -219,7 +218,7 @@ def _exp_kernel(
     bias_ptr,  # bf16 [V]
     t_ptr,  # int64 [R]
     zt_ptr,  # fp32 [R]
-    part_ptr,  # fp32 [3, R, 1], out, as in _gemm_exp_kernel
+    part_ptr,  # fp32 [2, R, 1], out, as in _gemm_exp_kernel
     # shapes
     R,
     V,
@@ -231,7 +230,6 @@ def _exp_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     STORE: tl.constexpr,
-    STATS: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -240,7 +238,6 @@ def _exp_kernel(
     t = tl.load(t_ptr + row)
     zt = tl.load(zt_ptr + row)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    moment = tl.zeros([BLOCK], dtype=tl.float32)
     largest = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, V, BLOCK):
         n = start + tl.arange(0, BLOCK)
@@ -248,33 +245,29 @@ def _exp_kernel(
         if HAS_BIAS:
             z += tl.load(bias_ptr + n, mask=n < V, other=0.0).to(tl.float32)
         others = (n < V) & (n != t)
-        d, e, e_slope = _exponentials(z * scale, zt, others, softcap, HAS_CAP)
+        e, e_slope = _exponentials(z * scale, zt, others, softcap, HAS_CAP)
         total += e
-        if STATS:
-            moment += e * d
-            largest = tl.maximum(largest, e)
+        largest = tl.maximum(largest, e)
         if STORE:
             # Block j is read at bytes 4jB.. and written at 2jB..: before everything still to be read, except within
             # the first block. So all threads must have read theirs before any writes.
             tl.debug_barrier()
             tl.store(e_ptr + row * 2 * stride_z + n, _to_bf16(e_slope, EMULATE), mask=n < V)
     tl.store(part_ptr + row, tl.sum(total, axis=0))
-    if STATS:
-        tl.store(part_ptr + R + row, tl.sum(moment, axis=0))
-        tl.store(part_ptr + 2 * R + row, tl.max(largest, axis=0))
+    tl.store(part_ptr + R + row, tl.max(largest, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "stride_sums"])
 def _finish_kernel(
     # pointers
     u_ptr,  # fp32 [R, H]: E W
     w_ptr,  # bf16 [V, H]
     t_ptr,  # int64 [R]
     zt_ptr,  # fp32 [R]
-    part_ptr,  # fp32 [3, R, P]
+    part_ptr,  # fp32 [2, R, P]
     coef_ptr,  # fp32 [R]
     rows_ptr,  # int64 [R]: where each row goes in dh
-    sums_ptr,  # fp32 [3, stride_sums], out: S, moment, largest
+    sums_ptr,  # fp32 [2, stride_sums], out: S, largest
     dh_ptr,  # bf16 [., H], out
     # shapes
     R,
@@ -290,7 +283,6 @@ def _finish_kernel(
     HAS_CAP: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     GRAD: tl.constexpr,
-    STATS: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -301,11 +293,8 @@ def _finish_kernel(
     part = part_ptr + row * parts + p
     total = tl.sum(tl.load(part, mask=p < parts, other=0.0), axis=0)
     tl.store(sums_ptr + row, total)
-    if STATS:
-        moment = tl.sum(tl.load(part + R * parts, mask=p < parts, other=0.0), axis=0)
-        largest = tl.max(tl.load(part + 2 * R * parts, mask=p < parts, other=0.0), axis=0)
-        tl.store(sums_ptr + stride_sums + row, moment)
-        tl.store(sums_ptr + 2 * stride_sums + row, largest)
+    largest = tl.max(tl.load(part + R * parts, mask=p < parts, other=0.0), axis=0)
+    tl.store(sums_ptr + stride_sums + row, largest)
     if GRAD:
         t = tl.load(t_ptr + row)
         target = total
@@ -358,7 +347,7 @@ def tile_for(arch: int, small: bool) -> Tile:
 
 def bytes_per_row(path: str, vocab: int, dim: int) -> int:
     """Workspace of one row of a chunk: E (fp32 logits), U fp32, the gathered row bf16, partial sums."""
-    return (2 * _padded(vocab) + 12 * -(-vocab // 128) if path == "fused" else 4 * vocab + 12) + 6 * dim
+    return (2 * _padded(vocab) + 8 * -(-vocab // 128) if path == "fused" else 4 * vocab + 8) + 6 * dim
 
 
 def _padded(vocab: int) -> int:
@@ -370,11 +359,11 @@ def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor, dh: Tensor | None, rows, stats: bool):
+def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor, dh: Tensor | None, rows):
     """One chunk: h bf16 [R, H] (last stride 1), t int64 [R], coef fp32 [R]; head as in linear_cross_entropy.Head.
 
-    Writes sums fp32 [3, R] (a slice of columns: S, moment, largest; the last two with `stats`) and, unless dh is None,
-    the rows of dh bf16: row i to rows[i] (int64 [R]), or to i where rows is None.
+    Writes sums fp32 [2, R] (a slice of columns: S, max E) and, unless dh is None, the rows of dh bf16: row i to rows[i]
+    (int64 [R]), or to i where rows is None.
     """
     weight, bias, softcap, scale = head
     (num_rows, dim), vocab = h.shape, len(weight)
@@ -384,7 +373,7 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
     grad = dh is not None
     scale, cap = float(scale), float(softcap or 1.0)
     flags = dict(HAS_BIAS=bias is not None, HAS_CAP=softcap is not None)
-    store = dict(flags, STORE=grad, STATS=stats, EMULATE=INTERPRET)
+    store = dict(flags, STORE=grad, EMULATE=INTERPRET)
     bias = weight if bias is None else bias  # a pointer that is not read
 
     with torch.cuda.device_of(h):  # Triton launches on the current device
@@ -394,10 +383,10 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
             h, weight, bias, t, zt, dim, h.stride(0), weight.stride(0), scale, cap, **flags, BLOCK=block_h, num_warps=4
         )
         if path == "fused":
-            tile = tile_for(architecture(h.device), small=stats or softcap is not None)
+            tile = tile_for(architecture(h.device), small=softcap is not None)
             parts = triton.cdiv(vocab, tile.n)
             e = torch.empty(num_rows, _padded(vocab) if grad else 1, dtype=torch.bfloat16, device=h.device)
-            part = torch.empty(3, num_rows, parts, dtype=torch.float32, device=h.device)
+            part = torch.empty(2, num_rows, parts, dtype=torch.float32, device=h.device)
             _gemm_exp_kernel[(triton.cdiv(num_rows, tile.m) * parts,)](
                 *(h, weight, bias, t, zt, e, part),
                 *(num_rows, vocab, dim),
@@ -415,7 +404,7 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
             parts = 1
             z = _mm_fp32(h, weight.T)
             e = z.view(torch.bfloat16)  # [R, 2 V], the same bytes
-            part = torch.empty(3, num_rows, parts, dtype=torch.float32, device=h.device)
+            part = torch.empty(2, num_rows, parts, dtype=torch.float32, device=h.device)
             _exp_kernel[(num_rows,)](
                 *(z, e, bias, t, zt, part),
                 *(num_rows, vocab, z.stride(0), scale, cap),
@@ -433,7 +422,6 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
             HAS_CAP=softcap is not None,
             HAS_ROWS=rows is not None,
             GRAD=grad,
-            STATS=stats,
             EMULATE=INTERPRET,
             BLOCK_P=triton.next_power_of_2(parts),
             BLOCK_H=block_h,

@@ -188,6 +188,16 @@ def take(args: argparse.Namespace, kind: type[T]) -> T:
     return kind(**{name: getattr(args, name) for name in names})
 
 
+def defaults_of(kind: type) -> dict[str, Any]:
+    """Flag -> its default, of a dataclass of flags; None for one that must be given."""
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        make = field.default_factory
+        default = None if field.default is dataclasses.MISSING else field.default
+        defaults[field.name] = default if make is dataclasses.MISSING else make()
+    return defaults
+
+
 @dataclass(frozen=True)
 class OutputFlags:
     """Where a stage writes, and what it may do there."""

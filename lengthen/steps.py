@@ -164,10 +164,13 @@ def stale(step: Step) -> str:
     return ""
 
 
-def execute(steps: Sequence[Step], run: str, afresh: Sequence[Step] = ()) -> tuple[list[dict], list[str]]:
+def execute(
+    steps: Sequence[Step], run: str, afresh: Sequence[Step] = (), told: Callable[[int], None] = lambda number: None
+) -> tuple[list[dict], list[str]]:
     """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing).
 
-    afresh: those that do not go on from what is there. So do those whose inputs are other ones now.
+    afresh: those that do not go on from what is there. So do those whose inputs are other ones now. told: called after
+    each step, with the number of those that are over.
     """
     results: list[dict] = []
     ended: list[str] = []
@@ -193,6 +196,7 @@ def execute(steps: Sequence[Step], run: str, afresh: Sequence[Step] = ()) -> tup
                 ended.append(step.control)
             else:
                 results.append({**result, "part": step.part, "stage": step.name})
+            told(number)
     return results, ended
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# python run.py --model Qwen/Qwen2.5-7B-Instruct --run runs/paper
+# python run.py --scale paper
 set -e
 RUN=runs/paper MODEL=Qwen/Qwen2.5-7B-Instruct
 # Iteration 1: instructions, drafts, extensions; both roles learn from them

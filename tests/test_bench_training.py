@@ -1,4 +1,7 @@
-"""bench/training.py and bench/pairs.py at their smallest.  python -m pytest tests/test_bench_training.py"""
+"""The benches of training, pairs, the loss, attention and the GPU's sampler, at their smallest.
+
+python -m pytest tests/test_bench_training.py
+"""
 
 import importlib.util
 import json
@@ -49,15 +52,47 @@ def test_both_are_processes_that_train(capsys):
     assert [len(some) for some in run["seconds"].values()] == [1, 1]
 
 
-def test_random_nf4_weights_train_as_any_model_does():
+def test_random_nf4_weights_train_as_any_model_does(same_nf4_on_every_cpu):
     bench = load("training")
     model = bench.random_model("tiny", torch.device("cpu"), nf4=True)
     assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) == 14
     assert not [n for n, p in model.named_parameters() if p.is_meta]
-    step = bench.ours(model, 8, 0.0, 64)
+    run = bench.ours(model, 8, 0.0, 64)
     before = [p.clone() for p in bench.lora.lora_parameters(model)]
-    assert step([bench.sample(40, 512)]) == "--checkpoint none"
+    times, facts = run(40, 2)
+    assert len(times) == 2 and facts["settings"] == "--checkpoint none" and facts["lean"] and facts["plan_gb"] >= 0
     assert any(not torch.equal(a, b) for a, b in zip(before, bench.lora.lora_parameters(model), strict=True))
+
+
+def test_random_models_have_key_biases_as_large_as_real_ones():
+    """Qwen2.5-0.5B's reach 211; with small ones nothing that they break would show."""
+    bench = load("training")
+    bench.SHAPES["biased"] = ("qwen2", 8, (512, 128, 256, 2, 4, 2))
+    model = bench.random_model("biased", torch.device("cpu"), nf4=False)
+    largest = {name: p.abs().max().item() for name, p in model.named_parameters() if name.endswith("proj.bias")}
+    assert len(largest) == 6 and all((value > 100) == ("k_proj" in name) for name, value in largest.items())
+
+
+def test_peft_trains_under_autocast_as_trainer_does():
+    """It did not: its fp32 adapters then turn every product of a bf16 model into one of fp32."""
+    bench, seen = load("training"), []
+    model = bench.with_adapter(bench.random_model("tiny", torch.device("cpu"), nf4=False).bfloat16(), 8)
+    adapter = next(m for name, m in model.named_modules() if name.endswith("lora_A.default"))
+    adapter.register_forward_hook(lambda module, given, result: seen.append((module.weight.dtype, result.dtype)))
+    bench.by_steps(model, 512, "")(40, 1)
+    assert seen == [(torch.float32, torch.bfloat16)]
+
+
+def test_a_gpu_runs_every_method_in_its_own_process_and_says_which_fail(monkeypatch, capsys):
+    """The GPU's way on a toy shape; a method that fails has a row with the reason."""
+    bench = load("training")
+    monkeypatch.setattr(bench, "missing", lambda method, args: "" if method in ("ours", "Unsloth") else "left out")
+    bench.main(["--tiny", "--methods", "ours", "TRL", "Unsloth"])
+    out, err = capsys.readouterr()
+    own, failed = json.loads(out)["figures"]["rows"]
+    assert own["method"] == "ours" and own["tokens_per_second"] > 0 and own["lean"] is True
+    assert failed["method"] == "Unsloth" and "failed: ModuleNotFoundError" in failed["settings"]
+    assert "TRL                   not measured: left out" in err
 
 
 def test_the_longest_row_is_found_to_two_percent():
@@ -89,3 +124,73 @@ def test_missing_methods_say_what_they_need():
     args = bench.parse_args(["--device", "cpu"])
     assert "unsloth" in bench.missing("Unsloth", args) and bench.missing("ours", args) == ""
     assert sys.modules.get("unsloth") is None
+
+
+def test_the_loss_bench_has_the_floor_beside_every_method_and_survives_a_peer(monkeypatch, capsys):
+    bench = load("loss")
+
+    def breaks(h, w, t, cap):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setitem(bench.SHAPES, "tiny", (500, 32, None))
+    given = bench.methods
+    monkeypatch.setattr(bench, "methods", lambda *args: ({**given(*args)[0], "peer": breaks}, given(*args)[1]))
+    bench.main(["--device", "cpu", "--shapes", "tiny", "--dtype", "float32", "--tokens", "40", "--repeats", "2"])
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["tables"][0]["rows"]
+    assert [row[1] for row in rows][:3] == ["two products", "ours, torch", "torch eager"]
+    assert "no peer: RuntimeError: no kernel image" in err and "is available" not in err
+    assert all(float(row[7]) < 1e-4 and float(row[8]) < 1e-4 for row in rows[1:]), rows
+
+
+def test_small_kernels_are_timed_as_replays_not_as_calls_from_python(monkeypatch):
+    """Starting one takes the host longer than a GPU needs for it."""
+    bench, log, clock = load("attention"), [], iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = next(clock)
+            log.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, stop):
+            return 1000.0 * (stop.at - self.at)
+
+    empty = torch.empty
+    monkeypatch.setattr(bench.torch, "empty", lambda *size, device: empty(1))
+    monkeypatch.setattr(bench.torch.cuda, "Event", Event)
+    monkeypatch.setattr(bench, "captured", lambda work: work() or (lambda: log.append("replay")))
+    assert bench.seconds(lambda: log.append("work"), True, 2) == 1.0
+    assert log == ["work", *["event", "replay", "event"] * 4]
+
+
+def test_the_models_of_case_d_write_the_script_so_lookup_has_something_to_find():
+    """Case d replaced the tokens in a function that captured steps never call: it measured nothing."""
+    bench = load("sampler_gpu")
+    args, device = bench.parse_args(["--tiny"]), torch.device("cpu")
+    work = bench.make_work("d", args)
+    used = [token for prompt in work.prompts for token in prompt]
+    assert len(set(used)) == len(used)
+    copied = [len({*script} & {*prompt}) for prompt, script in zip(work.prompts, work.script, strict=True)]
+    assert 0.3 < sum(copied) / (40 * len(copied)) < 0.7 and min(copied) < 20 < max(copied)
+    assert all(len(script) == len({*script}) == 40 for script in work.script)
+    rates = []
+    for lookup in (True, False):
+        notes = bench.run_ours(work, device, lookup=lookup)["notes"]
+        assert notes.endswith("100.0% of the tokens as scripted"), notes
+        rates.append(float(notes.split()[0]))
+    assert rates[0] > 1.1 and rates[1] == 1.0
+
+
+def test_decoding_is_clocked_without_prompts(monkeypatch):
+    bench = load("sampler_gpu")
+    work = bench.make_work("decode-7B-64", bench.parse_args(["--tiny"]))
+    assert len(work.prompts) == 4 and work.lengths == [32] * 4
+    result = bench.run_ours(work, torch.device("cpu"))
+    # From the step after each text's 16th token on, at most to the end of all.
+    assert 4 <= result["tokens"] <= 4 * (32 - bench.WARM) and result["seconds"] > 0

@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "prompts" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "prompts" / "README.md", ROOT / "exercises" / "README.md"]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = ("run", "generate", "extend", "train", "evaluate")
 OTHER_TOOLS = {"--no-deps", "--dist", "--check", "--nproc-per-node"}  # pip, pytest, ruff, ...
 OTHER_TOOLS |= {f"--{name}" for name in ("generation-config", "data-parallel-size", "api-server-count")}  # vLLM's
 OTHER_TOOLS |= {f"--{name}" for name in ("enable-lora", "max-lora-rank", "logits-processors")}
+OTHER_TOOLS |= {f"--{name}" for name in ("repo-type", "include", "exclude")}  # hf's
 IMAGE = re.compile(r'!\[[^\]]*\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"')
 
 
@@ -54,8 +56,10 @@ def test_every_command_parses(document, command):
         for flag in flags:
             assert not flag.startswith("--") or f'"{flag}"' in text_of(ROOT / script), f"{document}: {flag}"
         return
-    parser = importlib.import_module(script.removesuffix(".py")).make_parser()
-    parser.parse_args(flags)  # raises UserError
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.make_parser().parse_args(flags)  # raises UserError
+    if script == "run.py":
+        module.main([*flags, "--dry-run"])  # also where nobody has the model or the servers: the plan is made
 
 
 def test_the_test_finds_commands():
@@ -91,15 +95,18 @@ def flags_of(parser) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_every_link_leads_somewhere(path):
-    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", text_of(path), flags=re.S | re.M)
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + [a or b for a, b in IMAGE.findall(text)]
-    for link in links:
-        if re.match(r"https?:", link):
-            continue
+    for link in links_of(path):
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
         assert target.exists(), f"{name(path)}: {link}"
         assert not anchor or anchor in anchors(text_of(target)), f"{name(path)}: {link}"
+
+
+def links_of(path: Path) -> list[str]:
+    """Links and images, but those to the web."""
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", text_of(path), flags=re.S | re.M)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + [a or b for a, b in IMAGE.findall(text)]
+    return [link for link in links if not re.match(r"https?:", link)]
 
 
 def anchors(text: str) -> set[str]:
@@ -145,9 +152,13 @@ def test_ci_runs_the_readmes_test_command():
     assert block.rstrip().split("\n")[-1].startswith(".venv/bin/python -m pytest")
 
 
-def test_the_readme_lists_every_document():
+def test_the_readme_leads_to_every_document():
+    """By itself, or by the reading order in docs/README.md, which lists all that lies beside it."""
+    order = ROOT / "docs" / "README.md"
+    linked = {(path.parent / link.partition("#")[0]).resolve() for path in (README, order) for link in links_of(path)}
     for path in DOCUMENTS[1:]:
-        assert f"]({name(path)})" in text_of(README), name(path)
+        assert path in linked, name(path)
+    assert f"]({name(order)})" in text_of(README)
 
 
 def test_every_figure_is_shown_beside_the_command_that_made_it():

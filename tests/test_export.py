@@ -4,6 +4,7 @@ The oracles: PEFT's own merge, and the rules of transformers 4.57 that these fil
 """
 
 import json
+import os
 from pathlib import Path
 
 import peft
@@ -14,6 +15,7 @@ from tiny import CHAT_TEMPLATE, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lengthen.cli import ModelFlags
+from lengthen.jobs import Lock
 from lengthen.models import lora
 from lengthen.models.export import for_older_readers, merge_to
 from lengthen.models.loading import load_model, stored_dtype
@@ -124,3 +126,55 @@ def test_an_adapter_of_a_half_precision_base_merges_without_lora_layers(base):
     lora.attach(model, 4, 8)
     with pytest.raises(AssertionError, match="merge_adapter first"):
         merge_to(model, base, base.parent / "merged")
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_the_model_that_was_there_outlives_a_rename_that_fails(base, tmp_path, monkeypatch, fails):
+    """It was moved away first, and a failure, or a kill, between the two renames left nothing under its name."""
+    model, merged = load_model(str(base)).model, tmp_path / "merged"
+    merge_to(model, base, merged)
+    before = (merged / "model.safetensors").read_bytes()
+    (merged / "of_the_first.txt").write_text("")
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == fails:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="No space left"):
+        merge_to(model, base, merged)
+    assert (merged / "model.safetensors").read_bytes() == before and (merged / "of_the_first.txt").exists()
+    assert not list(tmp_path.glob(".*"))
+    merge_to(model, base, merged)
+    assert not (merged / "of_the_first.txt").exists()
+
+
+def test_what_a_killed_merge_has_left_is_taken_up(base, tmp_path):
+    model, merged = load_model(str(base)).model, tmp_path / "merged"
+    merge_to(model, base, merged)
+    merged.rename(tmp_path / ".merged.old")  # killed between the two renames
+    (tmp_path / ".merged.tmp").mkdir()
+    (tmp_path / ".merged.tmp" / "half.safetensors").write_text("half")
+    merge_to(model, base, merged)
+    assert (merged / "model.safetensors").exists() and not (merged / "half.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_merges_into_one_folder_are_refused(base, tmp_path):
+    model, lock = load_model(str(base)).model, Lock(tmp_path / "merged")
+    with pytest.raises(UserError, match="written by another process") as error:
+        merge_to(model, base, tmp_path / "merged")
+    assert error.value.hint == "wait for it, or --merge-to another folder"
+    lock.release()
+
+
+def test_a_card_takes_the_place_of_the_bases(base, tmp_path):
+    (base / "README.md").write_text("# The base")
+    model = load_model(str(base)).model
+    merge_to(model, base, tmp_path / "merged", "# The merged one")
+    assert (tmp_path / "merged" / "README.md").read_text() == "# The merged one"
+    merge_to(model, base, tmp_path / "merged")
+    assert (tmp_path / "merged" / "README.md").read_text() == "# The base"

@@ -10,7 +10,7 @@ import torch
 from trainees import alone, some_pairs, with_lora
 
 import train
-from lengthen.models import flash
+from lengthen.models import flash, flash_hopper
 from lengthen.training.packed import examine
 
 
@@ -88,3 +88,78 @@ def test_torchs_operators_are_called_by_their_signatures(window):
     # and through autograd, as packed training calls them
     out, _ = flash._torch_flash(q, k, v, flash.Varlen(row[0], row[0], 20, 20), 0.25, window)
     assert [x.shape for x in torch.autograd.grad(out, (q, k, v), torch.empty_like(out))] == [x.shape for x in (q, k, v)]
+
+
+# ---- FlashAttention 3 and 4 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch, capsys):
+    """A Hopper GPU on paper. hopper(FA3=..., FA4=...): what is installed, and what each computes -> what is used."""
+    active, given = [None], {}
+
+    def probe(device, head):
+        result = given[active[0]] if active[0] else torch.tensor([1.0, -2.0])
+        if isinstance(result, str):
+            raise RuntimeError(result + "\nmore")
+        return [result]
+
+    def use(**installed):
+        given.update(installed)
+        return flash_hopper.activated(torch.device("cuda", 0), 128), active[0], capsys.readouterr().err
+
+    monkeypatch.setattr(flash_hopper, "_probe", probe)
+    monkeypatch.setattr(flash_hopper, "MODULES", dict(flash_hopper.MODULES))
+    names = {module: name for name, (module, _) in flash_hopper.MODULES.items()}
+    monkeypatch.setattr(flash_hopper, "importable", lambda module: names.get(module) in given)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention = flash_hopper.attention
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda name: active.__setitem__(0, name))
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: active.__setitem__(0, None))
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: active[0])
+    yield use
+    flash_hopper.candidate.cache_clear()
+    flash_hopper.activated.cache_clear()
+
+
+RIGHT = torch.tensor([1.01, -2.0])
+
+
+def test_flash_attention_3_is_used_where_it_is_installed_and_right(hopper):
+    assert hopper(FA3=RIGHT, FA4=RIGHT) == (True, "FA3", "")
+    assert flash_hopper.activated(torch.device("cuda", 0), 64) and not flash_hopper.activated(torch.device("cpu"), 64)
+
+
+def test_without_it_torchs_own_stays(hopper):
+    assert hopper() == (False, None, "")
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.1, -2.0]), torch.tensor([1.0, torch.nan]), "no kernel image"])
+def test_one_that_fails_or_differs_is_given_up_and_that_is_said(hopper, wrong):
+    used, active, said = hopper(FA3=wrong)
+    assert not used and active is None
+    assert "FA3 is installed and not used: " + ("no kernel image" if isinstance(wrong, str) else "it differs") in said
+    assert "more" not in said
+
+
+def test_after_flash_attention_3_failed_4_is_tried(hopper):
+    used, active, said = hopper(FA3="undefined symbol", FA4=RIGHT)
+    assert used and active == "FA4" and "FA3 is installed and not used: undefined symbol" in said
+
+
+def test_what_is_compared_is_attention_with_and_without_a_window(monkeypatch):
+    """The operators' stand-ins compute by the definition: the calls of the comparison keep their contract."""
+    asked = []
+
+    def backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, causal, seed, offset, **sides):
+        asked.append(sides["window_size_left"])
+        assert causal and dropout_p == 0 and torch.equal(cu_q, cu_k) and max_q == max_k == 257
+        inputs = [x.double().requires_grad_() for x in (q, k, v)]
+        want, _ = attention(*inputs, cu_q, sides["scale"], sides["window_size_left"] + 1)
+        return torch.autograd.grad(want, inputs, dout.double())
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    found = flash_hopper._probe(torch.device("cpu"), 16)
+    assert len(found) == 10 and asked == [-1, 30] and all(x.isfinite().all() for x in found)
+    assert not torch.allclose(found[0], found[5])  # the window is shorter than the longest sample

@@ -21,6 +21,7 @@ RANKS = [
     {"lengthen.sampling", "lengthen.training"},
     {"lengthen.stage", "lengthen.tasks"},
     {"lengthen.evaluation"},
+    {"lengthen.costs"},
     STAGES - {"run"},
     {"run"},  # the loop stands above the stages: it takes their flags from them
 ]
@@ -31,12 +32,13 @@ ONE_ROOM = [
 # What loads without torch, so that --help, a mistake in the input and a finished stage do not wait for it.
 WITHOUT_TORCH = {
     *(f"lengthen.{name}" for name in ("records", "reading", "jobs", "cli", "steps", "endpoint", "stage", "tasks")),
-    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.sampling.request"),
+    *("lengthen.models.cards", "lengthen.models.chat", "lengthen.models.families", "lengthen.models.hub"),
+    "lengthen.sampling.request",
     *(f"lengthen.training.{name}" for name in ("settings", "pairs", "folder", "parallel", "steplog")),
     *("generate", "extend", "train", "evaluate", "run"),
     *(f"lengthen.sampling.{name}" for name in ("scheduler", "pages", "prefix_cache", "lookup", "stopping")),
 }
-FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation")
+FOLDERS_WITHOUT_TORCH = ("lengthen.text", "lengthen.evaluation", "lengthen.costs")
 TORCH = {
     "torch",
     "transformers",

@@ -5,7 +5,9 @@ pytest tests/test_lean.py
 
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from itertools import product
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -491,6 +493,87 @@ def test_offloaded_tensors_come_back_once_and_are_never_lost():
     gone = weakref.ref(stored.pop())
     del stored[0]  # a forward pass that was given up
     assert gone() is None and len(host.free) == 2 and host.get(stored[0])[0].tolist() == [1.0] * 4
+
+
+class Streams:
+    """CUDA's streams on paper: what is queued runs when `run` says so, one stream as late or as early as it may."""
+
+    def __init__(self):
+        self.queues = {"compute": [], "side": []}
+        self.done, self.now = {"compute": 0, "side": 0}, "compute"
+
+    def named(self, name):
+        def event():
+            return name, len(self.queues[name])
+
+        def wait(event):
+            self.queues[name].append(event)
+
+        def wait_stream(other):
+            wait(other.record_event())
+
+        return SimpleNamespace(record_event=event, wait_event=wait, wait_stream=wait_stream, synchronize=lambda: None)
+
+    @contextmanager
+    def on(self, stream):
+        self.now = "side"
+        yield
+        self.now = "compute"
+
+    def run(self, first):
+        second = {"compute": "side", "side": "compute"}[first]
+        while any(self.done[name] < len(queue) for name, queue in self.queues.items()):
+            name = next(n for n in (first, second) if self.ready(n))
+            step = self.queues[name][self.done[name]]
+            self.done[name] += 1
+            if callable(step):
+                step()
+
+    def ready(self, name):
+        if self.done[name] == len(self.queues[name]):
+            return False
+        step = self.queues[name][self.done[name]]
+        return callable(step) or self.done[step[0]] >= step[1]
+
+
+@pytest.mark.parametrize("first", ["compute", "side"])
+def test_copies_wait_for_what_they_must_and_the_last_two_layers_never_move_back(first, monkeypatch):
+    """Five layers out and back. Memory that is given up is overwritten at once, as the allocator would let others."""
+    streams, copies = Streams(), []
+    copy = offload._copy
+
+    def queued(tensors, slabs, out):
+        given = list(tensors), list(slabs)
+        copies.append(out)
+        streams.queues[streams.now].append(lambda: copy(*given, out))
+
+    monkeypatch.setattr(offload, "_copy", queued)
+    monkeypatch.setattr(offload.torch.cuda, "current_stream", lambda device: streams.named("compute"))
+    monkeypatch.setattr(offload.torch.cuda, "stream", streams.on)
+    host = Host(torch.device("cpu"))
+    host.stream, compute, seen = streams.named("side"), streams.queues["compute"], []
+    stored, memory = [], []
+
+    def overwrite(tensors):
+        compute.append(lambda: [x.fill_(-1) for x in tensors])
+
+    for i in range(5):
+        memory.append([torch.zeros(3)])
+        compute.append(lambda i=i: memory[i][0].fill_(i))  # the layer computes
+        stored.append(host.put(memory[i]))
+        assert [s.here is not None for s in stored] == [i - j < 2 for j in range(i + 1)]  # two layers are there
+        if i >= 2:
+            overwrite(memory[i - 2])
+    for i in reversed(range(5)):
+        back = host.get(stored[i])
+        assert [s.here is not None for s in stored] == [j == i - 1 for j in range(5)]
+        compute.append(lambda back=back: seen.append(back[0].tolist()))
+        overwrite(back)
+        del back
+    streams.run(first)
+    assert seen == [[float(i)] * 3 for i in reversed(range(5))]
+    assert copies.count(True) == 4 and copies.count(False) == 3  # never the newest; all but the last two
+    assert len(host.free) == host.num_slabs == 5
 
 
 def test_a_second_backward_pass_is_refused():

@@ -126,7 +126,7 @@ def test_the_settings_are_those_of_the_commands_before_the_plan_was_data(script)
 
 
 @pytest.mark.parametrize(
-    ("script", "argv"), [("demo", []), ("paper", ["--model", "Qwen/Qwen2.5-7B-Instruct", "--run", "runs/paper"])]
+    ("script", "argv"), [("demo", []), ("small", ["--scale", "small"]), ("paper", ["--scale", "paper"])]
 )
 def test_the_recipes_are_what_a_dry_run_prints(script, argv, capsys, monkeypatch):
     """python run.py --dry-run > recipes/demo.sh"""
@@ -143,6 +143,20 @@ def test_without_a_model_it_is_the_demo_and_flags_still_override():
     assert own.stages["extend"] == {**run.DEMO["extend"], "samples": 9}
     assert run.parse_args(["--model", "smollm2"]).loop.instructions == 5000
     assert not any(run.parse_args(["--model", "smollm2"]).stages.values())
+
+
+def test_a_scale_is_a_preset_that_flags_still_override(capsys):
+    """Without --scale: the demo, or the paper's constants where a model is given."""
+    assert run.parse_args(["--scale", "demo"]).stages == run.parse_args([]).stages
+    paper, given = (steps_of(*argv) for argv in (["--scale", "paper"], ["--model", run.MODEL]))
+    assert paper == given and paper == steps_of("--scale", "paper", "--model", run.MODEL)
+    own = run.parse_args(["--scale", "small", "--model", "other", "--iterations", "3", "--extend.rounds", "1"])
+    assert (own.shared["model"], own.loop.iterations, own.loop.run) == ("other", 3, "runs/small")
+    assert own.stages["extend"] == {**run.SMALL["extend"], "rounds": 1}
+    demo = run.parse_args(["--scale", "demo", "--model", "other"])
+    assert demo.shared["model"] == "other" and demo.stages["extend"] == run.DEMO["extend"]
+    with pytest.raises(UserError, match="invalid choice: 'huge'"):
+        run.parse_args(["--scale", "huge"])
 
 
 def test_a_stages_flag_reaches_that_stage_alone():

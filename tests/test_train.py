@@ -211,7 +211,7 @@ def test_a_run_learns_and_writes_everything(run, tmp_path, model_folder):
     assert [e["step"] for e in log] == list(range(1, 25)) and log[0]["epoch"] == 0 and log[-1]["epoch"] == 5
     assert sum(e["tokens"] for e in log) == summary["tokens"] and "tok/s" in err and "| lr " in err
     out = {p.name for p in (tmp_path / "out").iterdir()}
-    assert out == {lora.WEIGHTS, lora.CONFIG, "meta.json", "train_log.jsonl", "loss.png", "rejected.jsonl"}
+    assert out == {lora.WEIGHTS, lora.CONFIG, "meta.json", "train_log.jsonl", "loss.png", "rejected.jsonl", "README.md"}
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["status"] == "done" and meta["quantize"] == "none" and meta["settings"]["rank"] == 4

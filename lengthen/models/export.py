@@ -13,8 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lengthen.jobs import Lock
 from lengthen.models.lora import lora_layers
-from lengthen.records import UserError
+from lengthen.records import UserError, sync
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 LOCAL = {"is_local", "local_files_only", "backend"}  # of tokenizer_config.json: how it was loaded last, and by what
@@ -28,13 +29,20 @@ def check_target(folder: Path, base: Path) -> None:
         raise UserError(f"{folder} is the base model itself: it is not replaced", "--merge-to a new folder")
 
 
-def merge_to(model: Any, base: Path, folder: str | Path) -> None:
-    """Write a merged model as a folder that any loader takes: whole, or not at all. `base`: the base model's folder."""
+def merge_to(model: Any, base: Path, folder: str | Path, card: str = "") -> None:
+    """Write a merged model as a folder that any loader takes: whole, or not at all. `base`: the base model's folder.
+
+    card: its README.md. A folder that is there already stays until the new one is whole.
+    """
     assert not lora_layers(model), "merge_adapter first"
     folder = Path(folder)
     check_target(folder, base)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, before = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    lock = only_writer(folder)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not folder.exists():  # killed between the two renames below
+            os.replace(before, folder)
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
         (temporary / "generation_config.json").unlink(missing_ok=True)  # reduced to its EOS (models/loading.py)
@@ -46,15 +54,35 @@ def merge_to(model: Any, base: Path, folder: str | Path) -> None:
             if file.is_file() and not weights and not ours and not file.name.startswith("."):
                 shutil.copyfile(file, temporary / file.name)  # what a link on the hub's cache points to
         for_older_readers(temporary)
-        before = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if card:
+            (temporary / "README.md").write_text(card, "utf-8")
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                sync(handle.fileno())  # a half-written file must not survive a power cut under its name
+        shutil.rmtree(before, ignore_errors=True)
         if folder.exists():
             os.replace(folder, before)
         os.replace(temporary, folder)
         shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
         shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
         why = getattr(error, "strerror", "") or error
         raise UserError(f"cannot write the merged model {folder}: {why}") from error
+    finally:
+        lock.release()
+
+
+def only_writer(folder: Path) -> Lock:
+    """The lock of a folder that is written: what a killed export has left beside it is then nobody's."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Lock(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the merged model {folder}: {error.strerror}") from error
+    except UserError as error:  # held by another process, or no room for it
+        raise UserError(error.message, "wait for it, or --merge-to another folder") from None
 
 
 def for_older_readers(folder: Path) -> None:

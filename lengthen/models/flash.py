@@ -10,16 +10,16 @@ window_left = w - 1, window_right = 0, always with causal. Query heads share key
     dense              one sample by torch's SDPA or, with softcaps and sinks, from its scores: any device and dtype
 
 On a GPU that is flash-attn where it is installed, else the FlashAttention inside torch, by its operator (the function
-around it has other arguments in torch 2.11 than later). Neither is given page tables: torch 2.11 has none, and later
-ones are wrong with FlashAttention 2 (pytorch#194167). What FlashAttention does not carry goes sample by sample through
-torch, as everything does on a CPU: fp32, softcaps without flash-attn, head sizes above 256 or other ones for values.
+around it has other arguments in torch 2.11 than later), whose kernels flash_hopper.py may have exchanged for newer
+ones. None is given page tables: torch 2.11 has none, and later ones are wrong with FlashAttention 2 (pytorch#194167).
+What FlashAttention does not carry goes sample by sample through torch, as everything does on a CPU: fp32, softcaps
+without flash-attn, head sizes above 256 or other ones for values.
 Sinks need no kernel of their own: with the log of the sum of a query's exponentials, out * sigmoid(lse - sink) puts the
 sink into the sum.
 
 No GPU has run the FlashAttention calls yet; the tests put float64 stand-ins in their place.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import accumulate
@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lengthen.models import flash_hopper
 
 QUERIES = 1024  # of a sample at a time where scores or masks are held
 
@@ -70,6 +72,8 @@ def flash_kernel(q: Tensor, v: Tensor, softcap: float | None) -> Kernel | None:
         return None
     if q.shape[2] != v.shape[2] or q.shape[2] > 256 or q.shape[2] % 8 or not _ampere(q.device):
         return None
+    if not softcap and flash_hopper.activated(q.device, q.shape[2]):
+        return _torch_flash
     if _has_flash_attn():
         return _flash_attn
     return None if softcap else _torch_flash
@@ -82,7 +86,8 @@ def _ampere(device: torch.device) -> bool:
 
 @cache
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    # FlashAttention 4 puts itself into a package of that name, too
+    return flash_hopper.importable("flash_attn.flash_attn_interface")
 
 
 def _flash_attn(
@@ -169,7 +174,7 @@ def flash_autograd(
 ) -> Tensor | None:
     """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D] with a gradient; None where no FlashAttention serves that."""
     kernel = flash_kernel(q, v, softcap)
-    if kernel is None:
+    if kernel is None or (dropout and flash_hopper.activated(q.device, q.shape[2])):
         return None
     return kernel(q, k, v, Varlen(cu_seq_lens, cu_seq_lens, longest, longest), scaling, window, softcap, dropout)[0]
 
@@ -179,6 +184,7 @@ def attend_saving_lse(
 ) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D], k and v [T, Hkv, D] -> (out [T, Hq, D], log-sum-exp of the scores, [Hq, T] fp32). No gradient."""
     if q.device.type != "cpu":
+        flash_hopper.activated(q.device, q.shape[2])
         return _torch_flash(q, k, v, Varlen(cu_seq_lens, cu_seq_lens, longest, longest), scaling, window)
     outs, sums = [], []
     for sample, band in _samples(cu_seq_lens, window, q):

@@ -148,10 +148,10 @@ def loss_bytes(shape: Shape, targets: int) -> float:
     """The hidden states of the targets, their gradient, and the workspace of kernels/linear_cross_entropy.py."""
     if shape.cuda:
         workspace = WORKSPACE_BYTES
-    else:  # three tiles of logits; fp32 copies of the rows, the targets' weights and the gradient
+    else:  # two tiles of logits; fp32 copies of the rows, the targets' weights and the gradient
         rows = min(TORCH_ROWS, targets)
         width = max(256, CPU_TILE_ELEMENTS // max(rows, 256) // 256 * 256)
-        workspace = 4 * rows * (3 * min(width, shape.vocab) + 4 * shape.hidden)
+        workspace = 4 * rows * (2 * min(width, shape.vocab) + 4 * shape.hidden)
     return 2 * targets * shape.hidden * shape.item + workspace
 
 

@@ -1,14 +1,15 @@
 """What a training works on: a frozen base model with LoRA, the paths that it can take, a memory plan, an optimizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lengthen import cli
 from lengthen.cli import ModelFlags
-from lengthen.models import lora
-from lengthen.models.export import merge_to
+from lengthen.models import hub, lora
+from lengthen.models.export import check_target, merge_to
 from lengthen.models.loading import embeddings_to_host, folder_of, load_model, stored_dtype
 from lengthen.records import UserError
 from lengthen.training.packed import Abilities, examine
@@ -84,6 +85,32 @@ def adamw(parameters: list[torch.nn.Parameter], rate: float, bits: int) -> Any:
     return AdamW8bit(parameters, lr=rate, weight_decay=0.0)
 
 
+def check_exports(training: Training) -> None:
+    """UserError where --merge-to or --gguf could not be written: found before hours of training."""
+    model, out = training.model, training.runtime
+    if out.merge_to:
+        check_target(Path(out.merge_to), Path(model.model))
+    if out.gguf:
+        from lengthen.models.to_gguf import check_gguf
+
+        check_gguf(out.gguf, folder_of(model.model), model.trust_remote_code)
+
+
+def write_exports(training: Training) -> dict[str, str]:
+    """What --merge-to and --gguf ask for of a finished training; their paths, for the summary."""
+    model, out, written = training.model, training.runtime, {}
+    if out.merge_to:
+        check_exports(training)
+        write_merged(model, training.out.output, out.merge_to)
+        written["merged"] = out.merge_to
+    if out.gguf:
+        from lengthen.models.to_gguf import write_gguf
+
+        write_gguf(out.merge_to, out.gguf, out.gguf_type, model.trust_remote_code)
+        written["gguf"] = out.gguf
+    return written
+
+
 def write_merged(flags: ModelFlags, adapter: str, folder: str) -> None:
     """The adapter merged into the unquantised base model, read afresh: never into rounded 4-bit weights.
 
@@ -99,4 +126,4 @@ def write_merged(flags: ModelFlags, adapter: str, folder: str) -> None:
         quantize="none",
         trust_remote_code=flags.trust_remote_code,
     )
-    merge_to(merged.model, base, folder)
+    merge_to(merged.model, base, folder, hub.model_card(adapter, merged=True))

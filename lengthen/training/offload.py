@@ -1,12 +1,13 @@
 """Activations that wait for the backward pass in host memory, instead of on the device.
 
 Host memory is taken in slabs of 16 MiB, pinned where the machine allows it, and reused from step to step. On CUDA all
-copies run on a stream of their own: at most two layers are being copied out at a time, so that they hold no more device
-memory than that; on the way back the next layer's copy runs while one computes. (Budget.activations counts with both.)
+copies run on a stream of their own, and two layers' tensors are on the device at a time (Budget.activations counts with
+both): in the forward pass the newest, and the one before it while it is copied out; in the backward pass the one that
+is used, and the one before it while it is copied back. So the last two layers, with which the backward pass begins, are
+still there and are not copied back.
 """
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 SLAB = 16 << 20  # bytes of host memory taken at a time
-COPYING_OUT = 2  # layers
 
 
 @dataclass
@@ -25,8 +25,9 @@ class Offloaded:
     like: list[tuple[torch.Size, torch.dtype]]
     slabs: list[Tensor]
     before: "weakref.ref[Offloaded] | None"  # what the backward pass will want next
-    fetched: list[Tensor] | None = None  # back on the device
-    arrived: Any = None  # event: the copy back is done
+    here: Sequence[Tensor] | None = None  # on the device: not yet given up, or back again
+    made: Any = None  # event: they are computed
+    copied: Any = None  # event: the newest copy, in either direction, is done
 
 
 class Host:
@@ -39,7 +40,6 @@ class Host:
         self.full = False  # the limit was reached: some tensors stayed on the device
         self.pinned = device.type == "cuda"
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.outgoing: deque = deque()  # (event, the tensors it copies): alive until the compute stream has waited
         self.last: weakref.ref[Offloaded] | None = None
 
     @property
@@ -59,51 +59,50 @@ class Host:
             _copy(tensors, slabs, out=True)
             return stored
         compute = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(compute)
-        with torch.cuda.stream(self.stream):
-            _copy(tensors, slabs, out=True)
-            self.outgoing.append((self.stream.record_event(), tensors))
-        while len(self.outgoing) > COPYING_OUT:
-            compute.wait_event(self.outgoing.popleft()[0])
+        stored.here, stored.made = tensors, compute.record_event()
+        before = stored.before() if stored.before else None
+        if before is not None and before.here is not None:  # no longer the newest
+            self.stream.wait_event(before.made)
+            with torch.cuda.stream(self.stream):
+                _copy(before.here, before.slabs, out=True)
+                before.copied = self.stream.record_event()
+            earlier = before.before() if before.before else None
+            if earlier is not None and earlier.here is not None:
+                compute.wait_event(earlier.copied)  # its memory may be written to from here on
+                earlier.here = None
         return stored
 
     def get(self, stored: Offloaded) -> list[Tensor]:
         """The tensors, on the device again, once; the copy of the layer before starts."""
         assert stored.slabs, "a second backward pass through an offloaded layer"
-        tensors = self._fetch(stored)
+        self._fetch(stored)
         self.last = stored.before
-        if self.stream is not None:
-            compute = torch.cuda.current_stream(self.device)
-            while self.outgoing:  # the last two layers of the forward pass
-                compute.wait_event(self.outgoing.popleft()[0])
-            compute.wait_event(stored.arrived)
-            before = stored.before() if stored.before else None
-            if before is not None:
-                self._fetch(before)
+        if stored.copied is not None:  # also on its way out: what is used next may be overwritten
+            torch.cuda.current_stream(self.device).wait_event(stored.copied)
+        if self.stream is not None and stored.before and (before := stored.before()):
+            self._fetch(before)
         self._release(stored.slabs)  # whatever is written to them next is copied by the same stream, so later
-        stored.fetched = None
+        tensors, stored.here = list(stored.here or ()), None
         return tensors
 
     def settle(self) -> None:
         """Before a step: no copy of the last one is pending, even where it broke off (out of memory)."""
         if self.stream is not None:
             self.stream.synchronize()
-        self.outgoing.clear()
         self.last = None
 
-    def _fetch(self, stored: Offloaded) -> list[Tensor]:
-        if stored.fetched is not None:
-            return stored.fetched
-        stored.fetched = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in stored.like]
+    def _fetch(self, stored: Offloaded) -> None:
+        if stored.here is not None:
+            return
+        stored.here = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in stored.like]
         if self.stream is None:
-            _copy(stored.fetched, stored.slabs, out=False)
-            return stored.fetched
+            _copy(stored.here, stored.slabs, out=False)
+            return
         # The memory may still be in use by what was queued before: the copy waits for that, not for what comes.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            _copy(stored.fetched, stored.slabs, out=False)
-            stored.arrived = self.stream.record_event()
-        return stored.fetched
+            _copy(stored.here, stored.slabs, out=False)
+            stored.copied = self.stream.record_event()
 
     def _take(self, count: int) -> list[Tensor] | None:
         missing = count - len(self.free)

@@ -95,6 +95,12 @@ class RuntimeFlags:
     plan: bool = flag(False, "print what a step takes and the longest row that fits, and stop; loads no weights")
     save_every: int = flag(20, "optimizer steps between checkpoints", at_least(1))
     merge_to: str = flag("", "also write the merged model into this folder")
+    gguf: str = flag("", "also write the merged model into this file, for llama.cpp and Ollama", metavar="FILE")
+    gguf_type: str = flag("f16", "of the matrices in --gguf: q8_0 is half as large", choices=("f16", "q8_0"))
+
+    def __post_init__(self) -> None:
+        if self.gguf and not self.merge_to:
+            raise UserError("--gguf is made of the merged model's folder", f"--merge-to FOLDER --gguf {self.gguf}")
 
 
 GROUPS: dict[str, type] = {  # of the command line, in the order of Training's fields

@@ -1,0 +1,131 @@
+"""Exercise 4, 60 minutes: continuous batching, in 60 lines.
+
+A batch of texts that end at different times is done when its longest text is, and most of its rows compute nothing for
+most of that time. Continuous batching decides anew in every step which texts take part: a finished one gives its place
+to the next at once. Keys and values lie in pages, so that a text takes memory as it grows:
+
+    waiting   [e d c]          a queue, first come first served
+    running   [a b]            oldest first; at most max_rows
+    pages     a: 4 0 7   b: 2  a text of t tokens holds ceil(t / page_tokens) of them
+
+A step computes every running text: in its first step its whole prompt, later its newest token; and each draws a token.
+
+1. `schedule` admits waiting texts while a row is free and so are the pages of all they have computed or drawn, and of
+   one token more. Then every running text, oldest first, gets the pages that its tokens need in this step.
+2. Where none is free, the youngest text is preempted: its pages are free again, it keeps what it has written, and it
+   goes to the front of the queue. That may be the very text that asked. The oldest never is, so all come to an end.
+3. What goes wrong if the oldest text is preempted instead? If the preempted text goes to the end of the queue?
+
+Leads to: `Scheduler` in lengthen/sampling/scheduler.py, which also cuts prompts into chunks, orders the queue by
+expected length, shares prefixes and hands out draft tokens.
+
+    python -m pytest -q exercises/04_scheduler.py
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from lengthen.sampling import scheduler as project
+from lengthen.sampling.pages import PagePool
+from lengthen.sampling.prefix_cache import CopiedPages, PrefixCache
+from lengthen.sampling.request import Request, Sampling
+
+
+@dataclass
+class Text:
+    key: int
+    prompt: int  # tokens
+    written: int = 0  # tokens drawn so far; in a step, prompt + written of them need a place in the pages
+    pages: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """waiting, running: lists of Text; free: a list of page numbers."""
+
+    def __init__(self, max_rows: int, num_pages: int, page_tokens: int):
+        raise NotImplementedError
+
+    def add(self, text: Text) -> None:
+        """Queue a text."""
+        raise NotImplementedError
+
+    def schedule(self) -> list[Text]:
+        """The texts of the next step, oldest first, with all their pages; [] when nothing waits or runs."""
+        raise NotImplementedError
+
+    def finish(self, text: Text) -> None:
+        """A running text has ended: its pages are free."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+PAGE_TOKENS = 16
+
+
+def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int) -> tuple[int, int]:
+    """(steps, preemptions) until every text has as many tokens as it should; what must hold is checked in each."""
+    scheduler = Scheduler(max_rows, num_pages, PAGE_TOKENS)
+    for key, prompt in enumerate(prompts):
+        scheduler.add(Text(key, prompt))
+    steps, preemptions, finished, last = 0, 0, [], []
+    while texts := scheduler.schedule():
+        steps += 1
+        held = [page for text in texts for page in text.pages]
+        assert len(texts) <= max_rows and len(held) == len(set(held)) and set(held) <= set(range(num_pages))
+        assert sorted(held + list(scheduler.free)) == list(range(num_pages)), "a page is lost"
+        assert all(len(text.pages) == -(-(text.prompt + text.written) // PAGE_TOKENS) for text in texts)
+        if last:
+            assert last[0].key in finished or texts[0] is last[0], "the oldest was preempted"
+        preemptions += sum(text not in texts for text in last if text.key not in finished)
+        last = list(texts)
+        for text in last:
+            text.written += 1
+            if text.written == lengths[text.key]:
+                finished.append(text.key)
+                scheduler.finish(text)
+    assert sorted(finished) == list(range(len(lengths)))
+    return steps, preemptions
+
+
+def steps_of_the_project(lengths: list[int], prompts: list[int], max_rows: int) -> int:
+    pool = PagePool(10_000, PAGE_TOKENS)
+    scheduler = project.Scheduler(
+        *(pool, PrefixCache(CopiedPages(PagePool(1, PAGE_TOKENS), pool))),
+        **{"context": 10_000, "max_rows": max_rows, "prefill_tokens": 100_000},
+    )
+    for key, prompt in enumerate(prompts):
+        ids = [1000 * key + i for i in range(prompt)]
+        scheduler.add(Request(key, ids, 0, Sampling(max_new_tokens=1000)))
+    steps = 0
+    while step := scheduler.schedule():
+        steps += 1
+        draws, _ = step.draws()
+        step.mark_computed()
+        for row, _ in draws:
+            scheduler.accept(row, [7], lambda row: row.written == lengths[row.request.key])
+    return steps
+
+
+def example(count: int) -> tuple[list[int], list[int]]:
+    rng = random.Random(0)
+    return [rng.randrange(1, 120) for _ in range(count)], [rng.randrange(1, 60) for _ in range(count)]
+
+
+def test_it_takes_as_many_steps_as_the_project():
+    lengths, prompts = example(60)
+    for max_rows in (1, 4, 16):
+        steps, preemptions = drive(lengths, prompts, max_rows, num_pages=1000)
+        assert steps == steps_of_the_project(lengths, prompts, max_rows) and not preemptions
+
+
+def test_it_takes_fewer_steps_than_whole_batches():
+    lengths, prompts = example(60)
+    whole = sum(max(lengths[i : i + 8]) for i in range(0, 60, 8))
+    assert drive(lengths, prompts, 8, num_pages=1000)[0] < 0.75 * whole
+
+
+def test_all_texts_end_where_pages_are_few():
+    lengths, prompts = example(60)
+    pages = -(-(120 + 60) // PAGE_TOKENS) + 1  # room for the longest text, and hardly more
+    assert drive(lengths, prompts, 8, pages)[1] > 0

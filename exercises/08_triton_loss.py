@@ -1,0 +1,93 @@
+"""Exercise 8, 75 minutes: the loss of exercise 7 as one Triton kernel, run by Triton's interpreter.
+
+Look at it once more: E = e^(h W^T - z_t), then E W. That is attention with the rows as queries and W as keys and values
+alike, and it is computed the same way: a program takes BM rows, goes along the vocabulary BN words at a time, and keeps
+two sums, S [BM] and U [BM, H].
+
+1. Load the BM rows h [BM, H] once (BH = the next power of two of H; columns beyond H read as 0), and their targets.
+2. z_t: load the rows W_t the same way, multiply and add up.
+3. For each tile of BN words: load W [BN, H], z = tl.dot(h, tl.trans(W)), E = e^(z - z_t), 0 for the target itself and
+   for words beyond V; then S += sum of E, U += tl.dot(E, W).
+4. Store log(1 + S) and (U - S W_t) / (1 + S).
+
+Everything is in fp32 here, and rows that overflow are left out. Give tl.dot input_precision="ieee": else a GPU takes
+TF32, with three digits. Rows at or after T are masked when they are loaded and when they are stored.
+
+How much memory does the kernel read for T rows, when W does not fit the cache? What does BM change? (The project's
+kernel divides the vocabulary among programs as well, and stores E: see `_gemm_exp_kernel`.)
+
+Leads to: kernels/linear_cross_entropy_triton.py.
+
+    python -m pytest -q exercises/08_triton_loss.py
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+import triton
+import triton.language as tl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def loss_kernel(
+    h_ptr,  # fp32 [T, H]
+    w_ptr,  # fp32 [V, H]
+    t_ptr,  # int64 [T]
+    loss_ptr,  # fp32 [T], out
+    dh_ptr,  # fp32 [T, H], out
+    T,
+    V,
+    H,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """BM rows."""
+    # Yours. A beginning:
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BH)
+    inside = (row < T)[:, None] & (k < H)[None, :]
+    h = tl.load(h_ptr + row[:, None] * H + k[None, :], mask=inside, other=0.0)
+    tl.store(dh_ptr + row[:, None] * H + k[None, :], h, mask=inside)
+
+
+def loss_and_gradient(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [T, H], weight [V, H], targets [T], contiguous -> (loss [T], its gradient in hidden [T, H])."""
+    raise NotImplementedError("launch loss_kernel: one program for each 16 rows, BN = 32")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def example(T: int, V: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    hidden, weight = torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator)
+    return hidden.to(DEVICE), weight.to(DEVICE), torch.randint(V, (T,), generator=generator).to(DEVICE)
+
+
+def test_it_is_torchs_loss():
+    """Shapes that are multiples of the tiles, and shapes that are not."""
+    for T, V, H in ((16, 64, 16), (32, 96, 32), (1, 33, 20), (37, 101, 48)):
+        hidden, weight, targets = example(T, V, H)
+        loss, dh = loss_and_gradient(hidden, weight, targets)
+        h = hidden.double().requires_grad_()
+        want = F.cross_entropy(h @ weight.double().T, targets, reduction="none")
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-4, atol=1e-5)
+        want_dh = torch.autograd.grad(want.sum(), h)[0]
+        torch.testing.assert_close(dh.double(), want_dh, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sure_token_keeps_its_digits():
+    hidden, weight, targets = example(16, 64, 32)
+    hidden = weight[targets].contiguous()
+    loss, _ = loss_and_gradient(hidden, weight, targets)
+    z = hidden.double() @ weight.double().T
+    z = (z - z.gather(1, targets[:, None])).scatter(1, targets[:, None], float("-inf"))
+    torch.testing.assert_close(loss.double(), z.exp().sum(1).log1p(), rtol=1e-3, atol=0)

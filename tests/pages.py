@@ -1,0 +1,92 @@
+"""A document as a notebook: its code blocks are run in order, as a reader runs them, each where the last has left off.
+
+A ```bash block becomes a cell of the shell, a ```python block one of Python; what stands between them is text. So
+tests/test_pages.py runs every command of the documents, and docs/tour.ipynb is docs/tour.md, run:
+
+    python tests/pages.py      # about ten minutes; after every change of docs/tour.md
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode, v4
+
+ROOT = Path(__file__).parent.parent
+TOUR, NOTEBOOK = ROOT / "docs" / "tour.md", ROOT / "docs" / "tour.ipynb"
+HANG = 3600  # seconds; of a cell
+# What a machine may lack. A cell with one of these words is shown and not run.
+LACKS = {
+    "pip install": "a network",
+    "vllm serve": "vLLM and a GPU",
+    "/v1": "a server that answers",
+    "LENGTHEN_ENGINE_PYTHON": "vLLM",
+    "Qwen/": "15 GB of weights",
+}
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+# Only in the notebook: it lies in docs/, and its commands start from the repository.
+START = """import os
+
+if not os.path.exists("run.py"):
+    os.chdir("..")"""
+
+
+def missing(code: str) -> str:
+    """What this cell needs that a machine may not have; "" = nothing."""
+    return next((what for word, what in LACKS.items() if word in code), "")
+
+
+def notebook(text: str) -> NotebookNode:
+    """The cells of a document in Markdown, not run yet."""
+    cells = [v4.new_code_cell(START)]
+    for i, part in enumerate(BLOCK.split(text)):
+        code = part.strip()
+        if i % 3 == 0 and code:  # text, language, code, text, ...
+            cells.append(v4.new_markdown_cell(code))
+        elif i % 3 == 1:
+            language = part
+        elif i % 3 == 2:
+            cells.append(v4.new_code_cell("%%bash -e\n" * (language == "bash") + code))
+            if missing(code):
+                cells[-1].metadata["tags"] = ["skip-execution"]  # nbclient knows this tag
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # by default drawn at random
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return v4.new_notebook(cells=cells, metadata=kernel)
+
+
+def run(book: NotebookNode, folder: Path) -> NotebookNode:
+    """Run the cells in that folder; nbclient's CellExecutionError with the output of the one that fails."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{before}"  # `python` is this one
+    try:
+        client = NotebookClient(book, timeout=HANG, kernel_name="python3", resources={"metadata": {"path": folder}})
+        return client.execute()
+    finally:
+        os.environ["PATH"] = before
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """The repository without what runs have left: a document's commands write into it."""
+    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info")
+    return shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+
+
+def tidied(book: NotebookNode) -> NotebookNode:
+    """Without what differs from run to run and machine to machine: times, and what stages say on stderr."""
+    for cell in book.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    book.metadata.pop("language_info", None)
+    return book
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        nbformat.write(tidied(run(notebook(TOUR.read_text("utf-8")), copy_of_the_tree(Path(name)))), NOTEBOOK)

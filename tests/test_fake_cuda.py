@@ -1,0 +1,304 @@
+"""Every GPU branch of sampling and training on a fake CUDA device: shapes, dtypes, devices, launches, host reads.
+
+pytest tests/test_fake_cuda.py
+"""
+
+from itertools import product
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from test_sampler import make_prompts, make_sampler
+from tiny import tiny_config, tiny_model
+from trainees import some_pairs
+
+import train
+from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
+from kernels.linear_cross_entropy import linear_cross_entropy
+from lengthen.models import lora
+from lengthen.models.loading import choose_device
+from lengthen.sampling.graphs import DecodeGraphs
+from lengthen.sampling.request import Request, Sampling
+from lengthen.training import lean_layer as lean
+from lengthen.training.packed import checkpointed, examine
+from lengthen.training.policy import set_checkpointing
+from lengthen.training.settings import CHECKPOINTS, Recompute
+from lengthen.training.shapes import meta_model
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
+LEAN = ("qwen2", "qwen3", "mistral")
+
+
+@pytest.fixture
+def gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    with FakeCuda() as device:
+        yield device
+
+
+# ---- the device itself -----------------------------------------------------------------------------------------------
+
+
+def test_operands_on_two_devices_are_an_error(gpu):
+    x = torch.ones(4, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="devices"):
+        x + torch.ones(4, 8)
+    with pytest.raises(RuntimeError, match="devices"):
+        torch.cat([x, torch.ones(4, 8)])
+    assert (x + torch.tensor(1.0)).device == torch.device("cuda", 0)  # a number may come from the host
+    assert gpu.kernels == {"ones": 1, "add": 1}
+
+
+def test_wrong_shapes_and_dtypes_are_an_error(gpu):
+    x = torch.ones(4, 8, device="cuda")
+    with pytest.raises(RuntimeError):
+        x @ x
+    with pytest.raises(RuntimeError, match="dtype"):
+        x @ x.t().half()
+
+
+def test_the_host_is_real_and_reads_of_the_device_are_counted(gpu):
+    assert torch.tensor([1, 2, 3]).sum().item() == 6 and not gpu.reads
+    x = torch.tensor([1, 2, 3], device="cuda")
+    assert gpu.uploads == 1
+    assert len(x.tolist()) == 3 and gpu.reads == 1
+    assert x.cpu().device.type == "cpu" and gpu.reads == 2
+    assert bool((x > 0).all()) and gpu.reads == 3
+
+
+def test_what_a_kernel_does_not_take_is_an_error(gpu):
+    from kernels import attention_triton, layer_passes_triton
+
+    x, w = torch.ones(4, 64, device="cuda"), torch.ones(64, device="cuda")
+    kernel = layer_passes_triton._rms_norm_kernel
+    good = (x, w, x.clone(), 4, 64, 1e-6)
+    meta = {"EMULATE": False, "BLOCK_M": 4, "BLOCK_N": 64, "num_warps": 4}
+    kernel[(1,)](*good, **meta)
+    assert gpu.kernels["rms_norm_kernel"] == 1
+    for args, more, why in (
+        (good[:-1], {}, "without"),
+        ((torch.ones(4, 64), *good[1:]), {}, "no tensor on the GPU"),
+        ((*good[:3], x, *good[4:]), {}, "not a number"),
+        (good, {"BLOCK": 4}, "has no"),
+        (good, {"num_warps": 3}, "warps"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            kernel[(1,)](*args, **{**meta, **more})
+    with pytest.raises(AssertionError, match="grid"):
+        kernel[(0,)](*good, **meta)
+    k = torch.ones(3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    sizes = {"HKV": 2, "D": 64, "S": 16, "FP8": False, "BD": 64}
+    with pytest.raises(AssertionError, match="slots_ptr is torch.int64, not torch.int32"):
+        slots = torch.zeros(3, dtype=torch.int64, device="cuda")
+        attention_triton._store_kernel[(3, 2)](k, slots, k.clone(), w, 128, 64, **sizes)
+
+
+def test_a_capture_takes_no_read_and_breaks_as_cudas_does(gpu):
+    x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x + 1
+    before = gpu.kernels["add"]
+    graph.replay()
+    assert gpu.kernels["add"] == before + 1 and gpu.graphs == [graph]
+    with pytest.raises(RuntimeError, match="previous error"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+    assert torch.cuda.current_stream() is not torch.cuda.default_stream()
+    with pytest.raises(RuntimeError, match="captures_underway"):
+        torch.cuda.empty_cache()
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def gpu_model(family: str, **changes):
+    return tiny_model(family, **changes).to("cuda", torch.bfloat16)
+
+
+def gpu_sampler(family: str, sizes=None, **changes):
+    settings = {"page_tokens": 16, "eos_ids": {2}, **changes}
+    return make_sampler(gpu_model(family, **(sizes or {})), **settings)
+
+
+def write(sampler, requests) -> dict:
+    for request in requests:
+        sampler.add(request)
+    return {sample.request.key: sample for sample in sampler.run()}
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_written_by_captured_steps(gpu, family, kv_dtype):
+    """Eight ragged prompts through four rows, in chunks: prefill, mixed steps, bursts of captured steps."""
+    sampler = gpu_sampler(family, kv_dtype=kv_dtype)
+    requests = [Request(i, p, i, Sampling(max_new_tokens=20)) for i, p in enumerate(make_prompts(8))]
+    samples = write(sampler, requests)
+    assert [samples[i].finish for i in range(8)] == ["length"] * 8
+    assert not sampler.graphs.eager and gpu.replays, sampler.notes
+    assert gpu.kernels["store_kernel"] and gpu.kernels["decode_kernel"]
+    softcap = family == "gemma2"  # which only flash-attn serves
+    assert bool(gpu.kernels["_flash_attention_forward"]) != softcap
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_texts_are_written_step_by_step_with_drafts(gpu, family, monkeypatch):
+    """Texts that repeat themselves: tokens that were looked up are verified, several in a pass."""
+    monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
+    sampler = gpu_sampler(family)
+    samples = write(sampler, [Request(0, make_prompts(1)[0], 0, Sampling(max_new_tokens=150))])
+    assert samples[0].finish == "length" and sampler.stats["accepted_tokens"] > 20
+
+
+def test_prompts_share_pages_and_are_copied_on_the_device(gpu):
+    prompt = (make_prompts(1, 90)[0] * 90)[:88]
+    sampler = gpu_sampler("qwen3", max_rows=8, prefill_tokens=64)
+    requests = [Request(i, prompt, i, Sampling(max_new_tokens=6)) for i in range(6)]
+    write(sampler, requests[:1])
+    write(sampler, requests[1:])
+    assert sampler.stats["shared_tokens"] == 5 * 87
+
+
+def test_greedy_rows_and_rows_without_top_k(gpu):
+    for options in ({"temperature": 0}, {"top_k": 0}, {"repetition_penalty": 1.0}, {"min_new_tokens": 5}):
+        write(gpu_sampler("llama"), [Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=12, **options))])
+
+
+def test_log_probabilities_of_given_texts(gpu):
+    values = gpu_sampler("qwen2").logprobs([([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 10])])
+    assert [x.shape for x in values] == [(2,), (2,)]
+
+
+def kernels_a_layer(gpu, family: str, rows: int = 4) -> int:
+    """Launches that one more layer adds to a captured step."""
+    found = []
+    for layers in (2, 3):
+        sampler = gpu_sampler(family, {"num_hidden_layers": layers})
+        sampler.graphs._capture(rows)
+        found.append(gpu.graphs[-1].kernels.total())
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize(("family", "most"), [("qwen2", 60), ("qwen3", 70), ("llama", 60), ("mistral", 60)])
+def test_kernels_of_a_decode_step(gpu, family, most):
+    assert 5 < kernels_a_layer(gpu, family) <= most
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def gpu_learner(family: str, dropout: float = 0.0, **changes):
+    """-> (model with LoRA in training mode, what training may use of it)."""
+    model = gpu_model(family, **changes)
+    lora.attach(model, 4, 8, dropout)
+    abilities = examine(model)
+    assert abilities.packs and abilities.head is not None, abilities.notes
+    return model.train(), abilities
+
+
+def gradients(model, abilities) -> None:
+    """Forward and backward of a packed row; every LoRA matrix gets a gradient of its own shape, fp32."""
+    loss, hits = train.row_loss(model, abilities, some_pairs(40, 2, 9, 61))
+    assert loss.device == hits.device == torch.device("cuda", 0) and loss.dtype == torch.float32
+    loss.backward()
+    for p in lora.lora_parameters(model):
+        assert p.grad.shape == p.shape and p.grad.dtype == torch.float32 and p.grad.device == p.device
+        p.grad = None
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_lean_layers_in_every_way(gpu, family):
+    """Every level, offloaded or not, whole or in tiles."""
+    model, abilities = gpu_learner(family)
+    installed = lean.install(model)
+    assert not installed.why
+    for level, offload, tile_rows in product(CHECKPOINTS, (False, True), (0, 16)):
+        installed.set(Recompute(level, -1, offload, tile_rows))
+        gradients(model, abilities)
+    assert installed.host.num_slabs and installed.host.pinned
+    assert gpu.kernels["rms_norm_backward_kernel"] and gpu.kernels["_flash_attention_backward"]
+
+
+def test_lean_layers_with_dropout(gpu):
+    model, abilities = gpu_learner("qwen2", dropout=0.1)
+    assert not lean.install(model, Recompute("attention", tile_rows=16)).why
+    gradients(model, abilities)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 16), ("qwen3", 20), ("gemma2", 16), ("mistral", 264)])
+def test_the_plan_promises_what_loading_gives(gpu, family, head_dim, dtype):
+    """Also for heads that FlashAttention does not take."""
+    sizes = {"head_dim": head_dim}
+    planned = not lean.stands_against(meta_model(tiny_config(family, **sizes), dtype), torch.device("cuda"), dtype)
+    model = tiny_model(family, **sizes).to("cuda", dtype)
+    lora.attach(model, 4, 8)
+    examine(model)
+    served = family != "gemma2" and head_dim == 16 and dtype != torch.float32
+    assert bool(lean.install(model).layers) == planned == served
+
+
+def test_lean_layers_are_refused_by_a_card_before_ampere():
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    with FakeCuda(capability=(7, 5)):
+        model, _ = gpu_learner("qwen2")
+        assert "Ampere" in lean.install(model).why
+
+
+@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_the_models_own_layers(gpu, family, level):
+    model, abilities = gpu_learner(family)
+    set_checkpointing(checkpointed(model), Recompute(level))
+    gradients(model, abilities)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+def test_the_loss_on_each_generation(capability):
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    with FakeCuda(capability=capability) as gpu:
+        hidden = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16)
+        targets = torch.randint(0, 1000, (300,), device="cuda")
+        rows = torch.arange(0, 300, 2)
+        for options in ({}, {"softcap": 30.0}, {"bias": weight[:, 0].contiguous()}, {"return_stats": True}):
+            loss = linear_cross_entropy(hidden, weight, targets, valid_rows=torch.arange(300), **options)
+            (loss[0] if options.get("return_stats") else loss).backward()
+        linear_cross_entropy(hidden, weight, targets.scatter(0, torch.arange(1, 300, 2).cuda(), -100), valid_rows=rows)
+        assert gpu.kernels["finish_kernel"] == 5
+        assert gpu.kernels["exp_kernel" if capability > (9, 0) else "gemm_exp_kernel"] == 5
+
+
+# ---- a device that is not the current one ----------------------------------------------------------------------------
+
+
+def test_every_launcher_sets_its_tensors_device():
+    """On cuda:1 while cuda:0 is the current device: Triton would launch on cuda:0."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    with FakeCuda(devices=2) as gpu:
+        x, cos = torch.ones(6, 4, 64, device="cuda:1"), torch.ones(6, 64, device="cuda:1")
+        w = torch.ones(64, device="cuda:1")
+        rms_norm(x, w, 1e-6)
+        rms_norm_backward_(x.clone(), x, w, 1e-6)
+        rms_norm_backward_(x.clone(), x, w, 1e-6, x.clone())
+        swiglu(x, x)
+        swiglu_backward_(x.clone(), x.clone(), x.clone())
+        rotate_(x, cos, cos)
+        hidden = torch.ones(300, 64, device="cuda:1", dtype=torch.bfloat16)
+        targets = torch.zeros(300, dtype=torch.long, device="cuda:1")
+        linear_cross_entropy(hidden, hidden, targets, valid_rows=torch.arange(300))
+        assert gpu.device == 0 and gpu.kernels["finish_kernel"] == gpu.kernels["rotate_kernel"] == 1
+
+
+def test_a_model_on_the_second_device_is_captured_there():
+    """--device cuda:1: loading makes it the current device, for CUDA graphs are captured on that."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    with FakeCuda(devices=2) as gpu:
+        device, why = choose_device("cuda:1")
+        assert device == torch.device("cuda:1") and "H200" in why
+        sampler = make_sampler(tiny_model("qwen3").to(device, torch.bfloat16), page_tokens=16)
+        write(sampler, [Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=12))])
+        assert gpu.replays and {graph.device for graph in gpu.graphs} == {1}
