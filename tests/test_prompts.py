@@ -53,7 +53,9 @@ def test_templates_have_their_fields_language_and_one_final_newline(name, langua
     assert re.search(r"\S\n\Z", text) and "\r" not in text and "\t" not in text
     if name != "instruct_prefill":
         assert detect_language(re.sub(r"\{\w+\}", "", text)) == language
-    assert count_words(text) < 250  # a model of 135M parameters has to follow it
+    assert count_words(text) < (
+        250 if read_language(language).blanks else 400
+    )  # a model of 135M parameters has to follow it
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -108,7 +110,7 @@ def test_the_judge_asks_for_yes_or_no_last(language):
     last = raw("judge", language).rstrip("\n").split("\n")[-1]
     assert "{words}" in last
     own = read_language(language)
-    assert re.search(rf"{own.yes}\W+.{{0,3}}\W*{own.no}\W", last)
+    assert re.search(rf"{own.yes}\W+\w*\W*{own.no}\W", last)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -27,7 +27,7 @@ _TOKEN = re.compile(rf"[{IDEOGRAPHS}{KANA}]|{_WORD.pattern}")
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _OTHER_LETTER = re.compile(rf"[^\W\d_A-Za-z\u00aa\u00ba\u00b5\u00c0-\u024f{IDEOGRAPHS}]")
 
-LIBRARY_SURE = 0.9  # probability from which the library overrules a rule that found no word either way
+LIBRARY_SURE = 0.7  # probability from which the library overrules a rule that found no more words than against it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words and language
@@ -98,21 +98,23 @@ def _holds(rule: Detection, words: list[str]) -> bool | None:
     counts = Counter(word.lower() for word in words)
     own = sum(counts[word] for word in rule.own)
     others = sum(counts[word] for word in rule.others) + 2 * sum(counts[word] for word in rule.requests)
-    return None if others > max(own, 1) else own > 0 or not rule.own
+    return None if others > max(own, 1) else own > others or not rule.own
 
 
 @cache
 def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # 0.2 s: English and Chinese seldom need it
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # 1 s: English and Chinese seldom need it
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _by_library(text: str, least: float = 0.0) -> str:
-    """What the library takes a text for, if it is a language of prompts/ without a rule; "" below that probability."""
-    code, probability = _identifier().classify(text)
-    served = code in languages.codes() and languages.language(code).detection is None
-    return code if served and probability >= least else ""
+    """The likeliest language of prompts/ without a rule; "" where it is below `least`, or half as likely as another."""
+    ranked = _identifier().rank(text)  # [(code, probability)], the likeliest first
+    for code, probability in ranked:
+        if code in languages.codes() and languages.language(code).detection is None:
+            return code if probability >= max(least, ranked[0][1] / 2) else ""
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
