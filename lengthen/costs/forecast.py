@@ -5,13 +5,13 @@ like it that follow, how far the assumptions were off.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from lengthen import cli
@@ -133,11 +133,20 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """950, 12 k, 3.4 M"""
+    """950, 12k, 3.4M"""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.{1 if number < 10 * size else 0}f} {unit}"
+            return f"{number / size:.{1 if number < 10 * size else 0}f}{unit}"
     return f"{number:.0f}"
+
+
+def spread(values: Three, form: Callable[[float], str]) -> str:
+    """The likely value, and where it may lie: 12 min (5-28 min)"""
+    low, likely, high = map(form, values)
+    if values[0] == values[2]:
+        return likely
+    unit = re.search("[^0-9.]*$", low)[0]  # type: ignore[index]
+    return f"{likely} ({low.removesuffix(unit) if high.endswith(unit) else low}-{high})"
 
 
 def total(costs: Sequence[Cost], left: bool = False) -> Three:
@@ -149,27 +158,26 @@ def total(costs: Sequence[Cost], left: bool = False) -> Three:
 def show_plan(steps: Sequence[Step], flags: Flags, machine: Machine) -> None:
     """run.py --plan: a table and the assumptions for people, one JSON record on stdout."""
     costs = forecast(steps, flags, machine, [sidecar_of(step) for step in steps])
-    table = Table(title=f"What it takes on {machine.name}: likely (low to high)", box=box.SIMPLE_HEAD)
-    table.add_column("stage")
-    for name in ("calls", "tokens", "", "time", "", "GB", "disk GB"):
+    table = Table(
+        title=f"What it takes on {machine.name}: likely (low-high)", box=None, padding=(0, 2, 0, 0), pad_edge=False
+    )
+    table.add_column("stage", no_wrap=True)
+    for name in ("calls", "tokens", "time", "GB", "disk"):
         table.add_column(name, justify="right", no_wrap=True)
-
-    def spread(values: Three, form: Callable[[float], str]) -> tuple[str, str]:
-        return form(values[1]), "" if values[0] == values[2] else f"({form(values[0])} to {form(values[2])})"
 
     for cost in costs:
         tokens = spread((cost.work.tokens,) * 3 if cost.done else cost.tokens, count)
-        times = spread(cost.seconds, duration) if cost.seconds else ("servers'", "")
+        times = spread(cost.seconds, duration) if cost.seconds else "servers'"
         memory = f"{cost.memory / 1e9:.1f}" if cost.memory else "-"
         label = cost.step.label + ", measured" * cost.done
-        table.add_row(label, count(cost.work.calls), *tokens, *times, memory, f"{cost.disk / 1e9:.2f}")
+        table.add_row(label, count(cost.work.calls), tokens, times, memory, f"{cost.disk / 1e9:.2f}")
     record = record_of(costs, machine)
     table.add_section()
-    table.add_row("in all", count(record["calls"]), *spread(record["tokens"], count), *spread(total(costs), duration),
+    table.add_row("in all", count(record["calls"]), spread(record["tokens"], count), spread(total(costs), duration),
                   f"{record['memory_gb']:.1f}", f"{record['disk_gb']:.2f}")  # fmt: skip
     cli.console.print(table)
     where = "the card" if machine.cuda else "main memory"
-    cli.say(f"calls: texts drawn, or optimizer steps. GB: of the {machine.memory / 1e9:.0f} GB of {where}")
+    cli.say(f"calls: texts drawn, or optimizer steps; GB: of the {machine.memory / 1e9:.0f} GB of {where}; disk: GB")
     if not machine.cuda and machine.parameters > SLOW:
         cli.say('no GPU here: this is for a CPU; --plan CARD is for a card, such as --plan "RTX 4090"')
     cli.say("assumed, and not known before a run: likely (cheap to dear)")

@@ -17,10 +17,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from lengthen.evaluation.benchmark import BENCHMARKS, read_rows
+from lengthen.evaluation.benchmark import BENCHMARKS, find_benchmark, read_rows
 from lengthen.reading import filter_language
 from lengthen.steps import Step
-from lengthen.text.languages import files
 
 # Standard deviation of the logarithm of an answer's length: of the pilot's 68 % exceed 360 tokens, 27 % 560.
 SPREAD = 0.45
@@ -48,8 +47,12 @@ class Assumption(NamedTuple):
     text: str  # what it is, and its unit
     source: str
 
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self.low, self.likely, self.high
+
     def __str__(self) -> str:
-        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self[:3])
+        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self.values)
         return f"{self.text}: {likely} ({low} to {high}); {self.source}"
 
 
@@ -300,10 +303,10 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 
 
 def _queries(flags: Mapping[str, Any]) -> float:
-    name, language = flags["benchmark"], flags["language"]
-    paths = files(BENCHMARKS[name], language) if name in BENCHMARKS else [Path(name)]
-    found = [row for path in paths if path.is_file() for row in filter_language(read_rows(path), language)]
-    count = len(found) or HUB_QUERIES
+    name, count = flags["benchmark"], float(HUB_QUERIES)
+    if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
+        rows = [row for path in find_benchmark(name, flags["language"]) for row in read_rows(path)]
+        count = float(len(filter_language(rows, flags["language"])))
     return min(flags["limit"] or count, count)
 
 
@@ -331,7 +334,7 @@ def scenarios(known: Mapping[str, Assumption]) -> list[dict[str, float]]:
     """
 
     def choice(lengths: int, yields: int) -> dict[str, float]:
-        return {name: value[:3][lengths if name in LENGTHS else yields] for name, value in known.items()}
+        return {name: value.values[lengths if name in LENGTHS else yields] for name, value in known.items()}
 
     order: Sequence[int] = (1, 0, 2)
     return [choice(i, j) for i in order for j in order]
