@@ -93,7 +93,7 @@ def test_the_loop_reads_the_seeds_of_the_languages_asked_for():
 def test_what_is_left_out_is_said_once(capsys):
     records = [{"language": "en"}, {"language": "de"}, {"language": "de"}, {"language": "ja"}]
     assert filter_language(records, "both") == records[:1]
-    assert "--language both: 3 records in de, ja are left out" in capsys.readouterr().err
+    assert "--language both leaves out 3 of 4 records, in de, ja" in capsys.readouterr().err
     assert filter_language(records, "all") == records
 
 

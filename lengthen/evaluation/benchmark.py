@@ -127,8 +127,6 @@ def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
 def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
     """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out, and what is odd."""
     kept = filter_language(rows, language)
-    if skipped := len(rows) - len(kept):
-        cli.say(f"{source}: {len(kept)} rows in {language}, {skipped} in others skipped")
     if not kept:
         raise UserError(f"{source} has no row in --language {language}", "--language all")
     kept = kept[:limit] if limit else kept
