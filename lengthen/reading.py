@@ -373,7 +373,6 @@ def filter_language(records: list[dict], asked: str) -> list[dict]:
     kept = [r for r in records if r["language"] in chosen]
     if 0 < len(kept) < len(records):
         others = sorted({r["language"] for r in records} - set(chosen))
-        say_once(
-            f"--language {asked} leaves out {len(records) - len(kept):,} of {len(records):,} records, in {', '.join(others)}"
-        )
+        less = f"{len(records) - len(kept):,} of {len(records):,} records"
+        say_once(f"--language {asked} leaves out {less}, in {', '.join(others)}")
     return kept
