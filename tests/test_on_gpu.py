@@ -125,7 +125,7 @@ def test_the_whole_proof_as_a_dry_run(bench, tmp_path, capsys):
     writer = save_writer(tmp_path / "writer")
     flags = ["--tiny", "--out", str(tmp_path / "out"), "--run", str(tmp_path / "run"), "--model", str(writer)]
     with pytest.raises(SystemExit):
-        bench.main([*flags, "--minutes", "30"])
+        bench.main([*flags, "--minutes", "600"])
     outcomes = {one["step"]: one for one in read(tmp_path / "out")}
     for name, one in outcomes.items():
         assert one["ended"] == "done" or name.startswith("growth"), (name, one["ended"], one["tail"])
