@@ -1,4 +1,4 @@
-"""Attention of a few new tokens per text over keys and values that lie in pages, and the store that fills the pages.
+"""Attention of a few new tokens per text over keys and values that lie in pages, and what fills the pages.
 
 It replaces, for every text b of a batch whose lengths are ragged,
     k = keys[table[b]].transpose(0, 1).flatten(1, 2)[:, : lengths[b]]      # [Hkv, L, D], gathered out of the pages
@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .layer_passes import rms_norm, rotate_
 
 MAX_QUERIES = 8
 E4M3_MAX = 448.0
@@ -113,6 +115,24 @@ def read_pool(pool: Tensor, scales: Tensor | None, index: Any) -> Tensor:
     if scales is None:
         return pool[index]
     return pool.view(torch.uint8)[index].view(pool.dtype).float() * scales[index][..., None]  # torch indexes bytes
+
+
+class Turn(NamedTuple):
+    """What queries and keys get before they are compared: a norm over each head where there is one, and a position."""
+
+    cos: Tensor  # [T, D]
+    sin: Tensor
+    norms: tuple[Tensor, Tensor] | None = None  # RMSNorm's weights [D] of queries and of keys
+    eps: float = 0.0
+
+
+def place_reference(q: Tensor, k: Tensor, v: Tensor, pages: Pages, slots: Tensor, turn: Turn) -> None:
+    """The definition in plain torch; arguments as `place`'s."""
+    for x, norm in zip((q, k), turn.norms or (None, None), strict=True):
+        y = x.clone(memory_format=torch.contiguous_format)
+        y = y if norm is None else rms_norm(y, norm, turn.eps)
+        x.copy_(rotate_(y, turn.cos, turn.sin))
+    store_pages_reference(k, v, pages, slots)
 
 
 def store_pages_reference(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
@@ -231,13 +251,40 @@ def store_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor, *, path: str 
 
     slots: int32 [T], page * S + place in the page, -1 = nowhere. No place may be named twice.
     """
+    _check_new(k, v, pages, slots)
+    if len(k) and _on_kernels(path, k.device):
+        from . import attention_triton as fast
+
+        fast.place(None, k, v, pages, slots, None)
+    else:
+        store_pages_reference(k, v, pages, slots)
+
+
+@torch.no_grad()
+def place(q: Tensor, k: Tensor, v: Tensor, pages: Pages, slots: Tensor, turn: Turn, *, path: str = "auto") -> None:
+    """Norms and positions for q [T, Hq, D] and k [T, Hkv, D], in place, then `store_pages`: one pass over the three.
+
+    They may be parts of one matrix: only the numbers of a head must lie side by side. D is even.
+    """
+    _check_new(k, v, pages, slots)
+    shape = (len(k), k.shape[2])
+    _need(q.ndim == 3 and (q.shape[0], q.shape[2]) == shape, f"q is {list(q.shape)}, k {list(k.shape)}")
+    _need(q.dtype == k.dtype and q.device == k.device, f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}")
+    _need(q.stride(2) == k.stride(2) == 1 and shape[1] % 2 == 0, "a head must be an even number of neighbours")
+    for x in (turn.cos, turn.sin):
+        _need(x.shape == shape and x.is_contiguous() and x.device == k.device, f"cos and sin must be {list(shape)}")
+    for x in turn.norms or ():
+        _need(x.shape == shape[1:] and x.is_contiguous() and x.device == k.device, f"norms must be [{shape[1]}]")
+    if len(k) and _on_kernels(path, k.device):
+        from . import attention_triton as fast
+
+        fast.place(q, k, v, pages, slots, turn)
+    else:
+        place_reference(q, k, v, pages, slots, turn)
+
+
+def _check_new(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
     _need(k.ndim == 3 and v.ndim == 3 and k.shape[:2] == v.shape[:2], f"k {list(k.shape)}, v {list(v.shape)}")
     _need(k.dtype == v.dtype and k.device == v.device, f"k is {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
     _check_pages(pages, k.shape[1], (k.shape[2], v.shape[2]), k.dtype, k.device)
     _int32(slots, (len(k),), "slots", k.device)
-    if len(k) and _on_kernels(path, k.device):
-        from . import attention_triton as fast
-
-        fast.store(k, v, pages, slots)
-    else:
-        store_pages_reference(k, v, pages, slots)

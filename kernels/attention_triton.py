@@ -1,11 +1,12 @@
-"""Paged attention on NVIDIA GPUs: a split decode kernel, the kernel that joins the splits, and the store.
+"""Paged attention on NVIDIA GPUs: the placing of new keys, a split decode kernel, and the kernel that joins the splits.
 
 The mathematics and the contract are in attention.py. One program of the decode kernel takes one text, one key head and
 one split of the text's keys. The rows of its tile are all G query heads of that key head times all Q new tokens
 (padded to 16, what a tensor core takes), so each key and value is read from memory once. Softmax as in FlashAttention:
 running maximum and sum in fp32, exponentials in base 2.
 
-    1  store           new keys and values (quantised for fp8 pages) to their slots
+    1  place           new keys and values (quantised for fp8 pages) to their slots; before that, for layers that leave
+                       it to this kernel, norms and rotary positions of queries and keys
     2  decode          per split: m = max s, l = sum 2^(s - m), acc = sum 2^(s - m) v, all fp32
     3  join            out = sum_i 2^(m_i - m) acc_i / (sum_i 2^(m_i - m) l_i + 2^(sink - m))
 
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layer_passes_triton import _narrow
 from .linear_cross_entropy_triton import INTERPRET, _cap, _to_bf16, architecture
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,6 +38,9 @@ PROGRAMS_PER_SM = 8  # enough that a program more or less than others have does 
 MAX_PROGRAMS = 4096  # of a grid: many of them are empty, and an empty one still takes its place for a microsecond
 MAX_SPLITS = 128
 PARTIAL_BYTES = 64_000_000  # of a call, for the accumulators of the splits
+PLACED = 4  # heads per program of the placing kernel
+# Triton compiles a variant for an integer that is 1 and one for multiples of 16. These change from batch to batch.
+VARY = ["B", "R", "stride_table", "window", "workers", "splits"]
 
 
 class Tile(NamedTuple):
@@ -93,7 +98,7 @@ def _number(x, FP8: tl.constexpr, DTYPE: tl.constexpr):
     return x.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def _decode_kernel(
     # pointers
     q_ptr,  # [B, Q, Hq, D]
@@ -223,7 +228,7 @@ def _finish(acc, top, total, sink_ptrs, used, HAS_SINKS: tl.constexpr):
     return tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[x for x in VARY if x != "stride_table"])
 def _join_kernel(
     # pointers
     acc_ptr,  # fp32 [splits, R, DV]
@@ -284,42 +289,156 @@ def _join_kernel(
 
 
 @triton.jit
-def _store_kernel(
-    # pointers
-    new_ptr,  # [T, Hkv, D]
-    slots_ptr,  # int32 [T]
-    pool_ptr,  # [P, Hkv, S, D], out; bytes if FP8
-    scales_ptr,  # fp32 [P, Hkv, S], out: FP8 only
-    # strides
-    stride_t,
-    stride_h,
-    # meta
-    HKV: tl.constexpr,
+def _load_halves(x_ptr, stride, h, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Heads h of a token, [BH, BD] fp32 each: numbers 0 to D / 2, and the others."""
+    HALF: tl.constexpr = (D + 1) // 2
+    i = tl.arange(0, BD)
+    first = x_ptr + h[:, None] * stride + i[None, :]
+    inside = (h < HEADS)[:, None] & (i < HALF)[None, :]
+    x1 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(first + HALF, mask=inside & (HALF + i < D)[None, :], other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _turn(
+    x_ptr,
+    stride,
+    h,
+    cos_ptr,
+    sin_ptr,
+    norm_ptr,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Heads h of a token get their norm and their position, in place -> their halves, rounded as they were stored."""
+    HALF: tl.constexpr = D // 2
+    i = tl.arange(0, BD)
+    x1, x2 = _load_halves(x_ptr, stride, h, HEADS, D, BD)
+    if NORM:
+        r = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)[:, None]
+        x1 *= r * tl.load(norm_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+        x2 *= r * tl.load(norm_ptr + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    c = tl.load(cos_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    y1, y2 = _narrow(x1 * c - x2 * s, x_ptr, EMULATE), _narrow(x2 * c + x1 * s, x_ptr, EMULATE)
+    # A thread writes what it has read itself: both halves have one layout.
+    first = x_ptr + h[:, None] * stride + i[None, :]
+    inside = (h < HEADS)[:, None] & (i < HALF)[None, :]
+    tl.store(first, y1, mask=inside)
+    tl.store(first + HALF, y2, mask=inside)
+    return y1.to(tl.float32), y2.to(tl.float32)
+
+
+@triton.jit
+def _e4m3(x):
+    """fp32 -> the bits of the nearest e4m3, ties to even: its exponent and mantissa are bits 20 to 26 of x * 2^-120."""
+    bits = (x * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    small = bits & 0x7FFFFFFF
+    small = (small + 0x7FFFF + ((small >> 20) & 1)) >> 20
+    return (small | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _put(
+    x1,
+    x2,
+    h,
+    slot,
+    pool_ptr,
+    scale_ptr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
     FP8: tl.constexpr,
+    EMULATE: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One head of one token to its slot."""
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots_ptr + t)
-    if slot < 0:
-        return
-    place = ((slot // S).to(tl.int64) * HKV + h) * S + slot % S
-    d = tl.arange(0, BD)
-    x = tl.load(new_ptr + t * stride_t + h * stride_h + d, mask=d < D, other=0.0)
+    """Heads h of a token to its slot."""
+    HALF: tl.constexpr = (D + 1) // 2
+    i = tl.arange(0, BD)
+    place = ((slot // S).to(tl.int64) * HEADS + h) * S + slot % S  # int64: a pool has more than 2^31 numbers
+    first = pool_ptr + place[:, None] * D + i[None, :]
+    inside = (h < HEADS)[:, None] & (i < HALF)[None, :]
+    second = inside & (HALF + i < D)[None, :]
     if FP8:
-        x = x.to(tl.float32)
-        factor = tl.div_rn(tl.max(tl.abs(x), axis=0), 448.0)  # rounded as torch does: `/` is an approximation
-        tl.store(scales_ptr + place, factor)
-        x = tl.div_rn(x, tl.where(factor > 0, factor, 1.0))
-        # to e4m3, the nearest, ties to even: its exponent and mantissa are bits 20 to 26 of x * 2^-120
-        bits = (x * 7.52316384526264e-37).to(tl.int32, bitcast=True)
-        small = bits & 0x7FFFFFFF
-        small = (small + 0x7FFFF + ((small >> 20) & 1)) >> 20
-        x = (small | ((bits >> 24) & 0x80)).to(tl.uint8)
-    tl.store(pool_ptr + place * D + d, x, mask=d < D)
+        # rounded as torch does: `/` is an approximation
+        factor = tl.div_rn(tl.maximum(tl.max(tl.abs(x1), axis=1), tl.max(tl.abs(x2), axis=1)), 448.0)
+        tl.store(scale_ptr + place, factor, mask=h < HEADS)
+        factor = tl.where(factor > 0, factor, 1.0)[:, None]
+        tl.store(first, _e4m3(tl.div_rn(x1, factor)), mask=inside)
+        tl.store(first + HALF, _e4m3(tl.div_rn(x2, factor)), mask=second)
+    else:
+        tl.store(first, _narrow(x1, pool_ptr, EMULATE), mask=inside)
+        tl.store(first + HALF, _narrow(x2, pool_ptr, EMULATE), mask=second)
+
+
+@triton.jit
+def _place_kernel(
+    # pointers
+    q_ptr,  # [T, HQ, D], in and out
+    k_ptr,  # [T, HKV, D], in; out too if TURN
+    v_ptr,  # [T, HKV, DV]
+    slots_ptr,  # int32 [T]
+    k_pool_ptr,  # [P, HKV, S, D], out; bytes if FP8
+    v_pool_ptr,  # [P, HKV, S, DV], out
+    k_scale_ptr,  # fp32 [P, HKV, S], out: FP8 only
+    v_scale_ptr,
+    cos_ptr,  # [T, D]: TURN only
+    sin_ptr,
+    q_norm_ptr,  # [D]: NORM only
+    k_norm_ptr,
+    # strides
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    # meta
+    eps,
+    HQ: tl.constexpr,  # 0 = there are no queries to turn
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    S: tl.constexpr,
+    TURN: tl.constexpr,
+    NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+):
+    """BH heads of one token: of its queries, else of its keys, else of its values."""
+    QUERIES: tl.constexpr = (HQ + BH - 1) // BH
+    KEYS: tl.constexpr = QUERIES + (HKV + BH - 1) // BH
+    t = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slot = tl.load(slots_ptr + t)
+    cos_ptr += t * D
+    sin_ptr += t * D
+    if TURN:
+        if block < QUERIES:
+            h = block * BH + tl.arange(0, BH)
+            _turn(q_ptr + t * stride_qt, stride_qh, h, cos_ptr, sin_ptr, q_norm_ptr, eps, HQ, D, NORM, EMULATE, BD)
+    if (block >= QUERIES) & (block < KEYS):
+        h = (block - QUERIES) * BH + tl.arange(0, BH)
+        k_ptr += t * stride_kt
+        if TURN:
+            x1, x2 = _turn(k_ptr, stride_kh, h, cos_ptr, sin_ptr, k_norm_ptr, eps, HKV, D, NORM, EMULATE, BD)
+        else:
+            x1, x2 = _load_halves(k_ptr, stride_kh, h, HKV, D, BD)
+        if slot >= 0:
+            _put(x1, x2, h, slot, k_pool_ptr, k_scale_ptr, HKV, D, S, FP8, EMULATE, BD)
+    if (block >= KEYS) & (slot >= 0):
+        h = (block - KEYS) * BH + tl.arange(0, BH)
+        x1, x2 = _load_halves(v_ptr + t * stride_vt, stride_vh, h, HKV, DV, BDV)
+        _put(x1, x2, h, slot, v_pool_ptr, v_scale_ptr, HKV, DV, S, FP8, EMULATE, BDV)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -386,16 +505,25 @@ def decode(q: Tensor, pages, table: Tensor, lengths: Tensor, *, scale, window, s
     return out
 
 
-def store(k: Tensor, v: Tensor, pages, slots: Tensor) -> None:
-    """The kernel behind attention.store_pages, whose arguments these are; checked there."""
-    for new, pool, scales in ((k, pages.keys, pages.key_scales), (v, pages.values, pages.value_scales)):
-        new = new if new.stride(2) == 1 else new.contiguous()
-        T, Hkv, D = new.shape
-        with torch.cuda.device_of(new):
-            _store_kernel[(T, Hkv)](
-                *(new, slots, pool if scales is None else pool.view(torch.uint8), slots if scales is None else scales),
-                *new.stride()[:2],
-                **{"HKV": Hkv, "D": D, "S": pool.shape[2], "FP8": scales is not None},
-                BD=triton.next_power_of_2(D),
-                num_warps=1,
-            )
+def place(q: Tensor | None, k: Tensor, v: Tensor, pages, slots: Tensor, turn) -> None:
+    """The kernel behind attention.place and attention.store_pages, whose arguments these are; checked there."""
+    fp8, (T, Hkv, D), Dv = pages.key_scales is not None, k.shape, v.shape[2]
+    if turn is None:  # nothing is written in place
+        k = k if k.stride(2) == 1 else k.contiguous()
+    v = v if v.stride(2) == 1 else v.contiguous()
+    q = k if q is None else q  # as for all that follow: a pointer that is not read
+    cos, sin, norms = (turn.cos, turn.sin, turn.norms) if turn else (k, k, None)
+    pools = (x.view(torch.uint8) if fp8 else x for x in (pages.keys, pages.values))
+    scales = (pages.key_scales, pages.value_scales) if fp8 else (slots, slots)
+    queries = q.shape[1] if turn else 0
+    blocks = triton.cdiv(queries, PLACED) + 2 * triton.cdiv(Hkv, PLACED)
+    with torch.cuda.device_of(k):
+        _place_kernel[(T, blocks)](
+            *(q, k, v, slots, *pools, *scales, cos, sin, *(norms or (k, k))),
+            *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+            float(turn.eps if turn else 0),
+            **{"HQ": queries, "HKV": Hkv, "D": D, "DV": Dv, "S": pages.keys.shape[2]},
+            **{"TURN": turn is not None, "NORM": norms is not None, "FP8": fp8, "EMULATE": INTERPRET, "BH": PLACED},
+            **{"BD": triton.next_power_of_2((D + 1) // 2), "BDV": triton.next_power_of_2((Dv + 1) // 2)},
+            num_warps=2,
+        )

@@ -17,8 +17,9 @@ x1 and x2 are the halves of a head, c and s the first halves of cos and sin (the
 weights are frozen: they get no gradient. The residual after a norm is added by its backward pass (`dx +=`), the one
 before it by the matrix product that makes x.
 
-Shapes: x, n, dn, dx [..., N]; weight [N]; gate, up, da [T, I]; heads [T, heads, D]; cos, sin [T, D]. All contiguous, of
-one dtype (bf16, fp16 or fp32; fp64 on a CPU) and on one device. Not supported: trained norm weights, other activations.
+Shapes: x, n, dn, dx [..., N]; weight [N]; gate, up, da [T, I]; heads [T, heads, D]; cos, sin [T, D]. All contiguous
+(but SwiGLU's inputs, which may be the halves of one matrix), of one dtype (bf16, fp16 or fp32; fp64 on a CPU) and on
+one device. Not supported: trained norm weights, other activations.
 """
 
 import importlib.util

@@ -15,6 +15,7 @@ from kernels.linear_cross_entropy_triton import INTERPRET, _to_bf16
 FLAT = 1024  # elements per program of the elementwise kernels
 ROW_ELEMENTS = 4096  # of RMSNorm, per program: one row of a hidden state, or many short ones (a head's)
 HEADS = 16  # heads per program of the rotation
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @triton.jit
@@ -88,19 +89,24 @@ def _rms_norm_backward_kernel(
 @triton.jit
 def _swiglu_kernel(
     # pointers
-    g_ptr,  # [n]
-    u_ptr,  # [n]
-    a_ptr,  # [n], out
+    g_ptr,  # [T, N]
+    u_ptr,  # [T, N]
+    a_ptr,  # [T, N], out
     # shapes
-    n,
+    N,
+    # strides
+    stride_g,
+    stride_u,
     # meta
     EMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(g_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    tl.store(a_ptr + at, _narrow(g * tl.sigmoid(g) * u, a_ptr, EMULATE), mask=at < n)
+    """BLOCK numbers of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(g_ptr + token * stride_g + k, mask=k < N, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + token * stride_u + k, mask=k < N, other=0.0).to(tl.float32)
+    tl.store(a_ptr + token * N + k, _narrow(g * tl.sigmoid(g) * u, a_ptr, EMULATE), mask=k < N)
 
 
 @triton.jit
@@ -168,7 +174,7 @@ def row_blocks(N: int) -> tuple[int, int, int]:
 
 
 def _check(*tensors: Tensor) -> None:
-    assert all(t.is_contiguous() and t.dtype != torch.float64 for t in tensors), [(t.shape, t.dtype) for t in tensors]
+    assert all(t.is_contiguous() and t.dtype in FLOATS for t in tensors), [(t.shape, t.dtype) for t in tensors]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,9 +200,12 @@ def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Te
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    _check(gate, up)
-    a, n = torch.empty_like(gate), gate.numel()
-    _swiglu_kernel[(triton.cdiv(n, FLAT),)](gate, up, a, n, EMULATE=INTERPRET, BLOCK=FLAT, num_warps=4)
+    (T, N), dtypes = gate.shape, {gate.dtype, up.dtype}
+    assert gate.stride(1) == up.stride(1) == 1 and dtypes <= FLOATS, (gate.stride(), up.stride(), dtypes)
+    a = torch.empty(T, N, dtype=gate.dtype, device=gate.device)
+    _swiglu_kernel[(T, triton.cdiv(N, FLAT))](
+        *(gate, up, a, N, gate.stride(0), up.stride(0)), EMULATE=INTERPRET, BLOCK=FLAT, num_warps=4
+    )
     return a
 
 

@@ -23,6 +23,8 @@ HANG = 3600  # seconds; of a cell
 # What a machine may lack. A cell with one of these words is shown and not run.
 LACKS = {
     "pip install": "a network",
+    "hf upload": "a network",
+    "llama-cli": "llama.cpp",
     "vllm serve": "vLLM and a GPU",
     "/v1": "a server that answers",
     "LENGTHEN_ENGINE_PYTHON": "vLLM",
@@ -78,11 +80,14 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def tidied(book: NotebookNode) -> NotebookNode:
-    """Without what differs from run to run and machine to machine: times, and what stages say on stderr."""
+    """Without what differs from run to run and machine to machine (times, what stages say on stderr), lines cut."""
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            for out in cell.outputs:
+                if "text" in out:  # a stage's summary is one line, however long
+                    out["text"] = re.sub(r"(?m)^(.{240}).{20,}$", r"\1 ...", out["text"])
     book.metadata.pop("language_info", None)
     return book
 

@@ -15,11 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kernels.attention
+import kernels.layer_passes
+import kernels.sampling_tail
 from kernels.attention import quantise
 from lengthen.models import flash
 from lengthen.models.flash import Bounds, Varlen, attend_chunks
 from lengthen.records import UserError
 from lengthen.sampling import cache as caches
+from lengthen.sampling import cpu_layer, gpu_layer, hook
 from lengthen.sampling.cache import BlockTableCache, LayerShape, StreamedCache, bytes_per_token
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.request import Request, Sampling
@@ -29,7 +32,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=24)
 
 @pytest.fixture
 def block_tables(monkeypatch):
-    """Every cache is a GPU's from here on; what nobody stored is nan, as it may be there."""
+    """Caches and layers are a GPU's from here on; what nobody stored is nan, as it may be there."""
     own = BlockTableCache._allocate
 
     def poisoned(self, shape):
@@ -40,6 +43,7 @@ def block_tables(monkeypatch):
         return pages
 
     monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
+    monkeypatch.setattr(hook, "lender", lambda device: gpu_layer.forwards)
     monkeypatch.setattr(BlockTableCache, "_allocate", poisoned)
 
 
@@ -84,6 +88,7 @@ def test_sampled_texts_are_those_of_the_streamed_pool(block_tables, monkeypatch)
     ours = write_hopefully(model, requests, **options)
     assert ours[None].stats["shared_tokens"] and ours[None].stats["preemptions"]
     monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
+    monkeypatch.setattr(hook, "lender", lambda device: cpu_layer.forwards)
     theirs = write(model, requests, **options)
     for key in (request.key for request in requests):
         assert ours[key].token_ids == theirs[key].token_ids
@@ -97,15 +102,16 @@ def test_samples_of_a_prompt_share_its_pages(block_tables):
     requests = [Request(i, prompt if i < 6 else other, i, Sampling(max_new_tokens=6)) for i in range(7)]
     sampler = make_sampler(model, page_tokens=16, max_rows=8, prefill_tokens=64, eos_ids=set())
     sampler.add(requests[0])
-    seen, most, own, later, texts = [], [], sampler._forward, requests[1:], {}
+    seen, most, own, later, texts = [], [], sampler.scheduler.schedule, requests[1:], {}
 
-    def watch(step, keep, hidden=False):
+    def watch(busy=()):
+        step = own(busy)
         tables = {row.request.key: list(row.pages) for row, _ in step.work}
         seen.append(tables)
         most.append(len({page for table in tables.values() for page in table}))
-        return own(step, keep, hidden)
+        return step
 
-    sampler._forward = watch
+    sampler.scheduler.schedule = watch
     for sample in sampler.run():
         texts[sample.request.key] = sample.token_ids
         while later:  # after the first, whose prompt is known by now
@@ -195,6 +201,8 @@ def test_the_kernels_themselves_write_the_same(block_tables, monkeypatch):
         return True
 
     monkeypatch.setattr(kernels.attention, "_on_kernels", interpreted)
+    monkeypatch.setattr(kernels.layer_passes, "_fast", lambda x: True)
+    monkeypatch.setattr(kernels.sampling_tail, "_fast", lambda x: True)
     sizes = {"page_tokens": 16, "context": 32, "max_rows": 2}  # few pages, few splits: few programs to interpret
     samples = write(model, [Request(i, p, i, greedy) for i, p in enumerate(prompts)], **sizes)
     assert len(calls) >= 10
@@ -205,8 +213,8 @@ def test_the_kernels_themselves_write_the_same(block_tables, monkeypatch):
 def test_a_batch_with_drafts_is_one_forward_pass(block_tables):
     """A text with two draft tokens, one with none, one with seven, and the second chunk of a prompt: the logits of one
     packed pass are those of whole texts."""
-    model, hook = (m := tiny_model("gemma3")), Hook(m)
-    cache = BlockTableCache(hook.shapes, 40, 16, torch.device("cpu"), torch.float32)
+    model, ours = (m := tiny_model("gemma3")), Hook(m)
+    cache = BlockTableCache(ours.shapes, 40, 16, torch.device("cpu"), torch.float32)
     texts = [[int(t) for t in torch.randint(3, 500, (n,))] for n in (40, 17, 30, 50)]
     tables = [[cache.take() for _ in range(4)] for _ in texts]
     known, new = [37, 16, 22, 20], [3, 1, 8, 30]
@@ -214,14 +222,14 @@ def test_a_batch_with_drafts_is_one_forward_pass(block_tables):
     early = [(table, 0, n) for table, n in zip(tables, known, strict=True)]
     ids = torch.tensor([t for text, n in zip(texts, known, strict=True) for t in text[:n]])
     at = torch.tensor([p for n in known for p in range(n)])
-    hook.forward(cache.batch([], early), ids, at, torch.tensor([0]))
+    ours.forward(cache.batch([], early), ids, at, torch.tensor([0]))
 
     late = [(table, n, count) for table, n, count in zip(tables, known, new, strict=True)]
     batch = cache.batch(late[:3], late[3:])
     assert batch.lengths.tolist() == [40, 17, 30] and batch.spread.tolist()[:8] == [0] * 5 + [0, 1, 2]
     ids = torch.tensor([t for text, n, c in zip(texts, known, new, strict=True) for t in text[n : n + c]])
     at = torch.tensor([p for n, c in zip(known, new, strict=True) for p in range(n, n + c)])
-    got = hook.forward(batch, ids, at, torch.arange(len(ids)))
+    got = ours.forward(batch, ids, at, torch.arange(len(ids)))
     want = [model(torch.tensor([text]), use_cache=False).logits[0, n:] for text, n in zip(texts, known, strict=True)]
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-3, atol=2e-4)
 

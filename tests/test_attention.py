@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.attention as attention
-from kernels.attention import Pages, paged_attention, quantise, store_pages
+from kernels.attention import Pages, Turn, paged_attention, place, quantise, store_pages
 
 try:
     import kernels.attention_triton as fast
@@ -245,6 +245,80 @@ def test_fp8_store_rounds_as_torch_does(dtype):
         results.append([x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in pages])
     for want, got in zip(*results, strict=True):
         assert torch.equal(want, got)
+
+
+def make_turn(dtype, norms: bool, T=6, Hq=6, Hkv=2, D=24, fp8=False):
+    """q, k and v as parts of one matrix [T, 2 + (Hq + 2 Hkv) D], whose other numbers are nan; pages of 16 full of 7."""
+    g = torch.Generator().manual_seed(1)
+    joint = torch.full((T, 2 + (Hq + 2 * Hkv) * D), torch.nan)
+    joint[:, 2:] = torch.randn(T, joint.shape[1] - 2, generator=g)
+    joint = joint.to(DEVICE, dtype)
+    q, k, v = (x.unflatten(1, (-1, D)) for x in joint[:, 2:].split([Hq * D, Hkv * D, Hkv * D], 1))
+    angles = 6 * torch.randn(T, D // 2, generator=g).repeat(1, 2)
+    weights = tuple((torch.rand(2, D, generator=g) + 0.5).to(DEVICE, dtype)) if norms else None
+    turn = Turn(angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype), weights, 1e-6)
+    pages = Pages(*(torch.full((3, Hkv, 16, D), 7.0, device=DEVICE).to(dtype) for _ in range(2)))
+    if fp8:
+        numbers, scales = zip(*(quantise(pool) for pool in pages[:2]), strict=True)
+        pages = Pages(*numbers, *scales)
+    slots = torch.tensor([33, -1, 2, 47, 16, 5], dtype=torch.int32, device=DEVICE)
+    return joint, (q, k, v), pages, slots, turn
+
+
+def turned64(x, norm, turn):
+    """transformers' formulas in float64."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x = x.double()
+    if norm is not None:
+        x = norm.double() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + turn.eps)
+    heads = x.transpose(0, 1)[None]
+    return apply_rotary_pos_emb(heads, heads, turn.cos.double()[None], turn.sin.double()[None])[0][0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", paths)
+def test_placing_turns_queries_and_keys_and_stores(path, dtype, norms):
+    joint, (q, k, v), pages, slots, turn = make_turn(dtype, norms)
+    want = [turned64(x, norm, turn) for x, norm in zip((q, k), turn.norms or (None, None), strict=True)]
+    values = v.clone()
+    place(q, k, v, pages, slots, turn, path=path)
+    bound = EPS[dtype] * (2 if path == "torch" else 1)  # torch rounds after the norm, too
+    for got, one in zip((q, k), want, strict=True):
+        assert ((got.double() - one).abs() <= bound * (1 + one.abs())).all()
+    assert torch.equal(v, values) and joint[:, :2].isnan().all()
+    for new, pool in ((k, pages.keys), (values, pages.values)):
+        flat = pool.transpose(1, 2).flatten(0, 1)
+        for slot in range(len(flat)):
+            if slot in slots.tolist():
+                assert torch.equal(flat[slot], new[slots.tolist().index(slot)])
+            else:
+                assert (flat[slot] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_triton
+def test_placing_in_fp8_stores_what_was_placed(dtype):
+    """Byte for byte what storing the turned keys gives."""
+    _, (q, k, v), pages, slots, turn = make_turn(dtype, True, fp8=True)
+    place(q, k, v, pages, slots, turn, path="triton")
+    _, _, again, _, _ = make_turn(dtype, True, fp8=True)
+    store_pages(k, v, again, slots, path="torch")
+    for got, want in zip(pages, again, strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_placing_names_bad_arguments():
+    _, (q, k, v), pages, slots, turn = make_turn(torch.float32, True)
+    for changed, message in (
+        ((q[:, :, :12], k, v, pages, slots, turn), "q is"),
+        ((q.half(), k, v, pages, slots, turn), "q is torch.float16"),
+        ((q, k, v, pages, slots, turn._replace(cos=turn.cos[:3])), "cos and sin must be"),
+        ((q, k, v, pages, slots, turn._replace(norms=(turn.cos[0, :3], turn.cos[0]))), "norms must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(*changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

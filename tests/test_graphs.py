@@ -18,10 +18,10 @@ from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lengthen.records import UserError
-from lengthen.sampling import attend_gpu, graphs
+from lengthen.sampling import attend_gpu, cpu_layer, gpu_layer, graphs, hook
 from lengthen.sampling import cache as caches
 from lengthen.sampling.cache import BlockTableCache, StreamedCache
-from lengthen.sampling.graphs import DecodeGraphs, buckets
+from lengthen.sampling.graphs import DecodeGraphs, Shape, buckets
 from lengthen.sampling.request import Request, Sampling
 
 OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
@@ -30,6 +30,7 @@ OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
 @pytest.fixture
 def block_tables(monkeypatch):
     monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
+    monkeypatch.setattr(hook, "lender", lambda device: gpu_layer.forwards)
 
 
 @pytest.fixture
@@ -86,8 +87,11 @@ def mixed_requests() -> list[Request]:
         Sampling(top_k=1, repetition_penalty=1.5, max_new_tokens=9),
         Sampling(temperature=2.0, top_k=5, top_p=0.5, max_new_tokens=64),
         Sampling(min_new_tokens=30, max_new_tokens=50, temperature=1.5, top_k=60, top_p=1),
+        Sampling(top_k=0, top_p=1, max_new_tokens=21),
+        Sampling(top_k=0, top_p=0.9, temperature=1.2, max_new_tokens=23),
+        Sampling(top_k=100, top_p=0.95, max_new_tokens=30),
     ]
-    seeds = [3, -5, 2**63 + 9, 2**64 - 1, 0, 77]
+    seeds = [3, -5, 2**63 + 9, 2**64 - 1, 0, 77, 8, -9, 10]
     return [
         Request((i, j), prompts[(i + j) % 6] * (1 + j), seeds[i] + j, s, penalty_from=3 * j)
         for i, s in enumerate(settings)
@@ -118,9 +122,9 @@ def test_bursts_write_what_single_steps_write(block_tables, bursts, plain, monke
     """Sampled and greedy, token by token and in how they end; the second run has too few pages and preempts rows."""
     own, excess = DecodeGraphs._load, []
 
-    def load(self, rows, size):
-        excess.append(size - len(rows))
-        own(self, rows, size)
+    def load(self, rows, shape):
+        excess.append(shape.rows - len(rows))
+        own(self, rows, shape)
 
     monkeypatch.setattr(DecodeGraphs, "_load", load)
     ours = write_hopefully(tiny_model("qwen3"), mixed_requests(), eos_ids=ENDS, **OPTIONS, **options)
@@ -178,11 +182,11 @@ def test_running_out_of_memory_in_a_burst_changes_no_text(block_tables, monkeypa
     model, own, count = tiny_model(), DecodeGraphs._step, [0]
     requests = [Request(i, p, i, Sampling(temperature=0, max_new_tokens=20)) for i, p in enumerate(make_prompts(4))]
 
-    def fails_once(self, size):
+    def fails_once(self, shape):
         count[0] += 1
         if count[0] == 3:
             raise torch.OutOfMemoryError("no memory")
-        own(self, size)
+        own(self, shape)
 
     monkeypatch.setattr(DecodeGraphs, "_step", fails_once)
     samples = write(model, requests, **OPTIONS)
@@ -197,23 +201,24 @@ def test_capturing_touches_no_text(block_tables, monkeypatch, plain, works):
     running. Where it fails the step itself is the replay, which is said once."""
     captured = []
 
-    def graph(self, size):
-        captured.append(size)
+    def graph(self, shape):
+        captured.append(shape)
         if not works:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         for _ in range(3):
             self.step.zero_()
-            self._step(size)
-        return SimpleNamespace(replay=partial(self._step, size))
+            self._step(shape)
+        return SimpleNamespace(replay=partial(self._step, shape))
 
     monkeypatch.setattr(DecodeGraphs, "_graph", graph)
     sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, max_rows=7, **OPTIONS)
     sampler.graphs.eager = ""
     sampler.notes.clear()
-    for request in mixed_requests()[: 18 if works else 8]:
+    for request in mixed_requests()[: 27 if works else 8]:
         sampler.add(request)
     for sample in sampler.run():
         assert sample.token_ids == plain[sample.request.key].token_ids
+    assert not works or {shape.draws for shape in captured} >= {"ranked", "wide"}
     failed = "capturing it failed (operation not permitted when stream is capturing)"
     said = [f"decoding steps are started one by one, not as CUDA graphs: {failed}"]
     assert (len(captured) > 2, sampler.notes) == ((True, []) if works else (False, said))
@@ -229,14 +234,144 @@ def test_a_draw_among_too_many_ties_is_left_to_the_caller(block_tables, bursts, 
     ours = write(model, requests, **OPTIONS)
     assert any(0 in one for one in bursts)
     monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
+    monkeypatch.setattr(hook, "lender", lambda device: cpu_layer.forwards)
     theirs = write(model, requests, **OPTIONS)
     assert all(ours[i].token_ids == theirs[i].token_ids for i in range(3))
 
 
-def test_rows_without_top_k_are_not_served(block_tables, bursts):
-    requests = [Request(i, p, i, Sampling(max_new_tokens=5, top_k=0)) for i, p in enumerate(make_prompts(2))]
-    samples = write(tiny_model(), requests, **OPTIONS)
-    assert not bursts and samples[0].num_tokens == 5
+@pytest.fixture
+def shapes(monkeypatch) -> list[Shape]:
+    """Of every step that bursts made."""
+    seen, own = [], DecodeGraphs._step
+
+    def step(self, shape):
+        seen.append(shape)
+        own(self, shape)
+
+    monkeypatch.setattr(DecodeGraphs, "_step", step)
+    return seen
+
+
+RECIPES = {
+    "all": [{"temperature": 0}, {"top_k": 1}, {"top_k": 0, "top_p": 1}, {"top_k": 0, "top_p": 1, "temperature": 2}],
+    "ranked": [{}, {"top_k": 63, "top_p": 0.5}, {"top_k": 2, "top_p": 1}],
+    "wide": [{"top_k": 0}, {"top_k": 64}, {"top_k": 500, "top_p": 1}, {"top_k": 0, "top_p": 0.1}],
+}
+
+
+@pytest.mark.parametrize("draws", RECIPES)
+def test_every_recipe_is_drawn_in_bursts(block_tables, shapes, bursts, monkeypatch, draws):
+    """Alone, in the step that does no more than it needs, and no draw is left to the host."""
+    settings = [Sampling(max_new_tokens=12, **recipe) for recipe in RECIPES[draws] for _ in range(2)]
+    prompts = make_prompts(len(settings))
+    requests = [Request(i, p, i, s) for i, (p, s) in enumerate(zip(prompts, settings, strict=True))]
+    model = tiny_model()
+    ours = write(model, requests, max_rows=len(requests), **OPTIONS)
+    assert {shape.draws for shape in shapes} == {draws} and all(0 not in one for one in bursts)
+    monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
+    theirs = write(model, requests, max_rows=len(requests), **OPTIONS)
+    for request in requests:
+        assert ours[request.key].token_ids == theirs[request.key].token_ids, request
+
+
+def test_no_text_depends_on_the_recipes_beside_it(block_tables, plain):
+    """Each of the mixed requests alone: other steps are captured for it than among the others."""
+    model = tiny_model("qwen3")
+    for request in mixed_requests()[::3]:
+        alone = write(model, [request], eos_ids=ENDS, max_rows=7, **OPTIONS)
+        assert alone[request.key].token_ids == plain[request.key].token_ids, request.key
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.02])
+def test_drafts_are_verified_in_captured_steps(block_tables, shapes, penalty):
+    """By the texts without drafts; prompts that repeat themselves, rows with many drafts beside rows with none."""
+    model = tiny_model("llama", initializer_range=0.05)  # repeats itself
+    requests = [
+        Request(i, p, i, Sampling(temperature=t, repetition_penalty=penalty, max_new_tokens=60, top_k=k))
+        for i, (p, t, k) in enumerate(zip(make_prompts(6), [0, 0.05] * 3, [20, 20, 0] * 2, strict=True))
+    ]
+    without = write(model, requests, lookup=False, **OPTIONS)
+    assert {shape.queries for shape in shapes} == {1}
+    shapes.clear()
+    passes = []
+    sampler = make_sampler(model, **OPTIONS)
+    own = sampler._forward
+    sampler._forward = lambda step, *rest: (passes.append(step), own(step, *rest))[1]
+    for request in requests:
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == without[sample.request.key].token_ids, sample.request.key
+    assert {1, 2, 4, 8} >= {shape.queries for shape in shapes} >= {1, 4}
+    assert sampler.stats["accepted_tokens"] > 10 and not any(row.draft for step in passes for row, _ in step.decode)
+    assert sampler.stats["decode_tokens"] == without[None].stats["decode_tokens"]
+    assert_every_page_came_back(sampler)
+
+
+def test_more_drafts_than_a_captured_step_holds_are_verified_by_a_pass(block_tables, shapes, monkeypatch):
+    monkeypatch.setattr(graphs, "DRAWS", 1)  # 4 rows: 4 draws
+    model = tiny_model("llama", initializer_range=0.05)
+    greedy = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=60)
+    requests = [Request(i, p, i, greedy) for i, p in enumerate(make_prompts(4))]
+    ours = write(model, requests, **OPTIONS)
+    assert all(shape.rows * shape.queries <= 4 for shape in shapes) and ours[None].stats["accepted_tokens"] > 10
+    without = write(model, requests, lookup=False, **OPTIONS)
+    assert all(ours[i].token_ids == without[i].token_ids for i in range(4))
+
+
+def test_prompts_are_computed_beside_bursts(block_tables, plain, monkeypatch):
+    """New prompts' passes are launched while a burst is in flight, before it is read; and the texts are the same."""
+    sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, max_rows=4, **OPTIONS)
+    beside, mixed, own = [], [], sampler._forward
+
+    def forward(step, *rest):
+        beside.append(sampler.graphs.in_flight is not None)
+        mixed.append(bool(step.prefill) and any(row.written for row, _ in step.decode))
+        return own(step, *rest)
+
+    sampler._forward = forward
+    for request in mixed_requests():
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == plain[sample.request.key].token_ids
+    assert sum(beside) > len(beside) // 2 and not any(mixed)
+    assert_every_page_came_back(sampler)
+
+
+def test_running_out_of_memory_beside_a_burst_changes_no_text(block_tables, plain, monkeypatch):
+    """A prompt's pass fails while a burst is in flight: rows are given up, also such as the burst computes."""
+    sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, max_rows=4, prefill_tokens=64, page_tokens=16)
+    failed, own = [], sampler._forward
+
+    def forward(step, *rest):
+        if sampler.graphs.in_flight and len(failed) < 2:
+            failed.append(len(sampler.scheduler.rows))
+            sampler.scheduler.prefill_tokens = 64  # no smaller chunks: fewer rows
+            raise torch.OutOfMemoryError("no memory")
+        return own(step, *rest)
+
+    sampler._forward = forward
+    for request in mixed_requests()[:12]:
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == plain[sample.request.key].token_ids
+    assert len(failed) == 2 and failed[0] > 1 and sampler.stats["preemptions"]
+    assert_every_page_came_back(sampler)
+
+
+def test_a_row_at_its_limit_stands_still(block_tables):
+    """Its position, too: longrope takes the longest of the batch, and would switch for all rows."""
+    sampler = make_sampler(tiny_model(), **OPTIONS)
+    sampler.add(Request(0, [5, 6, 7], 0, Sampling(temperature=0, max_new_tokens=3, min_new_tokens=3)))
+    sampler.step()
+    (row,), steps = sampler.scheduler.rows, sampler.graphs
+    steps._reserve([row], 0)
+    shape = Shape(2, 1, "all")
+    steps._load([row], shape)
+    with torch.no_grad():
+        for _ in range(6):
+            steps.step.zero_()
+            steps._step(shape)
+    assert steps.ints[1, :2].tolist() == [row.limit - 1, 0]  # and the line without a row
 
 
 class Operations(TorchDispatchMode):
@@ -282,12 +417,13 @@ class Operations(TorchDispatchMode):
         return call
 
 
+@pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_does_the_same_operations_whatever_the_buffers_hold(block_tables, monkeypatch, family):
+def test_a_step_does_the_same_operations_whatever_the_buffers_hold(block_tables, monkeypatch, family, queries):
     """So it can be captured: no host read, and neither the operations nor their shapes follow the data (texts of other
     lengths, with other settings, one beyond its limit, one row in excess)."""
     operations = Operations()
-    for name in ("store_pages", "paged_attention"):
+    for name in ("store_pages", "place", "paged_attention"):
         monkeypatch.setattr(attend_gpu, name, operations.opaque(getattr(attend_gpu, name)))
     monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
     sampler = make_sampler(tiny_model(family), **OPTIONS)
@@ -302,11 +438,13 @@ def test_a_step_does_the_same_operations_whatever_the_buffers_hold(block_tables,
         sampler.step()
         rows, steps = sampler.scheduler.rows, sampler.graphs
         steps._reserve(rows, 0)
-        steps._load(rows, 4)
+        for row, drafts in zip(rows, (3, 0), strict=True) if queries > 1 else ():
+            row.draft = [9] * drafts
+        steps._load(rows, shape := Shape(4, queries, "wide"))
         operations.seen = []
         with torch.no_grad(), operations:
-            steps._step(4)
-            steps._step(4)
+            steps._step(shape)
+            steps._step(shape)
         half = len(operations.seen) // 2
         assert half > 40 and operations.seen[:half] == operations.seen[half:]
         recorded.append(operations.seen)

@@ -41,7 +41,7 @@ def compile_kernel(kernel, meta: dict, types: dict, arch: int, warps: int, stage
         elif name.endswith("_ptr"):
             signature[name] = "*" + types[name]
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap", "eps") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "eps", "coldest") else "i32"
     aligned = [
         i
         for i, n in enumerate(signature)
@@ -113,8 +113,7 @@ def compile_loss(arch: int) -> dict:
 DECODES = {
     "decode qwen2.5": {},
     "decode verify, softcap, sinks": {"G": 8, "Q": 8, "HAS_CAP": True, "HAS_SINKS": True},
-    # Triton makes constants of integers that are 1
-    "decode one text, one split": {"SINGLE": True, "HAS_SINKS": True, "B": 1, "window": 1, "workers": 1, "splits": 1},
+    "decode one split": {"SINGLE": True, "HAS_SINKS": True},
     "decode fp8": {"G": 8, "Q": 8, "FP8": True},
     "decode gemma": {"G": 2, "Q": 4, "D": 256, "HAS_CAP": True},
     "decode head 96": {"G": 4, "Q": 8, "D": 96, "DTYPE": "fp16"},
@@ -148,9 +147,35 @@ def compile_attention(arch: int) -> dict:
     flags = {"HAS_SINKS": True, "EMULATE": False}
     meta = {"HQ": 28, "Q": 1, "DV": 128, **flags, "BN": 64, "BDV": 128, "BS": 128, "STEP": 8}
     report["join"] = compile_kernel(fast._join_kernel, meta, {**types, "out_ptr": "bf16"}, arch, 2, 3)
-    meta = {"HKV": 4, "D": 128, "S": 256, "FP8": True, "BD": 128}
-    types |= {"new_ptr": "bf16", "pool_ptr": "u8"}
-    report["store"] = compile_kernel(fast._store_kernel, meta, types, arch, 1, 3)
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "bf16")
+    types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "fp32")
+    cases = ("place", 128, True, True), ("place 256", 256, True, False), ("store", 128, False, True)
+    for name, D, turn, fp8 in cases:
+        types |= dict.fromkeys(("k_pool_ptr", "v_pool_ptr"), "u8" if fp8 else "bf16")
+        meta = {"HQ": 28 * turn, "HKV": 4, "D": D, "DV": D, "S": 256, "TURN": turn, "NORM": turn, "FP8": fp8}
+        meta |= {"EMULATE": False, "BH": fast.PLACED, "BD": D // 2, "BDV": D // 2}
+        report[name] = compile_kernel(fast._place_kernel, meta, types, arch, 2, 3)
+    return report
+
+
+def compile_tail(arch: int) -> dict:
+    """kernels/sampling_tail_triton.py: of the logits, with drafts and without; above a floor; the threshold."""
+    from kernels import sampling_tail_triton as fast
+
+    types = dict.fromkeys(("kinds_ptr", "early_ptr", "seen_ptr", "free_ptr", "wide_ptr"), "u8")
+    types |= dict.fromkeys(("line_ptr", "drafts_ptr", "seeds_ptr", "positions_ptr", "token_ptr", "top_k_ptr"), "i64")
+    types |= dict.fromkeys(("penalty_ptr", "temperature_ptr", "floors_ptr", "y_ptr", "maxima_ptr", "top_p_ptr"), "fp32")
+    types |= {"best_ptr": "fp64"}
+    report = {}
+    for name, x, Q, prepare, store in (
+        ("all", "bf16", 1, True, False),
+        ("ranked, drafts", "bf16", 8, True, True),
+        ("above", "fp32", 1, False, False),
+    ):
+        meta = {"Q": Q, "PREPARE": prepare, "STORE": store, "ROWS": 64, "BLOCK": fast.BLOCK}
+        report[name] = compile_kernel(fast._tail_kernel, meta, {**types, "x_ptr": x}, arch, 4, 3)
+    meta = {"BLOCK": fast.SCAN}
+    report["lowest"] = compile_kernel(fast._lowest_kernel, meta, {**types, "x_ptr": "fp32"}, arch, 16, 3)
     return report
 
 
@@ -180,6 +205,7 @@ FILES = {
     "loss": (compile_loss, (80, 86, 89, 90, 120)),
     "attention": (compile_attention, (80, 86, 89, 90)),
     "layer passes": (compile_layer_passes, (80, 89, 90)),
+    "tail": (compile_tail, (80, 86, 89, 90)),
 }
 
 
@@ -202,7 +228,8 @@ def test_kernels_fit_the_card(arch):
     for name, used in report["loss"].items():
         assert (used["tensor_core"] > 0) == name.startswith("gemm_exp"), (name, used)
     if "attention" in report:
-        assert set(report["attention"]) == {*DECODES, "join", "store"}
+        assert set(report["attention"]) == {*DECODES, "join", "place", "place 256", "store"}
+        assert len(report["tail"]) == 4
     for name, used in report.get("attention", {}).items():
         products = name.startswith("decode") and name != "decode fp32"  # fp32 is exact, hence not on tensor cores
         assert (used["tensor_core"] > 0) == products, (name, used)

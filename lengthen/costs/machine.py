@@ -81,7 +81,7 @@ class Machine:
 
     def seconds(self, work: Work, flags: Mapping[str, Any], level: int = 1) -> float:
         """Of a stage. level: 0, 1 or 2, where the shares are those of a cheap, a likely or a dear run."""
-        share = {name: value[level] for name, value in SHARES.items()}
+        share = {name: value.values[level] for name, value in SHARES.items()}
         if "rank" in flags:  # a training
             per_token = self.looked_up(work.length, 1) - 4 * (1 - work.targets) * self.head
             return self.opening + work.tokens * per_token / self.flops / share["training"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from lengthen.evaluation.benchmark import BENCHMARKS, read_rows
+from lengthen.evaluation.benchmark import BENCHMARKS, find_benchmark, read_rows
 from lengthen.reading import filter_language
 from lengthen.steps import Step
 
@@ -47,8 +47,12 @@ class Assumption(NamedTuple):
     text: str  # what it is, and its unit
     source: str
 
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self.low, self.likely, self.high
+
     def __str__(self) -> str:
-        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self[:3])
+        low, likely, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in self.values)
         return f"{self.text}: {likely} ({low} to {high}); {self.source}"
 
 
@@ -299,8 +303,10 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 
 
 def _queries(flags: Mapping[str, Any]) -> float:
-    path = BENCHMARKS.get(flags["benchmark"], Path(flags["benchmark"]))
-    count = len(filter_language(read_rows(path), flags["language"])) if path.is_file() else HUB_QUERIES
+    name, count = flags["benchmark"], float(HUB_QUERIES)
+    if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
+        rows = [row for path in find_benchmark(name) for row in read_rows(path)]
+        count = float(len(filter_language(rows, flags["language"])))
     return min(flags["limit"] or count, count)
 
 
@@ -328,7 +334,7 @@ def scenarios(known: Mapping[str, Assumption]) -> list[dict[str, float]]:
     """
 
     def choice(lengths: int, yields: int) -> dict[str, float]:
-        return {name: value[:3][lengths if name in LENGTHS else yields] for name, value in known.items()}
+        return {name: value.values[lengths if name in LENGTHS else yields] for name, value in known.items()}
 
     order: Sequence[int] = (1, 0, 2)
     return [choice(i, j) for i in order for j in order]

@@ -19,7 +19,7 @@ PAPER = "[Self-Lengthen](https://arxiv.org/abs/2410.23933)"
 TAGS = ["self-lengthen", "long-form-generation"]
 ROLES = {
     "generator": "writes long answers to instructions",
-    "extender": "rewrites a draft into a longer text (its prompt is `prompts/extend.*.md` of the project)",
+    "extender": "rewrites a draft into a longer text (its prompt is `prompts/LANGUAGE/extend.md` of the project)",
 }
 FILES = {  # of a run: configuration of the data set -> (files, what a line is)
     "instructions": ("*/instructions.jsonl", "an instruction that the base model invented, judged and deduplicated"),
@@ -183,7 +183,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def languages(setting: str) -> list[str]:
-    return ["en", "zh"] if setting == "both" else setting.split()
+    return ["en", "zh"] if setting == "both" else setting.replace(",", " ").split()
 
 
 def licence_of(base: str) -> dict[str, Any]:

@@ -15,13 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention import Pages, paged_attention, read_pool, store_pages
+from kernels.attention import Pages, Turn, paged_attention, place, read_pool, store_pages
 from lengthen.models.flash import Bounds, attend_chunks
 from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
 # B decoding texts, T packed tokens, S tokens in a page, D head size, Hq query heads, Hkv key heads,
 # Q = the most tokens that one of the texts has in a pass: 1, more with drafts.
+QUERIES = (1, 2, 4, 8)  # Q is rounded up to one of these: each has kernels, and graphs, of its own
+
+
+def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on the device, queued after what runs there: the host does not wait for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @dataclass
@@ -43,8 +49,16 @@ class TableBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         """As batch.Batch has it."""
+        store_pages(k, v, self.layers[layer], self.slots)  # first: a token sees its own key
+        return self._attend(layer, q, k, v, rule)
+
+    def turn_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule, turn: Turn) -> Tensor:
+        """The same of q and k without norms and positions, which they get here, in place."""
+        place(q, k, v, self.layers[layer], self.slots, turn)
+        return self._attend(layer, q, k, v, rule)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         n, pages, (scaling, window, softcap, sinks) = self.decode_tokens, self.layers[layer], rule
-        store_pages(k, v, pages, self.slots)  # first: a token sees its own key
         results = []  # decoding texts, then prefill chunks: packed order
         if n:
             queries = q[:n] if self.spread is None else q.index_select(0, self.spread)
@@ -74,14 +88,15 @@ def make_batch(
     S = page_tokens
 
     def ints(x: list, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(x, dtype=dtype, device=device)
+        return upload(x, dtype, device)
 
     slots = [
         pages[p // S] * S + p % S for pages, start, count in (*decode, *prefill) for p in range(start, start + count)
     ]
     width = max((len(pages) for pages, _, _ in decode), default=1)
     table = [pages + [-1] * (width - len(pages)) for pages, _, _ in decode]  # [B, W]
-    Q = max((count for _, _, count in decode), default=1)
+    longest = max((count for _, _, count in decode), default=1)
+    Q = next(n for n in QUERIES if n >= longest)
     lengths = [start + count for _, start, count in decode]  # the new tokens included
     decode_tokens = sum(count for _, _, count in decode)
     batch = TableBatch(layers, ints(slots), ints(table).view(-1, width), ints(lengths), decode_tokens)
@@ -96,7 +111,9 @@ def make_batch(
         batch.spread, batch.gather = ints(spread, torch.int64), ints(gather, torch.int64)
     if prefill:
         totals = [start + count for _, start, count in prefill]
-        batch.bounds = Bounds.make([count for _, _, count in prefill], totals, device)
+        bounds = Bounds.make([count for _, _, count in prefill], totals, torch.device("cpu"))
+        ends = {"cu_queries": ints(bounds.queries), "cu_keys": ints(bounds.keys)}
+        batch.bounds = bounds._replace(varlen=bounds.varlen._replace(**ends))
         # fp8: each token sees its own key rounded, as the text's later tokens will, however the prompt was cut.
         fp8 = next(iter(layers.values())).key_scales is not None
         if fp8 or any(start for _, start, _ in prefill):

@@ -70,9 +70,12 @@ class PagedCache(PagePool, ABC):
         """Page contents, all layers, from one page to another; `of` is the pool of the source where it is not this."""
         theirs = of or self
         assert isinstance(theirs, PagedCache)
+        if not source:
+            return
+        here, there = attend_gpu.upload([list(target), list(source)], torch.long, self.device)
         for layer in self.layers:
             for ours, others in zip(self._tensors(layer), theirs._tensors(layer), strict=True):
-                ours[list(target)] = others[list(source)]  # a gather, then a scatter: overlapping pages are safe
+                ours[here] = others[there]  # a gather, then a scatter: overlapping pages are safe
 
     def _tensors(self, layer: int) -> list[Tensor]:
         """All that a layer's pages hold, page by page; fp8 as bytes, which is what torch can index."""

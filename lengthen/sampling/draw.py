@@ -5,7 +5,7 @@ the argmax of logits plus Gumbel noise, which follows softmax(logits) exactly; t
 token id), so a row's token does not depend on which rows are beside it. Temperature 0 or top-k 1 is greedy.
 
 `Drawer` does it for rows of the scheduler and keeps the table of ids that the penalty applies to; the functions below
-it do the arithmetic, and sampling/graphs.py does the same on a GPU alone.
+it do the arithmetic, with kernels/sampling_tail.py, and sampling/graphs.py does the same on a GPU alone.
 
 n rows, V vocabulary, W distinct ids seen, C candidates.
 """
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.sampling_tail import COLDEST, COLUMN, Noise, draw_above, gumbel, lowest
 from lengthen.sampling.scheduler import Row
 
-CANDIDATES = 64  # highest logits looked at for a draw; top-k above this (or off) sorts the whole vocabulary
+CANDIDATES = COLUMN  # highest logits looked at for a draw; top-k from this on (or off) looks at the whole vocabulary
 COLUMNS = 256  # distinct ids per row that the penalty table begins with; it doubles when a text has more
-GREEDY = 1e-5  # temperatures below it are 0, as in vLLM
+GREEDY = COLDEST  # temperatures below it are 0, as in vLLM
 NOT_FINITE = -1  # drawn where a logit is NaN or +inf, or all are -inf
 
 
@@ -124,44 +125,32 @@ def penalise(logits: Tensor, seen: Tensor, counts: Tensor, penalty: Tensor) -> N
     logits.scatter_(1, seen, torch.where(counts[:, None] > 0, changed, values))
 
 
-def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64 [n, C], a pure function of seeds [n], positions [n] and token ids [n, C], all int64.
-
-    splitmix64's finaliser over the three numbers; torch's int64 products wrap as its unsigned ones do.
-    """
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9; the masks make >> logical
-        x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    state = mix(mix(seeds + golden) + positions * golden)[:, None]
-    bits = mix(mix(state + (tokens + 1) * golden)) >> 11 & 0x1FFFFFFFFFFFFF  # 53 bits
-    return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
-
-
-def top_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
+def top_candidates(logits: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The CANDIDATES highest logits of each row and their ids, descending: [n, C] each. Which of equal ones is open.
 
     A plain topk over V = 49,152 costs a CPU as much as a tenth of the model. The maxima of V/64 blocks come first:
-    the C highest logits lie in the C blocks with the highest maxima.
+    the C highest logits lie in the C blocks with the highest maxima. maxima: [n, V/64] of them, where known.
     """
     n, V = logits.shape
     if V % CANDIDATES or V < CANDIDATES**2:
         return logits.topk(min(CANDIDATES, V))
     blocks = logits.view(n, CANDIDATES, V // CANDIDATES)  # block j = ids j, j + V/64, ...: a fast vertical maximum
-    columns = blocks.amax(1).topk(CANDIDATES).indices  # [n, C]
+    columns = (blocks.amax(1) if maxima is None else maxima).topk(CANDIDATES).indices  # [n, C]
     few = blocks.gather(2, columns[:, None].expand(n, CANDIDATES, CANDIDATES)).flatten(1)
     values, index = few.topk(CANDIDATES)
     column, block = index & CANDIDATES - 1, index >> CANDIDATES.bit_length() - 1  # CANDIDATES is a power of two
     return values, columns.gather(1, column) + block * (V // CANDIDATES)
 
 
+def is_free(temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """bool [n]: any token may be drawn, so that nothing has to be ranked."""
+    return (temperature >= GREEDY) & (top_k == 0) & (top_p >= 1)
+
+
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """One token per row, [n] int64, or NOT_FINITE. logits [n, V] fp32, penalised; the others [n], temperature fp32."""
     greedy = (temperature < GREEDY) | (top_k == 1)
-    if greedy.all():  # no noise, no sorting
+    if greedy.all():  # no noise, no ranking
         tokens = logits.argmax(-1)
         return torch.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), tokens, NOT_FINITE)
     V = logits.shape[1]
@@ -170,10 +159,13 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed
     scores, kept, whole = keep(values, temperature, top_k, top_p)
     short = ~whole & ~greedy & (values.shape[1] < V)  # rows that need more than the candidates
     tokens = ids.gather(1, race(scores, kept, ids, seeds, positions))[:, 0]
-    for few in short.nonzero()[:, 0].split(32):  # rare: top-k off or very large, or more than 64 ties
-        values, ids = logits[few].sort(descending=True)  # [few, V] each
-        scores, kept, _ = keep(values, temperature[few], top_k[few], top_p[few])
-        tokens[few] = ids.gather(1, race(scores, kept, ids, seeds[few], positions[few]))[:, 0]
+    free = is_free(temperature, top_k, top_p)
+    for few in short.nonzero()[:, 0].split(32):  # top-k off or very large; rare: more than 64 ties
+        rows, noise = logits[few], Noise(temperature[few], seeds[few], positions[few])
+        floors = torch.full_like(noise.temperature, float("-inf"))
+        if not free[few].all():
+            floors = lowest(rows, noise.temperature, top_k[few], top_p[few], ~free[few]).where(~free[few], floors)
+        tokens[few] = draw_above(rows, floors, noise, torch.ones_like(few, dtype=torch.bool))
     tokens = torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
     return torch.where(finite, tokens, NOT_FINITE)
 

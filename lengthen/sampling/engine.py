@@ -10,13 +10,15 @@ One step is schedule -> forward -> draw -> advance, each a module of its own, to
 
     scheduler.py     which tokens of which texts the next forward pass computes: admission, chunks, drafts, preemption
     hook.py          the pass: the unmodified model on packed tokens, with our attention (attend_cpu.py, attend_gpu.py)
-                     over a paged KV cache (pages.py, cache.py, prefix_cache.py); cpu_layer.py: in few operations
+                     over a paged KV cache (pages.py, cache.py, prefix_cache.py), in few operations (cpu_layer.py,
+                     gpu_layer.py)
     draw.py          from logits to tokens, as in Hugging Face's processors and in vLLM
     stopping.py      whether a text ends with its newest token
 
-On a GPU steps that only decode are captured and replayed several at a time (graphs.py). The draw's noise is a hash of
-(seed, position in the output, token id): a text does not depend on its neighbours, on the order or on the number of
-rows. (Logits may differ in the last bits with the shape of a batch, as everywhere; draws do not.)
+On a GPU steps that only decode are captured and replayed several at a time (graphs.py), and the passes over new prompts
+are queued behind them. The draw's noise is a hash of (seed, position in the output, token id): a text does not depend
+on its neighbours, on the order or on the number of rows. (Logits may differ in the last bits with the shape of a batch,
+as everywhere; draws do not.)
 """
 
 import time
@@ -32,6 +34,7 @@ from kernels.linear_cross_entropy import plain_head
 from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.threads import Neighbours
+from lengthen.sampling.attend_gpu import upload
 from lengthen.sampling.cache import BlockTableCache, bytes_per_token
 from lengthen.sampling.draw import NOT_FINITE, Drawer
 from lengthen.sampling.graphs import DecodeGraphs
@@ -227,16 +230,26 @@ class Sampler:
     @torch.no_grad()
     def _step(self) -> list[Row]:
         """Schedule -> forward -> draw -> advance. Returns the rows that took part."""
-        if self.graphs and (burst := self.graphs.in_flight):  # the device is ahead of what the host knows
-            return self._burst([row for row in self.scheduler.rows if row.slot in burst.slots])
-        step = self.scheduler.schedule()  # who, and how many tokens
-        if self.graphs and step.decodes_only and self.graphs.serves([row for row, _ in step.decode]):
-            return self._burst([row for row, _ in step.decode])
-        draws, keep = step.draws()
+        graphs = self.graphs
+        flying = [row for row in graphs.in_flight.rows if row.slot >= 0] if graphs and graphs.in_flight else []
+        step = self.scheduler.schedule(flying)  # who, and how many tokens
+        if graphs and graphs.in_flight:
+            return self._beside(step, [row for row in flying if row.slot >= 0])
+        rows = [row for row, _ in step.decode]
         try:
-            logits = self._forward(step, keep)
+            if graphs and step.decodes_newest and graphs.serves(rows):
+                if not step.prefill:
+                    return self._burst(rows, ahead=True)
+                graphs.start(rows)
+                return self._beside(Step([], step.prefill), rows)
+            logits = self._forward(step, step.draws()[1])
         except RuntimeError as error:
             return self._back_off(error)
+        return self._take(step, logits)
+
+    def _take(self, step: Step, logits: Tensor) -> list[Row]:
+        """Draws from the logits of a step that was computed."""
+        draws, _ = step.draws()
         step.mark_computed()
         self.stats["steps"] += 1  # a forward pass
         tokens = self.drawer.draw(draws, logits) if draws else []
@@ -247,20 +260,40 @@ class Sampler:
                 self._advance(row, tokens[i : i + 1 + len(row.draft)])
         return [row for row, _ in step.work]
 
-    def _burst(self, rows: list[Row]) -> list[Row]:
-        """Several steps for rows that only decode, on the device alone; texts are cut here where they end."""
+    def _beside(self, step: Step, flying: list[Row]) -> list[Row]:
+        """A step of new prompts beside a burst in flight: its pass is queued after it, before the burst is read.
+
+        So the device does not wait while the host launches the pass. A row whose prompt is computed joins the others
+        when no burst is in flight, so none is launched ahead then; nor where drafts, which the host makes, would pay.
+        """
+        logits: Tensor | None = None
+        try:
+            logits = self._forward(step, step.draws()[1]) if step else None
+        except RuntimeError as error:  # the burst is still to be read
+            self._back_off(error)
+            flying = [row for row in flying if row.slot >= 0]
+        mine = {id(row) for row in flying}
+        computing = sum(row.computed + count < len(row.ids) for row, count in step.work)
+        others = sum(id(row) not in mine for row in self.scheduler.rows)
+        rows = self._burst(flying, ahead=others == computing and not self.scheduler.drafts_pay(flying))
+        if logits is not None and all(row.slot >= 0 for row, _ in step.work):  # else computed again: memory ran out
+            rows = rows + self._take(step, logits)
+        return rows
+
+    def _burst(self, rows: list[Row], ahead: bool) -> list[Row]:
+        """Steps for rows that only decode, on the device alone; texts are cut here where they end."""
         assert self.graphs
-        # With requests waiting for a free row, the next burst must not be launched before they are admitted.
-        ahead = not (self.scheduler.queue and self.scheduler.slots)
+        drafts = any(row.draft for row in rows)
         try:
             bursts = self.graphs.run(rows, ahead)
         except RuntimeError as error:
             return self._back_off(error)
-        self.stats["steps"] += max(map(len, bursts), default=0)
+        self.stats["steps"] += 1 if drafts else max(map(len, bursts), default=0)
         for row, tokens in zip(rows, bursts, strict=True):
-            for token in tokens:
-                self._advance(row, [token])
-                if row.slot < 0:  # finished: what the device wrote after it does not count
+            # of drafts all at once; else one by one, since what the device wrote after a text's end does not count
+            for some in [tokens] if drafts and tokens else [[token] for token in tokens]:
+                self._advance(row, some)
+                if row.slot < 0:
                     break
         return rows
 
@@ -277,7 +310,7 @@ class Sampler:
         ids = [t for row, count in work for t in (*row.ids[row.computed : row.computed + count], *row.draft)]
         positions = [p for row, count in work for p in range(row.computed, row.computed + count)]
         # A pass that draws nothing asks for the logits of its first token: no head is given an empty input.
-        tokens, places, last = (torch.tensor(x, device=self.device) for x in (ids, positions, keep or [0]))
+        tokens, places, last = (upload(x, torch.long, self.device) for x in (ids, positions, keep or [0]))
         out = self.hook.forward(self.cache.batch(decode, prefill), tokens, places, last, hidden)[: len(keep)]
         return out if hidden else out.float()
 

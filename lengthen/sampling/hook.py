@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.flash import dense
 from lengthen.records import UserError
-from lengthen.sampling import cpu_layer
+from lengthen.sampling import cpu_layer, gpu_layer
 from lengthen.sampling.batch import Batch, Rule
 from lengthen.sampling.cache import LayerShape, make_cache
 
@@ -69,6 +69,11 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+def lender(device: torch.device) -> Callable[[nn.Module, dict[int, int]], list[tuple[nn.Module, Callable]]]:
+    """What lends a model faster layers on a device. Tests put the other one in its place, as with cache.backend."""
+    return gpu_layer.forwards if device.type == "cuda" else cpu_layer.forwards
+
+
 class ProbeBatch:
     """One text in no pages: attends to the batch itself and notes what each layer hands to attention."""
 
@@ -91,7 +96,7 @@ class Hook:
         self.model = model
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, x) for x in ("device", "dtype"))
         self.holders: list[Any] = []  # modules that hold the batch, of a model that does not hand it down
-        # Forwards that stand in for modules' own while a batch is running (cpu_layer.py).
+        # Forwards that stand in for modules' own while a batch is running (cpu_layer.py, gpu_layer.py).
         self.replaced: list[tuple[nn.Module, Callable]] = []
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
@@ -167,7 +172,7 @@ class Hook:
         if why := self._differs("a packed pass", packed, own):
             self._refuse(why)
         windows = {layer: shape.window for layer, shape in batch.shapes.items()}
-        self.replaced = cpu_layer.forwards(self.model, windows)
+        self.replaced = lender(self.device)(self.model, windows)
         why = self._differs("a pass split over pages", self._split(batch.shapes, ids), own)
         if why and self.replaced:  # a model of a known kind that is not quite that: its own code serves it
             self.replaced = []

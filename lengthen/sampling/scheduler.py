@@ -81,9 +81,9 @@ class Step:
         return self.decode + self.prefill
 
     @property
-    def decodes_only(self) -> bool:
-        """Whether every row computes its newest token and nothing else."""
-        return not self.prefill and all(count == 1 and row.computed + 1 == len(row.ids) for row, count in self.decode)
+    def decodes_newest(self) -> bool:
+        """Whether there are rows that decode, and each computes its newest token, and drafts of it."""
+        return bool(self.decode) and all(row.computed + 1 == len(row.ids) for row, _ in self.decode)
 
     def draws(self) -> tuple[list[tuple[Row, int]], list[int]]:
         """(row, drafts before it) of each token to be drawn, row by row, and the packed index of its logits.
@@ -200,10 +200,13 @@ class Scheduler:
         self.queue.push(Waiting(1, -request.expected_tokens, self.added, request))
         self.added += 1  # ties of the queue go by order
 
-    def schedule(self) -> Step:
-        """The next step, empty if nothing waits or runs: admits rows, gives all their pages, makes drafts."""
+    def schedule(self, busy: Sequence[Row] = ()) -> Step:
+        """The next step, empty if nothing waits or runs: admits rows, gives all their pages, makes drafts.
+
+        busy: rows that are being decoded meanwhile, which take no part.
+        """
         self._admit()
-        decode, prefill = self._share_out()
+        decode, prefill = self._share_out({id(row) for row in busy})
         tokens = len(decode) + sum(count for _, count in prefill)
         self.stats["prefill_tokens"] += tokens - len(decode)
         if self.drafts:
@@ -335,7 +338,7 @@ class Scheduler:
 
     # -- planning
 
-    def _share_out(self) -> tuple[list[Row], list[tuple[Row, int]]]:
+    def _share_out(self, busy: set[int]) -> tuple[list[Row], list[tuple[Row, int]]]:
         """Rows that compute one token in this step, and (row, tokens) of those that compute a chunk. Takes pages."""
         budget = self.prefill_tokens
         decode: list[Row] = []
@@ -343,7 +346,7 @@ class Scheduler:
         computing: list[Row] = []
         for row in list(self.rows):  # the oldest first: only rows that have no tokens in this step yet are preempted
             row.draft = []
-            if row.slot < 0:  # preempted by an older row of this step
+            if row.slot < 0 or id(row) in busy:  # preempted by an older row of this step
                 continue
             if budget and not row.computed and not self._attach_prefix(row, computing):
                 continue
@@ -380,8 +383,22 @@ class Scheduler:
             self.prefixes.detach(copied)
         return True
 
+    def drafts_pay(self, rows: Sequence[Row]) -> bool:
+        """Whether a step of these rows, which decode, would have drafts."""
+        return self.drafts is not None and any(self._allot(rows, len(rows), self.drafts)[1])
+
     def _draft(self, rows: Sequence[Row], tokens: int, costs: DraftCosts) -> None:
         """Gives drafts to the rows of a step that has `tokens` tokens without them, where they are worth their time."""
+        drafts, counts = self._allot(rows, tokens, costs)
+        for row, draft, count in zip(rows, drafts, counts, strict=True):
+            room = (len(row.pages) + len(self.pool.free)) * self.pool.page_tokens - len(row.ids)
+            count = min(count, room)  # nobody is preempted for a draft
+            if count > 0 and self.grow(row, len(row.ids) + count):
+                row.draft = draft[:count]
+                self.stats["drafted_tokens"] += count
+
+    def _allot(self, rows: Sequence[Row], tokens: int, costs: DraftCosts) -> tuple[list[list[int]], list[int]]:
+        """(what is guessed of each row, how much of it is worth computing)."""
         drafts, chances = [], []
         bar = tokens / (costs.free_tokens + tokens)  # tokens per unit of time without drafts
         for row in rows:
@@ -393,12 +410,5 @@ class Scheduler:
             chances.append(row.lookup.chances(len(drafts[-1])))
         counts = allot(chances, tokens, costs.free_tokens)  # drafts of each row
         right = sum(sum(some[:count]) for some, count in zip(chances, counts, strict=True))
-        # Few right drafts: not worth a pass that is not a captured graph.
-        if right <= costs.hurdle * len(rows):
-            return
-        for row, draft, count in zip(rows, drafts, counts, strict=True):
-            room = (len(row.pages) + len(self.pool.free)) * self.pool.page_tokens - len(row.ids)
-            count = min(count, room)  # nobody is preempted for a draft
-            if count > 0 and self.grow(row, len(row.ids) + count):
-                row.draft = draft[:count]
-                self.stats["drafted_tokens"] += count
+        # Few right drafts: not worth a pass that is read by the host, where others are not.
+        return drafts, counts if right > costs.hurdle * len(rows) else [0] * len(rows)

@@ -1,0 +1,169 @@
+"""A decoder layer in about ten kernels, for sampling on a GPU: what cpu_layer.py is on a CPU.
+
+transformers' own layer is 45 to 60 kernels: each norm is six, rotary positions are ten. A decoding step of a small
+model or of few texts takes as long as its kernels take to start, captured in a CUDA graph or not, and an eager pass as
+long as Python takes to launch them. Here, for layers of the Llama, Mistral, Qwen2 and Qwen3 kind:
+
+     1  n = norm(x)                                                 6  n = norm(x)
+     2  q, k, v = n [Wq Wk Wv]     one product                      7  g, u = n [Wg Wu]      one product
+     3  norms and positions of q and k, k and v to their pages      8  a = silu(g) * u
+    4-5 attention (two where a text's keys are split)               9  x += a Wd
+    5-6 x += attention Wo          the product adds to x itself
+
+The parts are kernels/attention.py's and kernels/layer_passes.py's. The joint matrices take no memory: the model's
+weights become views of them, with the same numbers. An adapter merged into the weights is in them.
+
+What is not plain is called as it is: a 4-bit layer is a product of its own, whose result one more kernel adds to x.
+LoRA over it adds a product for each group of layers with the same input and one for each layer; its matrices are copied
+in the dtype of x. Over NF4 a layer of Qwen2.5 is 18 kernels, with LoRA 29; one of Qwen3 or Llama 15 and 26.
+
+A change of the weights needs a new Sampler, on a CPU as here: what is lent is dropped when it is closed.
+
+Nothing else is installed in the model: `forwards` stand in for one pass (hook.Hook does that, and compares the logits
+with the model's own before the first). No GPU has run this yet: on a CPU it runs on the kernels' torch references and
+in Triton's interpreter, against the model's own code (tests/test_gpu_layer.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import Turn
+from kernels.layer_passes import rms_norm, swiglu
+from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.lora import LoraLinear
+from lengthen.sampling.attend_gpu import TableBatch
+from lengthen.sampling.batch import Rule
+
+# T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP, r rank.
+
+
+class Product:
+    """Linear layers with the same input, LoRA included. dtype: of x."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype):
+        self.bases: list[Any] = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
+        self.weight = self.bias = None  # [sum of outs, in], [sum of outs]: of plain layers
+        if all(type(base) is nn.Linear for base in self.bases):
+            self.weight, self.sizes = as_one(self.bases), [base.out_features for base in self.bases]
+            biases = [b.weight.new_zeros(len(b.weight)) if b.bias is None else b.bias for b in self.bases]
+            if any(base.bias is not None for base in self.bases):
+                self.bias = torch.cat(biases)
+        loras = [(i, layer) for i, layer in enumerate(layers) if isinstance(layer, LoraLinear)]
+        self.A = torch.cat([m.A for _, m in loras]).to(dtype).t() if loras else None  # [in, sum of ranks]
+        self.B = [(i, m.rank, (m.B * m.scale).to(dtype).t()) for i, m in loras]  # (which layer, r, [r, out])
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """x [T, in] -> [T, out] each; of plain layers the parts of one matrix."""
+        if self.weight is not None:
+            ys: Sequence[Tensor] = F.linear(x, self.weight, self.bias).split(self.sizes, 1)
+        else:
+            ys = [base(x) for base in self.bases]
+        self._add_updates(x, ys)
+        return ys
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """y [T, out] += x W^T + bias, of a single layer: the sum is rounded once."""
+        if self.weight is None:
+            y += self.bases[0](x)
+        else:
+            y.addmm_(x, self.weight.t())
+            if self.bias is not None:
+                y += self.bias
+        self._add_updates(x, [y])
+
+    def _add_updates(self, x: Tensor, ys: Sequence[Tensor]) -> None:
+        if self.A is not None:
+            z = (x @ self.A).split([rank for _, rank, _ in self.B], 1)  # [T, r] each
+            for (i, _, B), part in zip(self.B, z, strict=True):
+                ys[i].addmm_(part, B)
+
+
+def as_one(layers: Sequence[nn.Linear]) -> Tensor:
+    """[sum of outs, in]: the layers' weights, which become its rows. Not again where they are that already."""
+    weights = [layer.weight.data for layer in layers]
+    first, rows, width = weights[0], sum(map(len, weights)), weights[0].shape[1]
+    ends, end = [], first.data_ptr()
+    for weight in weights:
+        ends.append(weight.data_ptr() == end and weight.is_contiguous())
+        end += weight.numel() * weight.itemsize
+    if all(ends) and first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() >= end:
+        return first.as_strided((rows, width), (width, 1))
+    joint = torch.cat(weights)  # [rows, width]
+    for layer, part in zip(layers, joint.split([len(weight) for weight in weights]), strict=True):
+        layer.weight.data = part
+    return joint
+
+
+class Layer:
+    """Stands in for a decoder layer's forward: x += attention(norm(x)); x += MLP(norm(x))."""
+
+    def __init__(self, layer: Any, window: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head = attention.layer_idx, attention.head_dim
+        self.rule = Rule(attention.scaling, window)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm1, self.norm2 = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        dtype = norms[0].weight.dtype
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = Product([attention.o_proj], dtype)
+        self.gate_up, self.down = Product([mlp.gate_proj, mlp.up_proj], dtype), Product([mlp.down_proj], dtype)
+        self.head_norms: tuple[Tensor, Tensor] | None = None
+        self.eps = 0.0
+        if hasattr(attention, "q_norm"):  # Qwen3
+            self.head_norms = attention.q_norm.weight, attention.k_norm.weight
+            self.eps = attention.q_norm.variance_epsilon
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], lengthen_batch: TableBatch, **_: object
+    ) -> Tensor:
+        """x [1, T, H], changed in place, (cos, sin) [1, T, D] each -> x. Called as the model calls its own layer."""
+        h = x[0]
+        cos, sin = (codes[0].contiguous() for codes in position_embeddings)
+        q, k, v = (y.unflatten(1, (-1, self.head)) for y in self.qkv(rms_norm(h, *self.norm1)))  # [T, heads, D]
+        out = lengthen_batch.turn_and_attend(self.index, q, k, v, self.rule, Turn(cos, sin, self.head_norms, self.eps))
+        self.out.add_to(h, out.flatten(1))
+        gate, up = self.gate_up(rms_norm(h, *self.norm2))  # [T, I] each
+        self.down.add_to(h, swiglu(gate, up))
+        return x
+
+
+class Norm:
+    """Stands in for the RMSNorm after the last layer."""
+
+    def __init__(self, norm: Any):
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def known(layer: nn.Module) -> bool:
+    """Whether `Layer` can stand in for it: of a known kind, and nothing inside that it does not call or know."""
+    inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
+    kinds = {type(m.base if isinstance(m, LoraLinear) else m).__name__ for m in inside.values()}
+    return (
+        type(layer).__name__ in REBUILT_LAYERS
+        and len(inside) == 7
+        and kinds <= {"Linear", "Linear4bit"}
+        and not any("forward" in vars(module) for module in layer.modules())  # others have replaced it: it stays
+    )
+
+
+@torch.no_grad()
+def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
+    """Modules and what stands in for their forward. windows: the sliding window of each layer, 0 = none."""
+    text = model.config.get_text_config()
+    if getattr(text, "hidden_act", "silu") not in ("silu", "swish"):
+        return []
+    layers: list[Any] = [module for module in model.modules() if known(module)]
+    replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
+    norm = getattr(model.get_decoder(), "norm", None)
+    if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon"):
+        replaced.append((norm, Norm(norm)))
+    return replaced
