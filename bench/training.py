@@ -356,7 +356,9 @@ def one_by_one(args: argparse.Namespace) -> list[dict]:
             command += ["--unsloth-model", args.unsloth_model]
             done = subprocess.run(command, capture_output=True, text=True)
             print(done.stderr, file=sys.stderr)
-            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            found = [
+                json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')
+            ]  # Trainer prints dicts, too
             if done.returncode:
                 found.append({"settings": f"failed: {' '.join(done.stderr.strip().splitlines()[-1:])[:100]}"})
             for row in found:
