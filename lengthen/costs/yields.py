@@ -305,7 +305,7 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 def _queries(flags: Mapping[str, Any]) -> float:
     name, count = flags["benchmark"], float(HUB_QUERIES)
     if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
-        rows = [row for path in find_benchmark(name) for row in read_rows(path)]
+        rows = [row for path in find_benchmark(name, flags["language"]) for row in read_rows(path)]
         count = float(len(filter_language(rows, flags["language"])))
     return min(flags["limit"] or count, count)
 
