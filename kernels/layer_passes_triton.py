@@ -5,6 +5,9 @@ read once and written once. No GPU has run this yet: it is checked in Triton's i
 86, 89, 90 and 120.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import triton
 import triton.language as tl
@@ -173,10 +176,22 @@ def row_blocks(N: int) -> tuple[int, int, int]:
     return rows, columns, min(16, max(4, rows * columns // 1024))
 
 
+def _on_its_device(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Triton launches on the current device: it becomes that of the first argument."""
+
+    @wraps(launch)
+    def guarded(x: Tensor, *more, **named) -> Tensor:
+        with torch.cuda.device_of(x):
+            return launch(x, *more, **named)
+
+    return guarded
+
+
 def _check(*tensors: Tensor) -> None:
     assert all(t.is_contiguous() and t.dtype in FLOATS for t in tensors), [(t.shape, t.dtype) for t in tensors]
 
 
+@_on_its_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     n, N = torch.empty_like(x), x.shape[-1]
@@ -188,6 +203,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return n
 
 
+@_on_its_device
 def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor | None = None) -> Tensor:
     out = dn if dx is None else dx
     _check(dn, x, weight, out)
@@ -199,6 +215,7 @@ def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Te
     return out
 
 
+@_on_its_device
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     (T, N), dtypes = gate.shape, {gate.dtype, up.dtype}
     assert gate.stride(1) == up.stride(1) == 1 and dtypes <= FLOATS, (gate.stride(), up.stride(), dtypes)
@@ -209,6 +226,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return a
 
 
+@_on_its_device
 def swiglu_backward_(gate: Tensor, up: Tensor, da: Tensor) -> Tensor:
     _check(gate, up, da)
     n = gate.numel()
@@ -216,6 +234,7 @@ def swiglu_backward_(gate: Tensor, up: Tensor, da: Tensor) -> Tensor:
     return da
 
 
+@_on_its_device
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     _check(heads, cos, sin)
     T, count, D = heads.shape

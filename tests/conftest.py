@@ -23,7 +23,6 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is decorated
-    torch._C._ensureCUDADeviceGuardSet()  # before the first backward pass: tests/fake_cuda.py has some of "cuda" tensors
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import tests/tiny.py as `tiny`
 

@@ -12,16 +12,18 @@ Tensors on "cuda" are torch's FakeTensors. Tensors on the host are real, and so 
   * a Triton launch that its kernel does not take. Launchers run as they are; only the kernels are replaced, by a check
     of the arguments: all there, pointers on the *current* device, of the dtype that the comment beside the parameter
     states (a tensor that is passed twice in a call is a placeholder), numbers where numbers belong, a grid that fits
-  * in a CUDA graph's capture: a read, an upload, a synchronisation. As in CUDA, that breaks the capture: its end raises,
-    the capture's stream stays current, and its memory pool stays under way until somebody ends it
+  * in a CUDA graph's capture: a read, an upload, a synchronisation. As in CUDA, that breaks the capture: its end
+    raises, the capture's stream stays current, and its memory pool stays under way until somebody ends it
   * under set_sync_debug_mode("error"): a read, or an upload that waits
 
 What the host reads is what it has sent before, where nobody has written there since. Else it is made up: integers are
 the next of `tokens`, floats are 1, a condition that is asked for alone holds, one of many does not, and `nonzero` finds
-nothing. `answers` has other answers to conditions, by the name of the function that asks.
+nothing. `answers` has other answers to conditions, by the name of the function that asks. Backward passes walk torch's
+graph here, node by node: its engine has no threads for a device that torch was built without.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import inspect
@@ -30,7 +32,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,16 +44,34 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+CUDA, META = 1, 14  # c10::DeviceType
 KERNELS = Path(__file__).parents[1] / "kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32}
 DTYPES |= {"int64": torch.int64, "uint8": torch.uint8}
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl"}  # of Triton, not of a kernel
 # Operators that make no kernel run, beside views: memory is taken, or a tensor looked at.
 QUIET = {"_unsafe_view", "detach", "alias", "lift_fresh", "set_", "resize_", "record_stream", "_reshape_alias"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 READS = {"_local_scalar_dense", "nonzero", "equal", "allclose", "is_nonzero"}
 ANSWERS = {"draw": False}  # the sampler's draw: neither all rows are greedy nor any
 KNOWN = 4096  # numbers; tensors up to this size are remembered when they are sent
 TOKENS = range(10, 50)  # what is drawn, over and over: too many to be taken for a text that runs in circles
+
+
+@contextlib.contextmanager
+def _device_guard() -> Iterator[None]:
+    """A device guard for CUDA in a torch that was built without: C++ asks for one wherever it indexes a tensor.
+
+    The one of torch's meta device does nothing, which is what is needed.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    guards = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    before = guards[CUDA]
+    guards[CUDA] = before or guards[META]
+    try:
+        yield
+    finally:
+        guards[CUDA] = before
 
 
 class FakeCuda(TorchDispatchMode):
@@ -86,7 +106,7 @@ class FakeCuda(TorchDispatchMode):
     def __enter__(self) -> "FakeCuda":
         for owner, name, value in self._replacements():
             self.patches.enter_context(mock.patch.object(owner, name, value, create=True))
-        torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where torch was built without CUDA
+        self.patches.enter_context(_device_guard())
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): made on the host, then sent
         self.patches.callback(torch._C._set_only_lift_cpu_tensors, lifted)
@@ -166,6 +186,10 @@ class FakeCuda(TorchDispatchMode):
             (Tensor, "pin_memory", lambda x, device=None: self._pin(x.clone())),
             (Tensor, "is_pinned", lambda x, device=None: self._is_pinned(x)),
             (Tensor, "record_stream", lambda x, stream: None),
+            (Tensor, "backward", lambda x, gradient=None, **_: self._backward(x, gradient)),
+            (torch.autograd, "grad", self._grad),
+            (Tensor, "to", lambda x, *args, _to=Tensor.to, **named: _to(x, *self._indexed(args), **named)),
+            (Tensor, "cuda", lambda x, device=None, **named: x.to(torch.device("cuda", self._index(device)), **named)),
             (FakeTensor, "tolist", lambda x: self._read_by("tolist", x)),
         ]
         return replacements + self._kernels()
@@ -210,6 +234,10 @@ class FakeCuda(TorchDispatchMode):
                 with self.fake:
                     target.zero_()  # a write, of whatever
                 return target
+        if name.rstrip("_") in PRODUCTS:  # whose shapes alone FakeTensorMode checks
+            dtypes = {x.dtype for x in args if isinstance(x, Tensor)}
+            if len(dtypes) > 1:
+                raise RuntimeError(f"{name}: expected operands of the same dtype, but got {dtypes}")
         with self.fake:
             result = func(*args, **kwargs)
         if not (name in QUIET or name.startswith(("empty", "new_empty")) or func.is_view):
@@ -308,6 +336,63 @@ class FakeCuda(TorchDispatchMode):
     def _is_pinned(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self.pinned
 
+    # -- backward passes -------------------------------------------------------------------------------------
+
+    def _backward(self, x: Tensor, gradient: Tensor | None) -> None:
+        for variable, grad in self._walk([x], [gradient], []).items():
+            variable.grad = grad if variable.grad is None else variable.grad + grad
+
+    def _grad(self, outputs: Any, inputs: Any, grad_outputs: Any = None, **_: Any) -> tuple[Tensor, ...]:
+        outputs, inputs, grads = ([x] if isinstance(x, Tensor) else x for x in (outputs, inputs, grad_outputs))
+        found = self._walk(outputs, grads or [None] * len(outputs), inputs)
+        return tuple(found[x] for x in inputs)
+
+    @torch.no_grad()
+    def _walk(self, roots: Any, upstream: Any, inputs: Any) -> dict[Tensor, Tensor]:
+        """Gradients of the inputs, or of all leaves where there are none."""
+        edges = {torch.autograd.graph.get_gradient_edge(x)[:2]: x for x in inputs}
+        waiting: Counter = Counter()  # node -> how many others have not handed it their gradient
+        arrived: dict[Any, dict[int, Tensor]] = {}
+        starts = [torch.autograd.graph.get_gradient_edge(x)[:2] for x in roots]
+        stack, seen = [node for node, _ in starts], {node for node, _ in starts}
+        while stack:
+            for node, _ in stack.pop().next_functions:
+                waiting[node] += 1
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+        for (node, place), x, gradient in zip(starts, roots, upstream, strict=True):
+            arrived.setdefault(node, {})[place] = torch.ones_like(x) if gradient is None else gradient
+        found: dict[Tensor, Tensor] = {}
+        ready = [node for node, _ in starts if not waiting[node]]
+        while ready:
+            node = ready.pop()
+            given = arrived.pop(node, {})
+            found |= {x: given[place] for (owner, place), x in edges.items() if owner is node and place in given}
+            if hasattr(node, "variable"):  # a leaf
+                if not inputs and given:
+                    found[node.variable] = given[0]
+                continue
+            run = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            made: Any = run(*(given.get(i) for i in range(len(node._input_metadata)))) if given else ()
+            made = made if isinstance(made, tuple) else (made,)
+            for (following, place), gradient in itertools.zip_longest(node.next_functions, made):
+                if following is None:
+                    continue
+                if gradient is not None:
+                    self._hand_over(arrived.setdefault(following, {}), following, place, gradient)
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready.append(following)
+        return found
+
+    def _hand_over(self, given: dict[int, Tensor], node: Any, place: int, gradient: Tensor) -> None:
+        """As torch's engine: summed over what was broadcast, in the dtype of what it is a gradient of."""
+        like = node._input_metadata[place]
+        assert gradient.device == like.device, f"a gradient on {gradient.device} of a tensor on {like.device}"
+        gradient = gradient.sum_to_size(like.shape).to(like.dtype)
+        given[place] = given[place] + gradient if place in given else gradient
+
     # -- torch.cuda ---------------------------------------------------------------------------------------------
 
     def _index(self, device: Any) -> int:
@@ -315,6 +400,13 @@ class FakeCuda(TorchDispatchMode):
             return device
         index = None if device is None else torch.device(device).index
         return self.device if index is None else index
+
+    def _indexed(self, args: tuple) -> tuple:
+        """What torch does in C++ for a device without an index, if it was built with CUDA."""
+        bare = ("cuda", torch.device("cuda"))
+        return tuple(
+            torch.device("cuda", self.device) if isinstance(x, (str, torch.device)) and x in bare else x for x in args
+        )
 
     def _exchange(self, device: int) -> int:
         before = self.device

@@ -303,7 +303,7 @@ def test_which_kernel_serves_which_inputs(monkeypatch):
     """CUDA tensors are played by shapes: this is the table of the docstring."""
 
     class Fake:
-        device = torch.device("cuda")
+        device = torch.device("cuda", 0)
 
         def __init__(self, dim, dtype=torch.bfloat16):
             self.shape, self.dtype = (9, 4, dim), dtype

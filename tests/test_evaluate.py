@@ -277,7 +277,7 @@ def test_another_engines_stop_is_an_ended_answer(tmp_path):
         ([{**GOOD, "response": ["Tea."]}], "line 1: a list in the field 'response'"),
         ([{**GOOD, "query": 7}], "line 1: a int in the field 'query'"),
         ([{**GOOD, "finish": 1}], "line 1: the field 'finish' says 1"),
-        ([{**GOOD, "query": "Écrivez une page sur le thé et la mer dans une ville."}], "line 1: no language is given"),
+        ([{**GOOD, "query": "Напишите страницу о чае и море в городе."}], "line 1: no language is given"),
         ([{**GOOD, "language": "fr"}], "line 1: language 'fr'"),
         ([GOOD, {**GOOD, "constraint": "quite long"}], "line 2: cannot read the constraint 'quite long'"),
         ([{**GOOD, "constraint": "less than 9 words", "type": "above"}], "line 1: type 'above', but the constraint"),

@@ -5,6 +5,7 @@ pytest tests/test_fake_cuda.py
 
 from itertools import product
 
+import bitsandbytes
 import pytest
 import torch
 from fake_cuda import FakeCuda
@@ -20,10 +21,13 @@ from lengthen.models.loading import choose_device
 from lengthen.sampling.graphs import DecodeGraphs, Shape, host_reads_forbidden
 from lengthen.sampling.request import Request, Sampling
 from lengthen.training import lean_layer as lean
+from lengthen.training.budget import Budget
+from lengthen.training.lean_linears import dense_weight
+from lengthen.training.learner import Learner, adamw
 from lengthen.training.packed import checkpointed, examine
-from lengthen.training.policy import set_checkpointing
-from lengthen.training.settings import CHECKPOINTS, Recompute
-from lengthen.training.shapes import meta_model
+from lengthen.training.policy import Memory, set_checkpointing
+from lengthen.training.settings import CHECKPOINTS, MemoryFlags, Recompute
+from lengthen.training.shapes import meta_model, shape_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
 LEAN = ("qwen2", "qwen3", "mistral")
@@ -62,9 +66,11 @@ def test_the_host_is_real_and_reads_of_the_device_are_counted(gpu):
     assert torch.tensor([1, 2, 3]).sum().item() == 6 and not gpu.reads
     x = torch.tensor([1, 2, 3], device="cuda")
     assert gpu.uploads == 1
-    assert len(x.tolist()) == 3 and gpu.reads == 1
+    assert x.tolist() == [1, 2, 3] and gpu.reads == 1
     assert x.cpu().device.type == "cpu" and gpu.reads == 2
     assert bool((x > 0).all()) and gpu.reads == 3
+    x += 1
+    assert x.tolist() == [10, 11, 12]  # made up
 
 
 def test_what_a_kernel_does_not_take_is_an_error(gpu):
@@ -309,6 +315,34 @@ def test_lean_layers_in_every_way(gpu, family):
     assert gpu.kernels["rms_norm_backward_kernel"] and gpu.kernels["_flash_attention_backward"]
 
 
+class Linear4bit(torch.nn.Linear):
+    """bitsandbytes' by its name and its weight: its own class of parameters cannot hold a tensor without data."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        packed, state = bitsandbytes.functional.quantize_4bit(linear.weight.data, quant_type="nf4")
+        self.weight, self.bias = torch.nn.Parameter(packed, requires_grad=False), linear.bias
+        self.weight.quant_state = state
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, dense_weight(self), self.bias)
+
+
+def test_lean_layers_over_4_bit_weights(gpu):
+    model = gpu_model("qwen2").requires_grad_(False)
+    for name, linear in lora.decoder_linears(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Linear4bit(linear))
+    lora.attach(model, 4, 8)
+    abilities = examine(model)
+    installed = lean.install(model.train())
+    assert not installed.why
+    for level, tile_rows in product(CHECKPOINTS, (0, 16)):
+        installed.set(Recompute(level, tile_rows=tile_rows))
+        gradients(model, abilities)
+    assert gpu.kernels["dequantize_4bit"]
+
+
 def test_lean_layers_with_dropout(gpu):
     model, abilities = gpu_learner("qwen2", dropout=0.1)
     assert not lean.install(model, Recompute("attention", tile_rows=16)).why
@@ -393,3 +427,15 @@ def test_a_model_on_the_second_device_is_captured_there():
         sampler = make_sampler(tiny_model("qwen3").to(device, torch.bfloat16), page_tokens=16)
         write(sampler, [Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=12))])
         assert gpu.replays and {graph.device for graph in gpu.graphs} == {1}
+
+
+def test_a_training_step(gpu):
+    """From pairs to AdamW: rows of several pairs, accumulated."""
+    model, abilities = gpu_learner("qwen3")
+    installed = lean.install(model)
+    budget = Budget(shape_of(model, rank=4, dtype=torch.bfloat16), None)
+    memory = Memory(budget, MemoryFlags(), 1e12, 1000, installed.set)
+    learner = Learner(model, abilities, memory, adamw(lora.lora_parameters(model), 1e-3, 32))
+    step = train.train_step(learner, some_pairs(40, 9, 61), per_row=2)
+    assert step.loss == 2.0 and not step.skipped  # of two rows, each made up
+    assert gpu.kernels["_fused_adamw_"] == 1

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -231,6 +231,65 @@ def test_rounded_numbers_are_no_worse_than_pefts(tmp_path, family, quantize):
     """304 tokens' losses, 60,000 gradients: enough that 1.2 times is far outside chance."""
     loss, gradient = error_ratios(tmp_path, family, quantize)
     assert loss <= 1.2 and gradient <= 1.2, (loss, gradient)
+
+
+def saved_with_key_biases(folder, size: float):
+    """A Qwen2 with key biases up to `size`, on disk in bf16: those of Qwen2.5-0.5B are up to 211."""
+    model = random_model("qwen2", **WIDE)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.uniform_(-size, size)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def loaded_for_training(folder, quantize: bool):
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    options = {"dtype": torch.bfloat16, "quantization_config": nf4 if quantize else None}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).requires_grad_(False)
+    give_lora(model)
+    assert examine(model).packs
+    return model
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("size", [50, 150, 200])
+@pytest.mark.usefixtures("same_nf4_on_every_cpu")
+def test_large_key_biases_do_not_refuse_the_lean_layers(tmp_path, size, quantize):
+    """Both codes are as far from fp32 then, and farther from each other than any bound on that would allow."""
+    model = loaded_for_training(saved_with_key_biases(tmp_path, size), quantize)
+    assert not lean.install(model).why
+
+
+@pytest.mark.parametrize("size", [0, 50])
+@pytest.mark.parametrize("wrong", ["scaling", "window", "norm", "order", "bias"])
+def test_a_lean_layer_that_is_wrong_is_found_in_bf16(tmp_path, monkeypatch, wrong, size):
+    """By what 16 bits can show: a scale of attention 10 % off, a window too small, another norm, half a bias, ..."""
+    made = lean.LeanLayer.__init__
+
+    def make(self, module, scaling, window, host):
+        made(self, module, 1.1 * scaling if wrong == "scaling" else scaling, 8 if wrong == "window" else window, host)
+        if wrong == "norm":
+            self.norm2 = (1.03 * self.norm2[0], self.norm2[1])
+        if wrong == "order":
+            self.groups[2] = self.groups[2][::-1]  # gate and up change places
+
+    monkeypatch.setattr(lean.LeanLayer, "__init__", make)
+    if wrong == "bias":
+        own = lean_linears.Linears.__call__
+
+        def without(self, *args, **named):
+            ys = own(self, *args, **named)
+            return [
+                y.sub_(0.5 * base.bias) if base.bias is not None else y for y, base in zip(ys, self.bases, strict=True)
+            ]
+
+        monkeypatch.setattr(lean_linears.Linears, "__call__", without)
+    assert "differs" in lean.install(loaded_for_training(saved_with_key_biases(tmp_path, size), False)).why
 
 
 @pytest.mark.parametrize(
@@ -602,6 +661,23 @@ def test_it_is_installed_in_the_families_it_is_written_for(family):
     expected = gradients(own)
     torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
     assert apart(grads, expected[1]) < 1e-5
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 1024},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *ROPES])
+def test_the_plan_promises_what_loading_gives(family, dtype):
+    config = tiny_config("llama", rope_parameters=ROPES[family]) if family in ROPES else tiny_config(family)
+    planned = not lean.stands_against(meta_model(config, dtype), torch.device("cpu"), dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    give_lora(model)
+    examine(model)
+    assert bool(lean.install(model).layers) == planned == (family in (*LEAN, "yarn"))
 
 
 def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):

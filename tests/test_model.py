@@ -123,12 +123,11 @@ def test_a_tokenizers_smaller_limit_is_told_and_not_obeyed():
 
 
 @pytest.mark.parametrize(("memory", "chosen"), [(24e9, "nf4"), (39.9e9, "nf4"), (42.3e9, "none"), (80e9, "none")])
-def test_defaults_on_a_gpu(monkeypatch, memory, chosen):
+def test_defaults_on_a_gpu(memory, chosen):
     """The rule alone: the machine need not have one."""
-    monkeypatch.setattr(model_module, "_memory", lambda place: memory)
     place = torch.device("cuda", 0)
-    assert model_module._choose_quantize("auto", place, tiny_config("llama"), "m")[0] == chosen
-    assert model_module._choose_dtype("auto", place)[0] == torch.bfloat16
+    assert model_module.choose_quantize("auto", place, memory, tiny_config("llama"), "m")[0] == chosen
+    assert model_module.choose_dtype("auto", place)[0] == torch.bfloat16
 
 
 @pytest.mark.needs_cuda

@@ -80,7 +80,7 @@ def test_models_that_cannot_pack_or_fuse_take_the_plain_path(why, monkeypatch):
         theirs.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
         theirs.loss_function = ours.loss_function
     else:
-        monkeypatch.setattr(packed, "_cannot_pack", lambda model: "it attends by other rules")
+        monkeypatch.setattr(packed, "cannot_pack", lambda model: "it attends by other rules")
     learner = learner_for(ours, torch.optim.SGD(lora.lora_parameters(ours), lr=0.0))
     abilities = learner.abilities
     assert (abilities.head is None) == (why == "head") and abilities.packs == (why != "attention")
@@ -117,5 +117,5 @@ def test_rules_that_only_long_rows_would_show_are_refused():
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     ):
         config = SimpleNamespace(get_text_config=lambda c=changes: SimpleNamespace(**c))
-        assert packed._cannot_pack(SimpleNamespace(config=config))
-    assert all(not packed._cannot_pack(tiny_model(family)) for family in FAMILIES)
+        assert packed.cannot_pack(SimpleNamespace(config=config))
+    assert all(not packed.cannot_pack(tiny_model(family)) for family in FAMILIES)

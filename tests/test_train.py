@@ -1,6 +1,7 @@
 """train.py: packing, masks, accumulation, resume; oracles: transformers, PEFT.  python -m pytest tests/test_train.py"""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import train
 from lengthen.models import lora
 from lengthen.models.chat import Chat
+from lengthen.models.loading import load_model
 from lengthen.reading import read_jsonl
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.training import checkpoint, folder, lean_layer, learner, policy, shapes
@@ -646,6 +648,53 @@ def test_plan_prints_what_a_run_takes_and_loads_nothing(run, tmp_path, monkeypat
     train.main([*flags, "--plan", "--rank", "4"])
     out, err = capsys.readouterr()
     assert not json.loads(out)["fits"] and "DOES NOT FIT" in err and "measured" in err
+
+
+def quantised(folder: Path, how: dict | None) -> Path:
+    """A model's folder whose config.json says so."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | ({"quantization_config": how} if how else {})
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "flags", "said"),
+    [
+        ({"quant_method": "gptq"}, ["--vram", "24"], "is quantised already (gptq)"),
+        ({"quant_method": "gptq"}, [], "is quantised already (gptq)"),
+        (None, ["--device", "cuda:77"], "--device cuda:77"),
+        (None, ["--device", "cpu", "--quantize", "nf4"], "bitsandbytes misreads model.layers.0.mlp.down_proj on a CPU"),
+    ],
+)
+def test_the_plan_refuses_what_loading_refuses(tmp_path, capsys, quantization, flags, said):
+    folder = quantised(save_tiny(tmp_path / "model"), quantization)  # rows of 112 weights in it
+    basics = ["--role", "generator", "--model", str(folder), "--input", "nowhere", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError) as planned:
+        train.main([*basics, "--plan", *flags])
+    assert said in planned.value.message
+    if "--vram" not in flags:
+        names = {"--device": "device", "--quantize": "quantize"}
+        options = {names[flag]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        with pytest.raises(UserError, match=re.escape(planned.value.message)):
+            load_model(str(folder), **options)
+
+
+def test_the_plan_of_an_nf4_model_counts_its_four_bits(tmp_path, capsys):
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    folder = quantised(save_tiny(tmp_path / "model", intermediate_size=128), nf4)
+    basics = ["--role", "generator", "--model", str(folder), "--input", "nowhere", "--output", str(tmp_path / "out")]
+    train.main([*basics, "--plan"])
+    assert json.loads(capsys.readouterr()[0])["quantize"] == "nf4"
+
+
+def test_nf4_layers_with_biases_train_on_a_cpu_with_bf16(tmp_path):
+    """An evaluation used to leave their weights in a layout without a gradient, and the next pass broke off."""
+    loaded = load_model(
+        str(save_tiny(tmp_path, "qwen2", intermediate_size=128)), device="cpu", dtype="bfloat16", quantize="nf4", train=True
+    )
+    lora.attach(loaded.model, 4, 8)
+    assert examine(loaded.model).packs and not lean_layer.install(loaded.model).why
 
 
 def test_a_model_that_cannot_be_counted_is_measured(run, monkeypatch, own_layers):

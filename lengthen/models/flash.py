@@ -68,15 +68,22 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]  # -> out [Tq, Hq, D], log-sum-exp
 
 def flash_kernel(q: Tensor, v: Tensor, softcap: float | None) -> Kernel | None:
     """The FlashAttention that can serve these inputs, or None."""
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if q.shape[2] != v.shape[2] or q.shape[2] > 256 or q.shape[2] % 8 or not _ampere(q.device):
+    if q.device.type != "cuda" or q.shape[2] != v.shape[2] or unserved(q.shape[2], q.dtype, q.device):
         return None
     if not softcap and flash_hopper.activated(q.device, q.shape[2]):
         return _torch_flash
     if _has_flash_attn():
         return _flash_attn
     return None if softcap else _torch_flash
+
+
+def unserved(head: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why no FlashAttention serves heads of this size on a GPU, "" = one does; without an index a recent GPU is meant."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "FlashAttention takes bf16 and fp16 only"
+    if head > 256 or head % 8:
+        return f"FlashAttention takes head sizes up to 256 in steps of 8, not {head}"
+    return "" if device.index is None or _ampere(device) else "FlashAttention needs an Ampere GPU or a later one"
 
 
 @cache

@@ -31,6 +31,7 @@ from lengthen.records import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BELOW = 40e9  # bytes of GPU memory: smaller cards get 4-bit weights by default
+NF4_BLOCK = 64  # weights that share a scale
 
 # Where Hugging Face's package of the same name came first on the path, ours is searched too (see kernels/__init__.py).
 OUR_KERNELS = str(Path(__file__).parents[2] / "kernels")
@@ -67,10 +68,10 @@ def load_model(
 
     Raises UserError for anything that is wrong with the name, the files, the machine or the adapter.
     """
-    target, device_why = _choose_device(device)
+    target, device_why = choose_device(device)
     config, source = load_config(name, trust_remote_code), _resolve(name)
-    quantize, quantize_why = _choose_quantize(quantize, target, config, name)
-    weight_dtype, dtype_why = _choose_dtype(dtype, target)
+    quantize, quantize_why = choose_quantize(quantize, target, memory_of(target), config, name)
+    weight_dtype, dtype_why = choose_dtype(dtype, target)
     chat = load_chat(name, trust_remote_code)
     tokenizer = chat.tokenizer
     with explained(name, own_code=trust_remote_code):
@@ -90,7 +91,11 @@ def load_model(
         with explained(name, own_code=True), torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]], device=target), use_cache=False)
     if quantize == "nf4" and target.type == "cpu":
-        _check_rows(name, model)
+        check_rows(name, model)
+        for module in model.modules() if train else ():
+            # An evaluation would lay 4-bit weights out for AVX512-BF16, which bitsandbytes 0.50 gives no gradient.
+            if type(module).__name__ == "Linear4bit":
+                module.support_avx512bf16_for_cpu = False
     model = model.eval().requires_grad_(False)
     if target.type not in ("cuda", "cpu"):
         model = model.to(target)
@@ -221,10 +226,11 @@ def _check_folder(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Device, dtype, quantisation: the choice and why
+# Device, dtype, quantisation: the choice and why. train.py --plan asks the same functions.
 
 
-def _choose_device(name: str) -> tuple[torch.device, str]:
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """--device -> (the device, which is the current one of CUDA from here on; a line on it)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = "the first CUDA device" if name == "cuda" else "no CUDA device found"
@@ -234,18 +240,21 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index or 0)
-            why += f", {torch.cuda.get_device_name(device)}, {_memory(device) / 1e9:.0f} GB"
+            why += f", {torch.cuda.get_device_name(device)}, {memory_of(device) / 1e9:.0f} GB"
+            torch.cuda.set_device(device)  # where Triton launches and CUDA graphs are captured, whatever tensors say
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device it lacks
         raise UserError(f"--device {name}: {first_line(error)}", "--device cpu, or auto") from None
     return device, f"{device} ({why})"
 
 
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+def memory_of(device: torch.device) -> float:
+    """Bytes of a GPU's memory; 0 for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def _choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """--dtype on such a device -> (dtype of the weights, why)."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype} is not known", f"--dtype auto, {', '.join(DTYPES)}")
@@ -255,9 +264,10 @@ def _choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, f"the default on {device.type}"
 
 
-def _choose_quantize(
-    quantize: str, device: torch.device, config: transformers.PretrainedConfig, name: str
+def choose_quantize(
+    quantize: str, device: torch.device, memory: float, config: transformers.PretrainedConfig, name: str
 ) -> tuple[str, str]:
+    """--quantize on a device with so many bytes -> ("none" or "nf4", why). UserError for what cannot be loaded."""
     if _prequantised(config):
         method = dict(config.quantization_config)
         if not (method.get("load_in_4bit") and method.get("bnb_4bit_quant_type") == "nf4") or quantize == "none":
@@ -267,7 +277,7 @@ def _choose_quantize(
             )
         chosen, why = "nf4", "as its files are"
     elif quantize == "auto":
-        small = device.type == "cuda" and _memory(device) < NF4_BELOW
+        small = device.type == "cuda" and memory < NF4_BELOW
         chosen, why = ("nf4", f"the GPU has less than {NF4_BELOW / 1e9:.0f} GB") if small else ("none", "memory allows")
         if device.type != "cuda":
             why = f"the default on {device.type}"
@@ -336,18 +346,18 @@ def _not_finite(model: torch.nn.Module) -> str:
     )
 
 
-def _check_rows(name: str, model: Any) -> None:
-    """bitsandbytes 0.50 on a CPU quantises a matrix in flat blocks, and reads it as if each row began a block."""
-    from bitsandbytes.nn import Linear4bit
+def check_rows(name: str, model: Any) -> None:
+    """UserError for a model, in 4 bits or not yet loaded (meta device), that bitsandbytes misreads on a CPU.
 
-    for layer, module in model.named_modules():
-        if not isinstance(module, Linear4bit):
-            continue
+    0.50 quantises a matrix there in flat blocks, and reads it as if each row began a block.
+    """
+    for layer, module in lora.decoder_linears(model).items():
         weight: Any = module.weight
-        if module.in_features % weight.quant_state.blocksize:
+        block = weight.quant_state.blocksize if hasattr(weight, "quant_state") else NF4_BLOCK if weight.is_meta else 1
+        if module.in_features % block:
             raise UserError(
                 f"{name}: bitsandbytes misreads {layer} on a CPU, whose rows of {module.in_features} weights are no"
-                f" multiple of {weight.quant_state.blocksize}",
+                f" multiple of {block}",
                 "--quantize none on a CPU, or a GPU",
             )
 

@@ -137,7 +137,7 @@ def examine(model: PreTrainedModel) -> Abilities:
         hidden = torch.cat([decoder(input_ids=x, use_cache=False).last_hidden_state[0] for x in alone])
     head, why_not = plain_head(model)
     notes = [f"loss through the model's own logits, which takes more memory: {why_not}"] if why_not else []
-    why = _cannot_pack(model)
+    why = cannot_pack(model)
     if not why:
         model.set_attn_implementation(NAME)
         try:
@@ -156,7 +156,7 @@ def examine(model: PreTrainedModel) -> Abilities:
     return Abilities(not why, head, token_bytes // row.input_ids.shape[1], notes)
 
 
-def _cannot_pack(model: PreTrainedModel) -> str:
+def cannot_pack(model: PreTrainedModel) -> str:
     """What 48 tokens would not show: rules that begin to differ only in long rows. "" = none."""
     config = model.config.get_text_config()
     other = set(getattr(config, "layer_types", None) or ()) - WITHIN_SAMPLE
@@ -177,13 +177,13 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> int:
     """Bytes that the backward pass of one forward pass keeps: each storage once, the model's own not."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}  # by identity
     kept: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return x.detach()  # else an operation that keeps its own output would keep itself alive, and all before it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):

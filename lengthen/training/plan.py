@@ -7,9 +7,18 @@ from typing import Any
 import torch
 
 from lengthen import cli
-from lengthen.cli import ModelFlags
 from lengthen.models.cards import CARDS, card_named
-from lengthen.models.loading import DTYPES, NF4_BELOW, context_length, embeddings_to_host, load_config, load_tokenizer
+from lengthen.models.loading import (
+    check_rows,
+    choose_device,
+    choose_dtype,
+    choose_quantize,
+    context_length,
+    embeddings_to_host,
+    load_config,
+    load_tokenizer,
+    memory_of,
+)
 from lengthen.training import lean_layer, shapes
 from lengthen.training.budget import GENERIC_CHECKPOINTS, Budget
 from lengthen.training.policy import budget_of, room_of
@@ -21,21 +30,24 @@ def show_plan(training: Training) -> None:
     flags, memory = training.model, training.memory
     config = load_config(flags.model, flags.trust_remote_code)
     context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
-    has_gpu = torch.cuda.is_available() and flags.device != "cpu"
-    device = torch.device("cuda" if has_gpu else "cpu")
-    total = torch.cuda.get_device_properties(device).total_memory / 1e9 if has_gpu else 0.0
-    memory = replace(memory, vram=memory.vram or total)
-    cuda = has_gpu or training.memory.vram > 0
-    dtype, nf4 = _dtype_and_nf4(flags, cuda, memory.vram)
+    # With --vram any GPU of that size, which need not be in this machine: without an index.
+    device = torch.device("cuda") if memory.vram else choose_device(flags.device)[0]
+    cuda = device.type == "cuda"
+    memory = replace(memory, vram=memory.vram or memory_of(device) / 1e9)
+    dtype, _ = choose_dtype(flags.dtype, device)
+    quantize, _ = choose_quantize(flags.quantize, device, 1e9 * memory.vram, config, flags.model)
+    nf4 = quantize == "nf4"
 
     model = shapes.meta_model(config, dtype)
+    if nf4 and device.type == "cpu":
+        check_rows(flags.model, model)
     if memory.embeddings == "host":
         embeddings_to_host(model)
-    lean = not lean_layer.stands_against(model, "cuda" if cuda else "cpu", dtype)
+    lean = not lean_layer.stands_against(model, device, dtype)
     budget = budget_of(training.lora, memory, training.optimizer.adam_bits, model, dtype, nf4=nf4, cuda=cuda, lean=lean)
     room = room_of(memory, budget, device)
     tokens = training.pairs.max_length or min(MAX_LENGTH[training.pairs.role], context)
-    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU"
+    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU" if device.type == "cpu" else str(device)
     weights = ("nf4, " if nf4 else "") + str(dtype).removeprefix("torch.")
     cli.say(f"{flags.model} on {where}: rank {training.lora.rank}, {weights}, one row of {tokens:,} tokens")
 
@@ -50,14 +62,7 @@ def show_plan(training: Training) -> None:
         cli.say(line)
     if tokens > context:
         cli.say(f"warning: {flags.model} takes {context:,} tokens: longer pairs are left out")
-    quantize = "nf4" if nf4 else "none"
     cli.emit({"stage": "plan", "model": flags.model, "rank": training.lora.rank, "quantize": quantize, **record})
-
-
-def _dtype_and_nf4(flags: ModelFlags, cuda: bool, vram: float) -> tuple[torch.dtype, bool]:
-    """What loading would choose on such a device; vram in GB."""
-    dtype = DTYPES[flags.dtype] if flags.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
-    return dtype, flags.quantize == "nf4" or (flags.quantize == "auto" and cuda and vram < NF4_BELOW / 1e9)
 
 
 def table(budget: Budget, flags: MemoryFlags, tokens: int, room: float) -> tuple[list[str], dict[str, Any]]:
