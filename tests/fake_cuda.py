@@ -373,10 +373,15 @@ class FakeCuda(TorchDispatchMode):
                 if not inputs and given:
                     found[node.variable] = given[0]
                 continue
-            run = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            python = isinstance(node, torch.autograd.function.BackwardCFunction)
+            run = node.apply if python else node
             made: Any = run(*(given.get(i) for i in range(len(node._input_metadata)))) if given else ()
-            made = made if isinstance(made, tuple) else (made,)
-            for (following, place), gradient in itertools.zip_longest(node.next_functions, made):
+            made = list(made) if isinstance(made, tuple) else [made]
+            following_nodes = node.next_functions
+            if python:  # it also returns None for what is no tensor
+                made = [x for x, needed in zip(made, node.needs_input_grad, strict=False) if needed]
+                following_nodes = [edge for edge in following_nodes if edge[0] is not None]
+            for (following, place), gradient in itertools.zip_longest(following_nodes, made[: len(following_nodes)]):
                 if following is None:
                     continue
                 if gradient is not None:
