@@ -220,8 +220,9 @@ def test_a_run_whose_stage_and_then_whose_server_is_killed_goes_on(tmp_path, eng
     while not drafts.exists() or not drafts.with_name("responses.work.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.05)
-    [stage] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(stage), signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    [stage] = [int(child) for child in children if b"generate.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(stage, signal.SIGKILL)
     assert process.wait() == 137
     before = drafts.read_text()
 

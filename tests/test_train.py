@@ -691,7 +691,11 @@ def test_the_plan_of_an_nf4_model_counts_its_four_bits(tmp_path, capsys):
 def test_nf4_layers_with_biases_train_on_a_cpu_with_bf16(tmp_path):
     """An evaluation used to leave their weights in a layout without a gradient, and the next pass broke off."""
     loaded = load_model(
-        str(save_tiny(tmp_path, "qwen2", intermediate_size=128)), device="cpu", dtype="bfloat16", quantize="nf4", train=True
+        str(save_tiny(tmp_path, "qwen2", intermediate_size=128)),
+        device="cpu",
+        dtype="bfloat16",
+        quantize="nf4",
+        train=True,
     )
     lora.attach(loaded.model, 4, 8)
     assert examine(loaded.model).packs and not lean_layer.install(loaded.model).why
