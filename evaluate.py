@@ -32,7 +32,7 @@ Departures from the release (eval/ of QwenLM/Self-Lengthen)
        67.8 of LonGen's 100 points. Rank correlation and constant writer stand beside it.
     2. Answers cut by the token limit or by the loop detector are counted apart: their length is not the model's choice.
     3. Queries that do not state their demand (LonGen has four) are listed, not corrected.
-    4. Both ways to write a number, both languages, one command.
+    4. Every way to write a number, every language, one command.
 
 Examples
     python evaluate.py --model smollm2 --benchmark mini --language en --limit 8 --output runs/try/base
@@ -73,10 +73,10 @@ from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, open_job, open_writer
 from lengthen.tasks import Draw, Redraw, run_tasks
 from lengthen.text.demands import length_score
+from lengthen.text.languages import language
 from lengthen.text.words import count_words, longen_words
 
 # Appended to the query by --at-least. A control: does asking for more get as far as the fine-tune?
-AT_LEAST = {"en": " Write at least {words} words.", "zh": "请至少写{words}字。"}
 # In scores.json, but not in the summary line: what the run was, and lists of single queries.
 DETAILS = (
     *("source", "model", "adapter", "sampling", "queries_hash"),
@@ -119,7 +119,7 @@ class Answer(Redraw[Writer, Sample]):
     def request(self, draw: Draw, writer: Writer) -> Request:
         # The record keeps the benchmark's own query: what is appended is a setting of the run.
         row, words = self.record, self.controls.at_least
-        demand = AT_LEAST[row["language"]].format(words=words) if words else ""
+        demand = language(row["language"]).demand.at_least.format(words=words) if words else ""
         # Four tokens for three words is near enough to start the longest answers first: started last, they would run
         # alone at the end. A bound of -1 is a missing one, and 0 tokens = not known.
         expected = max(0, row["min_words"], row["max_words"]) * 4 // 3
@@ -155,7 +155,7 @@ def measured(row: dict, response: str, finish: str, response_tokens: int, perple
 
 def answer(stage: Stage, asked: BenchmarkFlags, controls: ControlFlags, judges: JudgeFlags) -> None:
     # 1) the queries, as records whose answer is still missing
-    sources = find_benchmark(asked.benchmark)
+    sources = find_benchmark(asked.benchmark, stage.out.language)
     rows = [row for source in sources for row in read_rows(source)]
     rows = select(rows, stage.out.language, asked.limit, asked.benchmark)
     # 2) the answers and, while the model is loaded, 3) their probes. A finished run loads no model.

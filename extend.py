@@ -42,6 +42,7 @@ import argparse
 import re
 import statistics
 from dataclasses import dataclass, field
+from functools import cache
 
 from lengthen import cli
 from lengthen.cli import InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
@@ -52,11 +53,11 @@ from lengthen.records import UserError, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
 from lengthen.tasks import Draw, Entry, Tally, Task, run_tasks
+from lengthen.text import languages
 from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_loop, strip_chatter
 from lengthen.text.words import count_words, detect_language, split_paragraphs
 
 KEPT = (2, 3)  # share of the paragraphs that a stage returns: what the next one continues
-_TASK = re.compile(r"\boutline\b|提纲", re.IGNORECASE)  # what prompts/*/extend.md call the draft
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ExtendFlags:
 # The position after a sentence and its closing quote or bracket. Chinese puts no blank there; "3.14" does not count.
 # Four cases: 。 alone, 。 with a closing mark, then "." and "." with a closing mark, which need white space after them.
 _SENTENCE_END = re.compile(
-    r"(?<=[。！？])(?![。！？”’」』）》])|(?<=[。！？][”’」』）》])|(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+"
+    r"(?<=[。！？])(?![。！？”’」』）》])|(?<=[。！？][”’」』）》])|(?<=[.!?…])\s+(?!»)|(?<=[.!?…][\"'”’“»)\]])\s+"
 )
 
 
@@ -113,14 +114,20 @@ def shown(text: str, stage: int, stages: int) -> str:
     return text if stage == stages else first_share(text, (stage, stages))[0] or text
 
 
-def speaks_of_task(text: str, given: str) -> bool:
+def speaks_of_task(text: str, given: str, language: str) -> bool:
     """Whether a text opens with words about the "outline" of the template, which neither instruction nor draft uses.
 
     "Awesome! Please share the outline with me" is how SmolLM2 makes a text longer. Only the opening counts: a long
     story may well have the outline of a hill in it.
     """
+    task = _outline(languages.language(language))
     # 300 characters: two or three sentences.
-    return bool(_TASK.search(text[:300]) and not _TASK.search(given))
+    return bool(task.search(text[:300]) and not task.search(given))
+
+
+@cache
+def _outline(language: languages.Language) -> re.Pattern:
+    return re.compile("|".join(one.outline for one in languages.heard(language)), re.IGNORECASE)
 
 
 def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[str, str]:
@@ -137,7 +144,7 @@ def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[
         return "", "empty"
     if is_loop(prefix + text, language):
         return "", "repetition"
-    if has_chatter(kept):  # else it would only be found after the last stage has been paid for
+    if has_chatter(kept, language):  # else it would only be found after the last stage has been paid for
         return "", "chatter"
     return (kept, "") if detect_language(kept) == language else ("", "language")
 
@@ -237,7 +244,7 @@ class Extension(Task[Writer, Sample]):
             reason = reason or self._too_short(count_words(text))
         else:
             text, reason = examine_prefix(self.prefix, sample.text, sample.finish, language)
-        if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"]):
+        if not reason and speaks_of_task(text, self.record["prompt"] + self.record["initial"], language):
             reason = "chatter"
         attempt, round_, stage = draw
         entry = {"id": self.id, "attempt": attempt, "round": round_, "stage": stage, "reason": reason}
@@ -368,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     stage = Stage(cli.take(args, OutputFlags), cli.take(args, ModelFlags), cli.take(args, SamplingFlags))
     rules = cli.take(args, ExtendFlags)
     extensions = make_extensions(read_drafts(args.input, stage.out.language), run_id_of(stage.out.output), rules)
-    settings = {**vars(rules), "templates": template_hashes("extend")}
+    settings = {**vars(rules), "templates": template_hashes(stage.out.language, "extend")}
     if not rules.one_pair:  # files that were begun before there was this flag continue
         del settings["one_pair"]
     with open_job("extend", stage, args.input, settings) as job:

@@ -18,7 +18,7 @@ Every record is a task (lengthen/tasks.py): NewInstruction, Draft and Demand bel
 good enough; run_tasks asks, retries, stores, and continues after a kill.
 
 Departures from the paper and its release:
- 1. One tree for both languages: templates, filters and word measures follow each record's language.
+ 1. One tree for all languages: templates, filters and word measures follow each record's language.
  2. The judge is the log-probability of yes minus that of no, not a sampled word compared with "Yes".
  3. Near-duplicate instructions are removed, in the order (attempt, sample): what is kept does not depend on the batch.
  4. An instruction ends at the next number ("Instruction 4") or a blank line; nothing else has stop strings, and
@@ -37,15 +37,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from lengthen import cli
 from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, SamplingFlags, at_least, flag
-from lengthen.models.chat import fill, template_hashes
+from lengthen.models.chat import fill, template, template_hashes
 from lengthen.reading import filter_language, read_answers, read_prompts
 from lengthen.records import UserError, draw_seed, new_record, record_id, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer, smaller_values
 from lengthen.tasks import HOPELESS, Draw, Entry, Pair, Redraw, Task, run_tasks
+from lengthen.text import languages
 from lengthen.text.demands import make_demand, states_demand
 from lengthen.text.filters import clean_answer, finish_reason, strip_chatter
 from lengthen.text.selection import NearDuplicates
@@ -55,10 +57,6 @@ MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 500  # both exclusive, as in t
 INSTRUCTION_TOKENS = 1024  # enough for 500 words; without a limit, one that does not end would fill the context
 RETRIES = 2  # draws at a time once the first has failed: one at a time, the last few instructions take the longest
 DOES_NOT_FIT = -1e9  # nats: margin of an instruction that leaves no room for the judge's question; always a no
-NEXT_NUMBER = {"en": "\nInstruction 4", "zh": "\n指令4"}  # the template shows 1 and 2, the model writes 3
-YES_NO = {"en": ("Yes", "No"), "zh": ("是", "否")}
-# The last resort of constrain. Plain, so that text.demands reads exactly this demand back.
-APPENDED = {"en": "{prompt} Please write {constraint}.", "zh": "{prompt}请写{constraint}。"}
 
 # ---------------------------------------------------------------------------------------------------------
 # The flags of each command, beside those that every stage has (lengthen/cli.py)
@@ -107,15 +105,24 @@ class ConstrainFlags:
 # 1, 2: instructions
 
 # What models put before and after an instruction when they continue the list: its number, a label, an answer.
-_LABEL = re.compile(r"^\W*(?:instruction|prompt|task|指令|题目)\s*\d*\s*[:：.]\W*|^\d+[.:、)]\s*", re.IGNORECASE)
-_ANSWER = re.compile(r"\n\W*(?:(?:response|answer|output|solution|example)\W*:|(?:回答|答案|输出|示例)\W*[:：])", re.I)
 _QUOTES = {'"': '"', "“": "”", "'": "'", "「": "」", "『": "』", "**": "**", "*": "*"}
 
 
-def clean_instruction(text: str) -> str:
+@cache
+def _labels(language: languages.Language) -> tuple[re.Pattern, re.Pattern]:
+    """(what stands before an instruction, where an answer to it begins)"""
+    spoken = languages.heard(language)
+    labels = languages.either(word for one in spoken for word in one.chatter.labels)
+    answers = languages.either(word for one in spoken for word in one.chatter.answers)
+    label = re.compile(rf"^\W*(?:{labels})\s*\d*\s*[:：.]\W*|^\d+[.:、)]\s*", re.IGNORECASE)
+    return label, re.compile(rf"\n\W*(?:{answers})\W*[:：]", re.IGNORECASE)
+
+
+def clean_instruction(text: str, language: str) -> str:
     """The instruction alone: no number or label before it, no quotes or emphasis around it, no answer after it."""
     # The newline in front: an answer may begin in the first line, and then nothing is left.
-    text = _LABEL.sub("", _ANSWER.split("\n" + text)[0].strip()).strip()
+    label, answer = _labels(languages.language(language))
+    text = label.sub("", answer.split("\n" + text)[0].strip()).strip()
     for left, right in _QUOTES.items():
         inside = text[len(left) : -len(right)]  # no quote in it: '"Ships" and "harbours"' is not one quotation
         if text.startswith(left) and text.endswith(right) and inside and left not in inside:
@@ -125,7 +132,7 @@ def clean_instruction(text: str) -> str:
 
 def examine_instruction(text: str, finish: str, language: str) -> tuple[str, str]:
     """Return (instruction, reason); reason "" = to be judged."""
-    instruction = clean_instruction(text)
+    instruction = clean_instruction(text, language)
     # "stop": it went on to the next number, or to something after a blank line (`item_ends`).
     if reason := finish_reason(finish, ends=("eos", "stop")):
         return instruction, reason
@@ -140,21 +147,27 @@ def item_ends(shots: list[dict], language: str) -> tuple[str, ...]:
     After it, small models continue with remarks about the list ("Note: these instructions …"): 12 of 15 of SmolLM2's.
     """
     has_blank_line = any("\n\n" in shot["prompt"].strip() for shot in shots)
-    return (NEXT_NUMBER[language],) if has_blank_line else (NEXT_NUMBER[language], "\n\n")
+    # The template ends with "Instruction 3:", so the model writes the third, and may go on to the fourth.
+    third = template("instruct_prefill", language).splitlines()[-1].rstrip(":： \u00a0\u202f")
+    following = f"\n{third.replace('3', '4')}"
+    return (following,) if has_blank_line else (following, "\n\n")
 
 
 def split_count(count: int, seeds: list[dict], before: Sequence[int] = ()) -> list[str]:
-    """One language per wanted instruction, in proportion to the seeds' languages (all "en" before all "zh").
+    """One language per wanted instruction, in proportion to the seeds' languages, one after the other.
 
     before: the smaller counts that this output was asked for earlier; what was of a language then stays of it.
     """
     if before:
-        languages = split_count(before[-1], seeds, before[:-1])
-        now = Counter(split_count(count, seeds)) - Counter(languages)
-        return (languages + ["en"] * now["en"] + ["zh"] * now["zh"])[:count]
-    # English gets the rounding, Chinese the rest: together they are always `count`.
-    num_en = round(count * sum(s["language"] == "en" for s in seeds) / len(seeds))
-    return ["en"] * num_en + ["zh"] * (count - num_en)
+        earlier = split_count(before[-1], seeds, before[:-1])
+        now = Counter(split_count(count, seeds)) - Counter(earlier)
+        return (earlier + [code for code in sorted(now) for _ in range(now[code])])[:count]
+    # Each gets what is rounded up to its end, the last one the rest: together they are always `count`.
+    split: list[str] = []
+    for code in sorted({s["language"] for s in seeds}):
+        end = round(count * sum(s["language"] <= code for s in seeds) / len(seeds))
+        split += [code] * (end - len(split))
+    return split
 
 
 def draw_shots(record_id_: str, language: str, seeds: list[dict]) -> list[dict]:
@@ -223,8 +236,8 @@ class NewInstruction(Task[Writer, Sample]):
         """Does it suit a long article? (prompt ids, yes) and (prompt ids, no); [] where they do not fit the context."""
         language = self.record["language"]
         question = fill("judge", language, instruction=self.drawn[draw[0]][0], words=str(self.rules.long_words))
-        prompt_ids = writer.encode(question)
-        answers = [writer.chat.encode_text(word) for word in YES_NO[language]]
+        prompt_ids, own = writer.encode(question), languages.language(language)
+        answers = [writer.chat.encode_text(word) for word in (own.yes, own.no)]
         # The answer's ids must fit too, since they are read together with the question.
         fits = len(prompt_ids) + max(map(len, answers)) <= writer.sampler.context
         return [(prompt_ids, answer) for answer in answers] if fits else []
@@ -271,7 +284,7 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
     # 1) seeds, and one task per wanted instruction
     seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
     if not seeds:
-        raise UserError(f"no seed is of language {stage.out.language!r}", "--language both, or other --seeds")
+        raise UserError(f"no seed is of language {stage.out.language!r}", "--language all, or other --seeds")
     # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
     run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
     for sample, language in enumerate(split_count(rules.count, seeds, smaller_values(stage, "count", rules.count))):
@@ -282,7 +295,7 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
         tasks.append(NewInstruction(record, shots, rules, distinct))
     # The files count by their contents, as inputs of the job; the other flags by value.
     settings = {k: getattr(rules, k) for k in ("count", "max_attempts", "judge_margin", "long_words")}
-    settings["templates"] = template_hashes("instruct", "instruct_prefill", "judge")
+    settings["templates"] = template_hashes(stage.out.language, "instruct", "instruct_prefill", "judge")
     with open_job("instructions", stage, [*rules.seeds, *rules.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
@@ -350,7 +363,7 @@ class Demand(Redraw[Writer, Sample]):
     def read(self, sample: Sample, writer: Writer) -> tuple[dict, str]:
         """The rewritten instruction states the demand, in its language, at a sane length."""
         language, prompt_words = self.record["language"], count_words(self.record["prompt"])
-        query = clean_instruction(strip_chatter(sample.text, language)[0])
+        query = clean_instruction(strip_chatter(sample.text, language)[0], language)
         reason = finish_reason(sample.finish)
         # An answer in place of the instruction is far longer, a fragment far shorter; 30 words: room for the demand.
         if not reason and not prompt_words / 2 <= count_words(query) <= 2 * prompt_words + 30:
@@ -367,8 +380,9 @@ class Demand(Redraw[Writer, Sample]):
 
 def append_demand(record: dict, reason: str) -> tuple[dict, str]:
     """The demand in a sentence of its own; not after a prompt with another demand, which stays rejected."""
-    template = APPENDED[record["language"]]
-    query = template.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
+    # Plain, so that text.demands reads exactly this demand back.
+    sentence = languages.language(record["language"]).demand.sentence
+    query = sentence.format(prompt=record["prompt"].rstrip(), constraint=record["constraint"])
     # states_demand wants this demand and no other: two would contradict each other.
     if not states_demand(query, *demand_of(record), record["language"]):
         return record, reason
@@ -412,7 +426,7 @@ def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
     answers = [row for path in inputs for row in read_answers(path)]
     answers = filter_language(answers, stage.out.language)
     tasks = make_demands(answers, run_id_of(stage.out.output), stage.out.seed, rules)
-    settings = {**vars(rules), "templates": template_hashes("constrain")}
+    settings = {**vars(rules), "templates": template_hashes(stage.out.language, "constrain")}
     with open_job("constrain", stage, inputs, settings) as job:
         stats = {}
         if not job.complete:

@@ -53,6 +53,7 @@ from lengthen.evaluation.report.summary import show
 from lengthen.models.hub import write_cards
 from lengthen.records import UserError, replace_file
 from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, standing_on
+from lengthen.text import languages
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
 # What else could make answers longer, or explain that they are: each beside the method, on the method's own files up to
@@ -67,7 +68,6 @@ CONTROLS = {
     "other-mode": "the last Generator trained in the other --adapter-mode (needs 2 iterations)",
 }
 MODEL = "Qwen/Qwen2.5-7B-Instruct"  # of the presets that need a GPU
-SEEDS = ["prompts/en/seeds.jsonl", "prompts/zh/seeds.jsonl"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ Preset = dict[str, dict[str, Any]]  # values in place of the stages' defaults: b
 # The demo: every value that differs from the paper's, because the model has 135M parameters, a context of 8,192 tokens
 # and writes 400 words rather than 1,000, and because it must end within 15 minutes on two cores.
 DEMO: Preset = {
-    "run": {"model": "smollm2", "run": "runs/demo", "language": "en", "iterations": 1, "evaluate": "ends"}
+    "run": {"model": "smollm2", "run": "runs/demo", "language": "demo", "iterations": 1, "evaluate": "ends"}
     | {"instructions": 12, "final_instructions": 6, "control_words": 350},
     # tokens: one draw that writes an essay instead of an instruction holds up those after it
     "instructions": {"long_words": 300, "max_new_tokens": 192},
@@ -174,7 +174,7 @@ DEMO: Preset = {
 # A model of 7B on a card of 24 GB, over a night: the paper's constants but for the counts, and for how often a stage
 # tries again. `--scale small --plan "RTX 4090"` says what each stage takes.
 SMALL: Preset = {
-    "run": {"model": MODEL, "run": "runs/small", "language": "en", "iterations": 2, "evaluate": "ends"}
+    "run": {"model": MODEL, "run": "runs/small", "language": "demo", "iterations": 2, "evaluate": "ends"}
     | {"instructions": 240, "final_instructions": 100},
     "responses": {"max_attempts": 3},
     "extend": {"samples": 1, "max_attempts": 6, "rounds": 2},
@@ -217,7 +217,9 @@ def method(own: Settings) -> list[Step]:
 
     def add_instructions(part: str, count: int) -> str:
         known = [*given.get("dedup_against", []), *asked]  # no iteration asks what an earlier one did
-        return add(part, "instructions", seeds=given.get("seeds", SEEDS), dedup_against=known, count=count)
+        codes = languages.chosen(own.shared.get("language", languages.DEFAULT))
+        seeds = given.get("seeds", [f"prompts/{code}/seeds.jsonl" for code in codes])
+        return add(part, "instructions", seeds=seeds, dedup_against=known, count=count)
 
     # The loop: both roles answer with what they learnt in the iteration before, and learn from what comes out.
     for k in range(1, loop.iterations + 1):
@@ -413,6 +415,8 @@ def parse_args(argv: Sequence[str] | None = None, preset: Preset = DEMO) -> Sett
         preset = {}  # the demo's values are those of one model
     stages = {name: dict(preset.get(name, {})) for name in STAGES}
     general = {**preset.get("run", {}), **{name: value for name, value in given.items() if "." not in name}}
+    if "language" in general:  # the preset names a group
+        general["language"] = languages.spelt(general["language"])
     # "extend.rounds" -> stages["extend"]["rounds"]; the preset's value gives way to it.
     for stage, name, value in ((*dotted.split("."), value) for dotted, value in given.items() if "." in dotted):
         stages[stage][name] = value

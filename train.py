@@ -466,7 +466,7 @@ def run(training: Training, processes: Processes) -> None:
     if training.optimizer.budget_of:
         settings["target_tokens"] = target_tokens_of(training.optimizer.budget_of)
     # Only the Extender's prompt has a template; an edited one makes other pairs.
-    settings["templates"] = template_hashes("extend") if training.pairs.role == "extender" else {}
+    settings["templates"] = template_hashes(out.language, "extend") if training.pairs.role == "extender" else {}
     before = {} if out.overwrite or not Path(out.output).is_dir() else read_sidecar(out.output)
     processes.check(training.optimizer.batch_size, training.optimizer.accumulate, before, out.output)
     with TrainingFolder(

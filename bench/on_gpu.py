@@ -216,6 +216,7 @@ def run_one(step: Step, limit: float, out: Path, environment: dict[str, str]) ->
         log.write(text.encode())
         log.flush()
         said = (out / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
+        said = [line for line in said if not line.startswith("{")]  # figures, which have a place of their own
     count = step.shown or (0 if ended == "done" else 15)
     tail = said[max(0, len(said) - count) :]
     seconds = round(time.monotonic() - began, 1)

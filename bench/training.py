@@ -176,6 +176,7 @@ def with_peft(model: PreTrainedModel, rank: int, checkpointing: bool) -> Run:
 def with_trl(model: PreTrainedModel, rank: int) -> Run:
     """SFTTrainer.train() over rows that are tokenised, clocked from a step's first callback to its last."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -218,7 +219,8 @@ def with_trl(model: PreTrainedModel, rank: int) -> Run:
                 gradient_checkpointing=True,
                 gradient_checkpointing_kwargs={"use_reentrant": False, "offload": cuda},
             )
-            data = Dataset.from_dict({"input_ids": [pair.ids] * count, "labels": [labels] * count})
+            table = InMemoryTable.from_pydict({"input_ids": [pair.ids] * count, "labels": [labels] * count})
+            data = Dataset(table, fingerprint="rows")  # named, since hashing it fails with some versions of pyarrow
             more = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [watch]}
             SFTTrainer(model, settings, **more).train()
         return watch.times, {"settings": "chunked loss, checkpoints" + " offloaded" * cuda}
@@ -354,7 +356,9 @@ def one_by_one(args: argparse.Namespace) -> list[dict]:
             command += ["--unsloth-model", args.unsloth_model]
             done = subprocess.run(command, capture_output=True, text=True)
             print(done.stderr, file=sys.stderr)
-            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            found = [
+                json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')
+            ]  # Trainer prints dicts, too
             if done.returncode:
                 found.append({"settings": f"failed: {' '.join(done.stderr.strip().splitlines()[-1:])[:100]}"})
             for row in found:

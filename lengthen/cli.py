@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lengthen.records import LowYield, UserError, replace_file, say_once
+from lengthen.text import languages
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0  # without a terminal: one progress line every so many seconds
@@ -116,6 +117,14 @@ def device(text: str) -> str:
     return text
 
 
+def languages_asked(text: str) -> str:
+    """An argparse type: languages of prompts/, or a group of them."""
+    try:
+        return languages.spelt(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 REQUIRED: Any = dataclasses.MISSING
 
 
@@ -194,7 +203,11 @@ class OutputFlags:
     """Where a stage writes, and what it may do there."""
 
     output: str = flag(REQUIRED, "what is written; run the same command again to continue it")
-    language: str = flag("both", "process only records of this language", choices=("en", "zh", "both"))
+    language: str = flag(
+        languages.DEFAULT,
+        "only records in these languages: codes or names with commas; both = the paper's two; all = all of prompts/",
+        languages_asked,
+    )
     seed: int = flag(0, "seed of every random draw in this stage")
     overwrite: bool = flag(False, "start afresh instead of continuing")
     allow_partial: bool = flag(False, "accept an input whose stage has not finished")

@@ -55,7 +55,7 @@ REMEDIES = {
     "not-longer": "shorter drafts, or a larger --max-new-tokens",
     "judge": "a smaller --judge-margin or --long-words",
     "duplicate": "more --seeds, or a smaller --count",
-    "language": "a --model that writes this language, or the other --language",
+    "language": "a --model that writes this language, or another --language",
     "outside-demand": "--demand-min and --demand-max that the answers' lengths are between",
     "no-demand": "smaller --demand-steps",
     "error": "shorter input: it does not fit the model's context",
@@ -137,6 +137,8 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
     if before.get("inputs") and now.get("inputs"):  # older sidecars hold only the last of several equal names
         earlier = {k: v for k, v in now["inputs"].items() if EARLIER in k and k.split(EARLIER)[0] in before["inputs"]}
         before = {**before, "inputs": {**earlier, **before["inputs"]}}
+    # Templates are compared in the languages that both know of: another folder in prompts/ changes no text.
+    before, now = _common_templates(before, now), _common_templates(now, before)
     grown = {}
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) == now.get(name):
@@ -159,6 +161,13 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
             "--overwrite starts it afresh, another --output keeps both",
         )
     return grown
+
+
+def _common_templates(settings: dict, other: dict) -> dict:
+    kept = {k: v for k, v in settings.items() if not k.endswith(".md") or k in other}
+    if isinstance(kept.get("templates"), dict) and isinstance(other.get("templates"), dict):
+        kept["templates"] = {k: v for k, v in kept["templates"].items() if k in other["templates"]}
+    return kept
 
 
 def _size(name: str, value: float) -> float:

@@ -16,7 +16,8 @@ from typing import Any
 
 import jsonlines
 
-from lengthen.records import LANGUAGES, Instruction, UserError, new_record, prompt_id, say_once
+from lengthen.records import Instruction, UserError, new_record, prompt_id, say_once
+from lengthen.text import languages
 from lengthen.text.thoughts import strip_thoughts
 from lengthen.text.words import count_words, detect_language
 
@@ -145,11 +146,6 @@ def wrapped(row: Any) -> tuple[str, list] | None:
 TURNS = ("messages", "conversations", "conversation")  # a turn has role and content, or from and value
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 
-LANGUAGE_NAMES = {
-    **dict.fromkeys(("en", "eng", "english", "英语", "英文"), "en"),
-    **dict.fromkeys(("zh", "zho", "chi", "cmn", "cn", "chinese", "mandarin", "中文", "汉语", "漢語", "华语"), "zh"),
-    **dict.fromkeys(("简体中文", "繁體中文", "繁体中文", "普通话", "国语"), "zh"),
-}
 FINISHES = {  # other engines' words for ours
     **dict.fromkeys(("", "unknown", "none", "null"), ""),
     **dict.fromkeys(
@@ -306,26 +302,26 @@ def check_types(record: Mapping, types: Mapping[str, Any], where: str) -> None:
 
 
 def read_language(record: dict, spoken: Sequence[str], where: str) -> None:
-    """`language` as "en" or "zh": as given, in any spelling, else as detected in the first of `spoken` that shows one.
+    """`language` as a code of prompts/: as given, by any of its names, else as detected in the first of `spoken` that
+    shows one.
 
-    A text without letters ("1 2 3") is taken for English.
+    A text without letters ("1 2 3") is taken for the first of the default languages.
     """
-    known = f"there are: {', '.join(LANGUAGES)}"
     if given := record.get("language"):
-        words = re.findall(r"[^\W_]+", given.casefold()) if isinstance(given, str) else []
-        language = next(filter(None, map(LANGUAGE_NAMES.get, words)), "")
+        language = languages.by_name(given) if isinstance(given, str) else ""
         if not language:
-            raise UserError(f"{where}: language {given!r} is not served; {known}")
+            raise UserError(f"{where}: language {given!r} is not served; there are: {', '.join(languages.codes())}")
         record["language"] = language
     elif spoken:
         texts = [record[field] for field in spoken if isinstance(record.get(field), str)]
-        language = next(filter(None, map(detect_language, texts)), "")
+        language, first = next(filter(None, map(detect_language, texts)), ""), languages.chosen(languages.DEFAULT)[0]
         if not language and any(character.isalpha() for text in texts for character in text):
             raise UserError(
-                f"{where}: no language is given, and the text is in none that is served; {known}",
-                'if it is one of these, say so in the record: "language": "en"',
+                f"{where}: no language is given, and the text is in none that is served; there are: "
+                f"{', '.join(languages.codes())}",
+                f'if it is one of these, say so in the record: "language": "{first}"',
             )
-        record["language"] = language or "en"
+        record["language"] = language or first
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -371,6 +367,12 @@ def read_answers(path: str | Path) -> list[dict]:
     return rows
 
 
-def filter_language(records: list[dict], language: str) -> list[dict]:
-    """Those of one language; "both" keeps all."""
-    return [r for r in records if language in ("both", r["language"])]
+def filter_language(records: list[dict], asked: str) -> list[dict]:
+    """Those in the languages that --language names; of the others one line says how many there were."""
+    chosen = languages.chosen(asked)
+    kept = [r for r in records if r["language"] in chosen]
+    if 0 < len(kept) < len(records):
+        others = sorted({r["language"] for r in records} - set(chosen))
+        less = f"{len(records) - len(kept):,} of {len(records):,} records"
+        say_once(f"--language {asked} leaves out {less}, in {', '.join(others)}")
+    return kept

@@ -13,20 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-LANGUAGES = ("en", "zh")
-
-
-class UserError(Exception):
-    """A mistake the user can fix: one line that says what and where, and a hint (a command where possible)."""
-
-    def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.message, self.hint = message, hint
-
-
-class LowYield(UserError):
-    """Fewer records than --min-yield came out: exit code 3."""
-
+from lengthen.errors import LowYield as LowYield
+from lengthen.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------
 # Record types. Flat, every field always present: tools that infer column types from early rows then agree.
@@ -35,7 +23,7 @@ class LowYield(UserError):
 class Instruction(TypedDict):
     id: str  # 16 hex digits, see record_id
     parent_id: str  # "" = none
-    language: str  # "en" or "zh"
+    language: str  # a code of prompts/: "en", "zh", ...
     run_id: str  # "NAME/iter_K", from the output's folders
     sample: int  # index among the samples of one parent
     attempt: int  # which draw succeeded, from 0

@@ -14,7 +14,7 @@ from lengthen import cli
 from lengthen.cli import ModelFlags, OutputFlags, SamplingFlags
 from lengthen.endpoint import check_address, key_from
 from lengthen.jobs import Job, read_sidecar
-from lengthen.records import LANGUAGES, UserError, draw_seed, fingerprint
+from lengthen.records import UserError, draw_seed, fingerprint
 from lengthen.sampling.request import Request, Sample, Sampling
 from lengthen.text.selection import length_bias
 
@@ -263,7 +263,7 @@ def length_bias_drops(records: Sequence[dict], seed: int, min_yield: int = 1) ->
     Never so many that fewer than `min_yield` are left, nor all of a language: the longest of them stay.
     """
     drops: dict[str, str] = {}
-    for language in LANGUAGES:
+    for language in sorted({r["language"] for r in records}):
         # All records of the language at once: which are dropped depends on the ranks of all of them.
         same = [r for r in records if r["language"] == language]
         gone = length_bias([r["response_words"] for r in same], [r["id"] for r in same], seed)

@@ -3,8 +3,8 @@
 set -e
 RUN=runs/demo MODEL=smollm2
 # Iteration 1: instructions, drafts, extensions; both roles learn from them
-python generate.py instructions --model $MODEL --language en --seeds prompts/en/seeds.jsonl prompts/zh/seeds.jsonl \
-    --count 12 --long-words 300 --max-new-tokens 192 --output $RUN/iter_1/instructions.jsonl
+python generate.py instructions --model $MODEL --language en --seeds prompts/en/seeds.jsonl --count 12 \
+    --long-words 300 --max-new-tokens 192 --output $RUN/iter_1/instructions.jsonl
 python generate.py responses --model $MODEL --language en --input $RUN/iter_1/instructions.jsonl --max-attempts 1 \
     --max-new-tokens 360 --output $RUN/iter_1/responses.jsonl
 python extend.py --model $MODEL --language en --input $RUN/iter_1/responses.jsonl --samples 6 --max-attempts 1 \
@@ -14,7 +14,7 @@ python train.py --model $MODEL --language en --role generator --input $RUN/iter_
 python train.py --model $MODEL --language en --role extender --input $RUN/iter_1/extended.jsonl --epochs 2 \
     --learning-rate 0.0002 --output $RUN/iter_1/extender
 # Answers without extension; length demands for all; the Generator that learns to follow them
-python generate.py instructions --model $MODEL --language en --seeds prompts/en/seeds.jsonl prompts/zh/seeds.jsonl \
+python generate.py instructions --model $MODEL --language en --seeds prompts/en/seeds.jsonl \
     --dedup-against $RUN/iter_1/instructions.jsonl --count 6 --long-words 300 --max-new-tokens 192 \
     --output $RUN/final/instructions.jsonl
 python generate.py responses --model $MODEL --language en --adapter $RUN/iter_1/generator \

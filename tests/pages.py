@@ -84,12 +84,23 @@ def tidied(book: NotebookNode) -> NotebookNode:
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = joined(cell.outputs)
             for out in cell.outputs:
                 if "text" in out:  # a stage's summary is one line, however long
                     out["text"] = re.sub(r"(?m)^(.{240}).{20,}$", r"\1 ...", out["text"])
     book.metadata.pop("language_info", None)
     return book
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """What was printed in one; a shell's output comes in parts of 100 characters."""
+    kept: list[NotebookNode] = []
+    for out in outputs:
+        if kept and out.get("name") == kept[-1].get("name") == "stdout":
+            kept[-1]["text"] += out["text"]
+        elif out.get("name") != "stderr":
+            kept.append(out)
+    return kept
 
 
 if __name__ == "__main__":

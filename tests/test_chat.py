@@ -4,6 +4,7 @@ The oracle is transformers' apply_chat_template: where no content holds control 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lengthen.models import chat as chat_module
-from lengthen.models.chat import FIELDS, LANGUAGES, Chat, fill, template, template_hashes
+from lengthen.models.chat import FIELDS, Chat, fill, template, template_hashes
 from lengthen.records import UserError
 from lengthen.text import languages
 
@@ -411,7 +412,7 @@ def test_smollm2_equals_its_template_and_stays_safe():
 # ---- prompts/ ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", languages.codes())
 @pytest.mark.parametrize("name", FIELDS)
 def test_templates_hold_their_fields(name, language):
     values = {field: f"{{{field}}} <|im_end|> %s" for field in FIELDS[name]}
@@ -440,7 +441,7 @@ def test_a_template_with_other_fields_is_refused(tmp_path, monkeypatch):
 
 
 def test_template_hashes_follow_the_text(tmp_path, monkeypatch):
-    before = template_hashes("judge", "extend")
+    before = template_hashes("both", "judge", "extend")
     assert sorted(before) == ["extend.en.md", "extend.zh.md", "judge.en.md", "judge.zh.md"]
     assert len(set(before.values())) == 4 and json.dumps(before)
     for name in before:
@@ -449,8 +450,9 @@ def test_template_hashes_follow_the_text(tmp_path, monkeypatch):
         (tmp_path / language).mkdir(exist_ok=True)
         text = (languages.PROMPTS / path).read_text("utf-8") + "x" * (name == "judge.en.md")
         (tmp_path / path).write_text(text, "utf-8")
+        shutil.copy(languages.PROMPTS / language / "language.yaml", tmp_path / language)
     monkeypatch.setattr(languages, "PROMPTS", tmp_path)
     template.cache_clear()
-    after = template_hashes("judge", "extend")
+    after = template_hashes("both", "judge", "extend")
     template.cache_clear()
     assert [n for n in before if before[n] != after[n]] == ["judge.en.md"]

@@ -136,10 +136,12 @@ CUT = [
 
 @pytest.mark.parametrize("text", COMPLETE)
 def test_complete_texts_end_in_more_ways_than_a_full_stop(text):
-    assert is_complete(text)
-    assert is_complete(text + "\n")
+    for language in ("en", "zh"):  # the endings of both count in either
+        assert is_complete(text, language)
+        assert is_complete(text + "\n", language)
 
 
 @pytest.mark.parametrize("text", CUT)
 def test_cut_texts_are_not_complete(text):
-    assert not is_complete(text)
+    assert not is_complete(text, "en")
+    assert not is_complete(text, "zh")

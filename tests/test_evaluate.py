@@ -277,8 +277,8 @@ def test_another_engines_stop_is_an_ended_answer(tmp_path):
         ([{**GOOD, "response": ["Tea."]}], "line 1: a list in the field 'response'"),
         ([{**GOOD, "query": 7}], "line 1: a int in the field 'query'"),
         ([{**GOOD, "finish": 1}], "line 1: the field 'finish' says 1"),
-        ([{**GOOD, "query": "Écrivez une page sur le thé et la mer dans une ville."}], "line 1: no language is given"),
-        ([{**GOOD, "language": "fr"}], "line 1: language 'fr'"),
+        ([{**GOOD, "query": "Напишите страницу о чае и море в городе."}], "line 1: no language is given"),
+        ([{**GOOD, "language": "xx"}], "line 1: language 'xx'"),
         ([GOOD, {**GOOD, "constraint": "quite long"}], "line 2: cannot read the constraint 'quite long'"),
         ([{**GOOD, "constraint": "less than 9 words", "type": "above"}], "line 1: type 'above', but the constraint"),
         ([GOOD, '{"query": "torn'], "line 2: line contains invalid json"),
@@ -609,7 +609,6 @@ def test_a_finished_run_loads_no_model(run, writer, bench, monkeypatch, capsys):
     assert (run / "outputs.jsonl").read_text() == before and json.loads((run / "scores.json").read_text()) == scores
     output = capsys.readouterr()
     assert json.loads(output.out)["answers"] == 6
-    assert "3 rows in en, 1 in the other language skipped" in output.err
     with pytest.raises(UserError, match="samples = 2, this command says 1, and what is there is not taken back"):
         evaluate.main(flags(writer, bench, run, "--samples", "1"))
 

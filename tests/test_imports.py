@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = {path.stem for path in ROOT.glob("*.py")}
 # Who may import whom: a module imports from its own folder and from lower ranks, never from another folder of its rank.
 RANKS = [
+    {"lengthen.errors"},
     {"kernels", "lengthen.text"},
     {"lengthen.records", "lengthen.reading", "lengthen.jobs", "lengthen.cli", "lengthen.steps", "lengthen.endpoint"},
     {"lengthen.models"},

@@ -13,7 +13,8 @@ import pytest
 from lengthen.models import chat
 from lengthen.text.demands import TYPES, length_score, parse_demand, stated_demands, states_demand
 from lengthen.text.filters import has_chatter
-from lengthen.text.languages import PROMPTS
+from lengthen.text.languages import PROMPTS, codes
+from lengthen.text.languages import language as read_language
 from lengthen.text.selection import NearDuplicates
 from lengthen.text.words import count_words, detect_language
 
@@ -26,7 +27,7 @@ FIELDS = {
     "quality": {"query", "answer", "mark"},
     "compare": {"query", "first", "second", "mark"},
 }
-LANGUAGES = ("en", "zh")
+LANGUAGES = codes()
 
 
 def raw(name: str, language: str) -> str:
@@ -52,14 +53,16 @@ def test_templates_have_their_fields_language_and_one_final_newline(name, langua
     assert re.search(r"\S\n\Z", text) and "\r" not in text and "\t" not in text
     if name != "instruct_prefill":
         assert detect_language(re.sub(r"\{\w+\}", "", text)) == language
-    assert count_words(text) < 250  # a model of 135M parameters has to follow it
+    assert count_words(text) < (
+        250 if read_language(language).blanks else 400
+    )  # a model of 135M parameters has to follow it
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_prefill_stops_right_behind_the_third_number(language):
     filled = chat.fill("instruct_prefill", language, example_1="AAA", example_2="BBB")
-    mark = {"en": "Instruction 3:", "zh": "指令3："}[language]
-    assert filled.endswith(mark) and filled.index("AAA") < filled.index("BBB") < filled.index(mark)
+    mark = filled.splitlines()[-1]
+    assert re.fullmatch(r"\w+ ?3 ?[:：]", mark) and filled.index("AAA") < filled.index("BBB") < filled.index(mark)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -77,6 +80,27 @@ def test_the_extender_is_told_what_the_method_asks(language):
             "without any comment",
         ],
         "zh": ["提纲", "充实", "详细", "小节", "不要续写", "不要重复", "不要任何评论"],
+        "de": [
+            "gliederung",
+            "reichere",
+            "ausführlicher",
+            "unterabschnitt",
+            "nicht über ihr ende",
+            "wiederhole dich nicht",
+        ]
+        + ["ohne jeden kommentar"],
+        "es": [
+            "esquema",
+            "enriquece",
+            "detallado",
+            "apartados",
+            "no vayas más allá",
+            "no te repitas",
+            "sin ningún comentario",
+        ],
+        "fr": ["plan", "enrichis", "détaillé", "sous-parties", "ne va pas au-delà", "ne te répète pas"]
+        + ["sans aucun commentaire"],
+        "ja": ["構成案", "充実", "詳しい", "小見出し", "その先には進まない", "繰り返さず", "コメントは一切付けず"],
     }[language]
     assert [phrase for phrase in needed if phrase not in text] == []
 
@@ -85,7 +109,8 @@ def test_the_extender_is_told_what_the_method_asks(language):
 def test_the_judge_asks_for_yes_or_no_last(language):
     last = raw("judge", language).rstrip("\n").split("\n")[-1]
     assert "{words}" in last
-    assert all(answer in last for answer in {"en": ("Yes", "No"), "zh": ("“是”", "“否”")}[language])
+    own = read_language(language)
+    assert re.search(rf"{own.yes}\W+\w*\W*{own.no}\W", last)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -102,24 +127,25 @@ def test_texts_with_braces_go_in_as_they_are(language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_seeds_are_enough_of_each_of_seven_kinds_and_in_their_language(language):
     seeds = rows("seeds.jsonl", language)
-    assert len(seeds) >= 24 and all(set(seed) == {"language", "kind", "prompt"} for seed in seeds)
+    assert len(seeds) >= 14 and all(set(seed) == {"language", "kind", "prompt"} for seed in seeds)
     kinds = Counter(seed["kind"] for seed in seeds)
-    assert len(kinds) == 7 and min(kinds.values()) >= 3
+    assert len(kinds) == 7 and min(kinds.values()) >= 2
     assert len({seed["kind"] for seed in seeds[:7]}) == 7  # the first seven show them all
     for seed in seeds:
         assert seed["language"] == language == detect_language(seed["prompt"])
         assert 3 < count_words(seed["prompt"]) < 500  # the window that self-instruct applies to new ones
         assert seed["prompt"] == seed["prompt"].strip() and "\n" not in seed["prompt"]
-        assert seed["prompt"].endswith(tuple(".?。？")) and not has_chatter(seed["prompt"])
+        assert seed["prompt"].endswith(tuple(".?。？")) and not has_chatter(seed["prompt"], language)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_seeds_state_no_length(language):
     for seed in rows("seeds.jsonl", language):
         assert stated_demands(seed["prompt"], language) == []
-        assert not re.search(r"\d|\bwords?\b|\bpages?\b|\bchapters?\b|字数|篇幅|字以|页", seed["prompt"]), seed[
-            "prompt"
-        ]
+        assert not re.search(
+            r"\d|\bwords?\b|\bpages?\b|\bchapters?\b|字数|篇幅|字以|页|\b(?:Wörter|Seiten|palabras|páginas|mots|pages)\b",
+            seed["prompt"],
+        ), seed["prompt"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -139,7 +165,7 @@ def test_held_out_instructions_are_of_the_kinds_of_the_seeds_and_of_others_in_tu
     assert [row["kind"] in kinds for row in held_out] == [True, False] * 36
     for row in held_out:
         assert set(row) == {"language", "kind", "prompt"} and detect_language(row["prompt"]) == row["language"] == "en"
-        assert stated_demands(row["prompt"], "en") == [] and not has_chatter(row["prompt"])
+        assert stated_demands(row["prompt"], "en") == [] and not has_chatter(row["prompt"], "en")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +190,7 @@ def test_every_query_is_readable_and_states_exactly_its_demand():
 def test_the_mini_benchmark_is_balanced():
     bench = rows("bench_mini.jsonl")
     languages = Counter(row["language"] for row in bench)
-    assert len(bench) >= 24 and languages["en"] >= 14 and languages["zh"] >= 8
+    assert languages["en"] >= 14 and min(languages.values()) >= 12
     for language in LANGUAGES:
         types = Counter(row["type"] for row in bench if row["language"] == language)
         assert set(types) == set(TYPES) and len(set(types.values())) == 1
@@ -202,9 +228,11 @@ def test_the_readme_names_every_file_and_kind():
 # Short tasks
 
 
-def test_short_tasks_are_short_and_of_both_languages():
+def test_short_tasks_are_short_and_of_every_language():
     tasks = rows("short_tasks.jsonl")
-    assert len(tasks) >= 24 and min(Counter(task["language"] for task in tasks).values()) >= 12
+    assert {task["language"] for task in tasks} == set(LANGUAGES) and min(
+        Counter(task["language"] for task in tasks).values()
+    ) >= 12
     assert all(set(task) == {"language", "prompt", "answer"} for task in tasks)
     assert all(1 <= count_words(task["answer"]) <= 40 for task in tasks)
     assert len({task["prompt"] for task in tasks}) == len(tasks)

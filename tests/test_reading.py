@@ -43,7 +43,7 @@ def said(monkeypatch):
         (['{"prompt": 7}'], "line 1: a int in the field 'prompt'"),
         (['{"prompt": " "}'], "line 1: the field 'prompt' is empty"),
         (['{"prompt": null}'], "line 1: no field 'prompt'"),
-        (['{"prompt": "a", "language": "fr"}'], "line 1: language 'fr' is not served; there are: en, zh"),
+        (['{"prompt": "a", "language": "xx"}'], "line 1: language 'xx' is not served; there are: de, en, es"),
         (['{"prompt": "a", "language": ["en"]}'], "line 1: language ['en']"),
         (['{"prompt": "a", "id": "x"}', '{"prompt": "b", "id": "x"}'], "line 2: id 'x' was already used in line 1"),
         (['{"prompt": "a", "id": 1}', '{"prompt": "b", "id": "1"}'], "line 2: id '1' was already used in line 1"),
@@ -241,20 +241,16 @@ def test_chinese_by_its_names(tmp_path, name):
 @pytest.mark.parametrize(
     "prompt",
     [
-        "Escribe un poema",
-        "Écris une histoire sur la mer.",
-        "Schreibe eine Geschichte über das Meer.",
         "Scrivi una poesia",
         "Escreva um conto",
         "Напиши рассказ о море.",
-        "海についての物語を書いてください。",
         "바다에 대한 이야기를 써 주세요.",
         "اكتب قصة عن البحر",
     ],
 )
 def test_a_short_prompt_in_another_language_is_one_line_not_english(tmp_path, prompt):
     path = write(tmp_path / "in.jsonl", json.dumps(A), json.dumps({"prompt": prompt}))
-    with pytest.raises(UserError, match="line 2: no language .* there are: en, zh") as error:
+    with pytest.raises(UserError, match="line 2: no language .* there are: de, en, es") as error:
         read_prompts([path])
     assert '"language": "en"' in error.value.hint
     assert read_prompts([write(path, json.dumps({"prompt": prompt, "language": "en"}))])[0]["prompt"] == prompt

@@ -157,7 +157,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     config = load_config(flags.model, flags.trust_remote_code)
     context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
     empty = shapes.meta_model(config, dtype)
-    lean = not lean_layer.stands_against(empty, "cuda" if cuda else "cpu", dtype)
+    lean = not lean_layer.stands_against(empty, torch.device("cuda" if cuda else "cpu"), dtype)
     budget = budget_of(lora, memory, adam_bits, empty, dtype, nf4=nf4, cuda=cuda, lean=lean)
     shape, static, room = budget.shape, budget.static(), 1e9 * memory.vram or size
     head = float(shape.vocab * shape.hidden)

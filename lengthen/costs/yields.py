@@ -72,7 +72,7 @@ def assumptions(parameters: float) -> dict[str, Assumption]:
     demo = "the demo and the pilot"
     return {
         "instruction": Assumption(35, 45, 80, "tokens of a new instruction, as drawn", f"{demo}: 41 to 47"),
-        "judged": Assumption(0.7, 0.48, 0.3, "share of drawn instructions that are kept", f"{demo}: 0.3 to 0.5"),
+        "judged": Assumption(0.7, 0.4, 0.28, "share of drawn instructions that are kept", f"{demo}: 0.3 to 0.5"),
         "answer": Assumption(0.75 * answer, answer, 1.5 * answer, "tokens of an answer, median", known),
         "growth": Assumption(
             1.0, growth, max(1.3, growth), "times longer after each training", "study: 1.02 to 1.15; paper, 7B: 2"
@@ -305,7 +305,7 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 def _queries(flags: Mapping[str, Any]) -> float:
     name, count = flags["benchmark"], float(HUB_QUERIES)
     if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
-        rows = [row for path in find_benchmark(name) for row in read_rows(path)]
+        rows = [row for path in find_benchmark(name, flags["language"]) for row in read_rows(path)]
         count = float(len(filter_language(rows, flags["language"])))
     return min(flags["limit"] or count, count)
 

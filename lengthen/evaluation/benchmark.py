@@ -17,10 +17,12 @@ LARGEST_LOSS = 100.0  # nats per token: above it, it was no model that wrote it
 BENCHMARKS = {"mini": "bench_mini.jsonl"}  # files of prompts/LANGUAGE/
 
 
-def find_benchmark(name: str) -> list[Path]:
+def find_benchmark(name: str, language: str = "all") -> list[Path]:
     """What --benchmark names: a known name (a file per language), a path, or the one JSONL file of a hub data set."""
     if name in BENCHMARKS:
-        return files(BENCHMARKS[name])
+        if found := files(BENCHMARKS[name], language):
+            return found
+        raise UserError(f"--benchmark {name} has no queries in --language {language}", "--language all")
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".jsonl", ".json")):
         return [Path(name)]  # reading it says what is wrong with it, if anything
     hint = "download its JSONL file where there is a network and give --benchmark FILE, or use --benchmark mini"
@@ -125,10 +127,8 @@ def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
 def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
     """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out, and what is odd."""
     kept = filter_language(rows, language)
-    if skipped := len(rows) - len(kept):
-        cli.say(f"{source}: {len(kept)} rows in {language}, {skipped} in the other language skipped")
     if not kept:
-        raise UserError(f"{source} has no row in --language {language}", "--language both")
+        raise UserError(f"{source} has no row in --language {language}", "--language all")
     kept = kept[:limit] if limit else kept
     if odd := contradictions(kept):  # said before hours of sampling
         cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")

@@ -204,7 +204,8 @@ def ask_judges(
     items: the known fields of a record, and the question, whose id here is that of the item.
     """
     path, template, problems = folder / "judgements.jsonl", items[0][1].template, []
-    settings = {**template_hashes(template), "seed": stage.out.seed, "judge_attempts": judges.judge_attempts}
+    asked = ",".join({question.language for _, question in items})
+    settings = {**template_hashes(asked, template), "seed": stage.out.seed, "judge_attempts": judges.judge_attempts}
     job = Job(
         f"judge-{template}",
         path,

@@ -11,8 +11,10 @@ import statistics
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
-from lengthen.text.filters import LOOP_COUNT, NGRAM
+from lengthen.text import languages
+from lengthen.text.filters import LOOP_COUNT
 from lengthen.text.words import IDEOGRAPHS, quantile, tokens
 
 PREFIX_WORDS = 200
@@ -77,10 +79,10 @@ def longbench_score(words: int, required: float) -> float:
 def loop_by_tenth(text: str, language: str) -> list[float] | None:
     """For each tenth of the text's words, the share of them that lie in a loop; None for fewer than ten words.
 
-    A word lies in a loop when an n-gram that makes the text one (10 words, in Chinese 13; LOOP_COUNT times or more)
+    A word lies in a loop when an n-gram that makes the text one (the language's `ngram`; LOOP_COUNT times or more)
     covers it, the first occurrence included. Tenth t of W words are the words from floor(t W / 10) on.
     """
-    words, n = tokens(text), NGRAM[language]
+    words, n = tokens(text), languages.language(language).ngram
     if len(words) < 10:
         return None
     ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -118,42 +120,30 @@ def compression(text: str) -> float | None:
 # ---------------------------------------------------------------------------------------------------------
 # On the query's matter
 
-# Words without matter of their own, and words of the task itself: "write an essay of 900 words" is about neither.
-_EMPTY_WORDS = frozenset(
-    "a about above after again all also although always am among an and any are around as at be because been before "
-    "being below between both but by can cannot come comes could did do does doing down during each either else even "
-    "every few for from get give gives had has have having he her here hers him his how i if in into is it its itself "
-    "just keep let like made make makes many may me might more most much must my never no nor not of off on once one "
-    "only or other others our out over own per put rather same several shall she should show so some still such take "
-    "takes tell tells than that the their them then there these they this those three through to too two under until "
-    "up upon us use used using very was way we well were what when where whether which while who whom whose why will "
-    "with within without would yet you your yours "
-    "answer approximately article chapter cover describe detail detailed discuss essay exactly explain fewer guide "
-    "include including length less limit long longer max maximum minimum paragraph please report section sentence "
-    "short shorter speech story text title topic word words write writing written".split()
-)
-_EMPTY_CHARACTERS = frozenset(
-    "的了是在和与及或也都就还又不没有这那其之而但并对为从到向把被让使以于着过地得个们你我他她它您请写篇字约左右"
-    "一二三四五六七八九十百千万零两多少大小上下中内至超要求能会可可以关于如何什么怎样以及说明介绍描述文章"
-)
-_IDEOGRAPH_RUN = re.compile(rf"[{IDEOGRAPHS}]{{2,}}")
+_RUN = re.compile(rf"[{IDEOGRAPHS}\u30a1-\u30fa\u30fc]{{2,}}")  # and Katakana: what words of matter are written in
 STEM = 5  # letters; "explain" and "explanation" agree
 
 
 def content_words(query: str, answer: str, language: str) -> float | None:
     """Share of the query's content words that the answer uses, whatever their order; None where the query has none.
 
-    English: words of letters that are not in a list of empty ones, each cut to its first five letters. Chinese: pairs
-    of neighbouring characters neither of which is in a list of empty ones. A long answer finds it easier than a short
-    one: this tells an answer off the subject, and ranks no two that are on it.
+    Words of letters that are not in the language's list of empty ones, each cut to its first five letters; in a script
+    without blanks pairs of neighbouring characters neither of which is in that list. A long answer finds it easier than
+    a short one: this tells an answer off the subject, and ranks no two that are on it.
     """
     asked = _content(query, language)
     return len(asked & _content(answer, language)) / len(asked) if asked else None
 
 
 def _content(text: str, language: str) -> set[str]:
-    if language == "zh":
-        pairs = (run[i : i + 2] for run in _IDEOGRAPH_RUN.findall(text) for i in range(len(run) - 1))
-        return {pair for pair in pairs if not set(pair) & _EMPTY_CHARACTERS}
-    words = (re.sub(r"n['’]t$|['’].*", "", word) for word in tokens(text))
-    return {word[:STEM] for word in words if len(word) > 2 and word.isalpha() and word not in _EMPTY_WORDS}
+    own = languages.language(language)
+    if not own.blanks:
+        pairs = (run[i : i + 2] for run in _RUN.findall(text) for i in range(len(run) - 1))
+        return {pair for pair in pairs if not set(pair) & _empty(own)}
+    words = (re.sub(own.elided, "", word) for word in tokens(text))
+    return {word[:STEM] for word in words if len(word) > 2 and word.isalpha() and word not in _empty(own)}
+
+
+@cache
+def _empty(language: languages.Language) -> frozenset[str]:
+    return frozenset(language.empty)

@@ -16,7 +16,7 @@ from lengthen.evaluation.measures import OPENING_TOKENS
 from lengthen.evaluation.questions import hash_of
 from lengthen.evaluation.scores import POSITIONS
 from lengthen.jobs import Job
-from lengthen.reading import filter_language, read_jsonl
+from lengthen.reading import read_jsonl
 from lengthen.stage import Stage, Writer
 from lengthen.text.languages import files
 
@@ -34,8 +34,8 @@ BATCH = 8  # answers measured between two writes to disk
 def probe(job: Job, rows: Sequence[dict], stage: Stage, writer: Writer) -> dict[str, Any]:
     """Measure the answers under the base model (into their records) and the short tasks under the evaluated one."""
     began = time.monotonic()
-    tasks = [task for file in files(SHORT_TASKS) for task in read_jsonl(file, ("prompt", "answer"))]
-    tasks = filter_language(tasks, stage.out.language)
+    found = files(SHORT_TASKS, stage.out.language)
+    tasks = [task for file in found for task in read_jsonl(file, ("prompt", "answer"))]
     losses = short_losses(tasks, writer.chat, writer.sampler)
     with writer.base() as base:
         probe_answers(job, rows, writer.chat, base)

@@ -19,7 +19,7 @@ from functools import cache, cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from lengthen.records import LANGUAGES, UserError
+from lengthen.records import UserError
 from lengthen.text import languages
 from lengthen.text.thoughts import closing_of, is_opening, open_thought, without_thought
 
@@ -63,9 +63,9 @@ def fill(name: str, language: str, **fields: object) -> str:
     return template(name, language).format(**fields)
 
 
-def template_hashes(*names: str) -> dict[str, str]:
-    """File name -> 16 hex digits of its sha256, both languages: for a stage's settings."""
-    texts = {f"{name}.{language}.md": template(name, language) for name in names for language in LANGUAGES}
+def template_hashes(asked: str, *names: str) -> dict[str, str]:
+    """NAME.LANGUAGE.md -> 16 hex digits of its sha256, in the languages asked for: for a stage's settings."""
+    texts = {f"{name}.{code}.md": template(name, code) for name in names for code in languages.chosen(asked)}
     return {file: hashlib.sha256(text.encode()).hexdigest()[:16] for file, text in texts.items()}
 
 

@@ -78,7 +78,7 @@ def flash_kernel(q: Tensor, v: Tensor, softcap: float | None) -> Kernel | None:
 
 
 def unserved(head: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Why no FlashAttention serves heads of this size on a GPU, "" = one does; no index: a recent GPU."""
+    """Why no FlashAttention serves such heads on a GPU, "" = one does; without an index a recent GPU is meant."""
     if dtype not in (torch.float16, torch.bfloat16):
         return "FlashAttention takes bf16 and fp16 only"
     if head > 256 or head % 8:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lengthen.jobs import read_sidecar
 from lengthen.records import replace_file
+from lengthen.text import languages
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what --model smollm2 is
 PAPER = "[Self-Lengthen](https://arxiv.org/abs/2410.23933)"
@@ -52,7 +53,7 @@ def model_card(adapter: str | Path, merged: bool = False) -> str:
         base_model_relation="finetune" if merged else "adapter",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        language=languages(settings["language"]),
+        language=list(languages.chosen(settings["language"])),
         tags=[*TAGS, role] if merged else [*TAGS, "lora", role],
         **licence_of(base),
     )
@@ -107,7 +108,7 @@ def data_card(run: str | Path) -> str:
     first: dict[str, Any] = next((meta for meta in made.values() if meta), {})
     base = first.get("info", {}).get("model", "")
     head = DatasetCardData(
-        language=languages(first.get("settings", {}).get("language", "both")),
+        language=list(languages.chosen(first.get("settings", {}).get("language", languages.DEFAULT))),
         task_categories=["text-generation"],
         tags=TAGS + ["synthetic"],
         pretty_name=run.resolve().name,
@@ -180,10 +181,6 @@ def shown_name(base: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/"))
-
-
-def languages(setting: str) -> list[str]:
-    return ["en", "zh"] if setting == "both" else setting.replace(",", " ").split()
 
 
 def licence_of(base: str) -> dict[str, Any]:

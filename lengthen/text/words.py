@@ -1,8 +1,7 @@
-"""Words, languages, paragraphs and lines of plain text in English and Chinese.
+"""Words, languages, paragraphs and lines of plain text.
 
-Only the standard library; each function is linear in the length of its text, because the texts are thousands of words
-and come by the thousand. `language` is "en" or "zh" throughout; method sections are those of the paper
-(arXiv 2410.23933).
+Each function is linear in the length of its text, because the texts are thousands of words and come by the thousand.
+Method sections are those of the paper (arXiv 2410.23933).
 """
 
 import math
@@ -10,61 +9,53 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
-# Ideographs and two signs written among them (々 repeats one, 〇 is a zero); kana and hangul are letters, not these.
+from lengthen.text import languages
+from lengthen.text.languages import Detection
+
+# Ideographs and two signs written among them (々 repeats one, 〇 is a zero).
 IDEOGRAPHS = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-KANA = "\u3040-\u30ff"
-# A letter or digit that is no ideograph; combining accents stay inside their word.
-_LETTER = rf"(?:[^\W_{IDEOGRAPHS}][\u0300-\u036f]*)"
+# Hiragana and Katakana (Unicode's scripts), with the long-vowel mark: written, as ideographs are, without blanks.
+KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+# A letter or digit of a script with blanks; combining accents stay inside their word.
+_LETTER = rf"(?:[^\W_{IDEOGRAPHS}{KANA}][\u0300-\u036f]*)"
 _IDEOGRAPH = re.compile(rf"[{IDEOGRAPHS}]")
 _WORD = re.compile(rf"{_LETTER}+(?:['’.,\-‐‑]{_LETTER}+)*")
-_TOKEN = re.compile(rf"[{IDEOGRAPHS}]|{_WORD.pattern}")
+_TOKEN = re.compile(rf"[{IDEOGRAPHS}{KANA}]|{_WORD.pattern}")
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _OTHER_LETTER = re.compile(rf"[^\W\d_A-Za-z\u00aa\u00ba\u00b5\u00c0-\u024f{IDEOGRAPHS}]")
 
-# Common short words of the languages that share the Latin alphabet: enough to tell English from its neighbours.
-_ENGLISH = frozenset("the of and to is that it was for with are this be by from not have his her their you".split())
-_NOT_ENGLISH = frozenset(
-    "le la les des du une et est dans que qui pour au aux sur il elle nous vous ce cette "
-    "der das und ist den dem ein eine nicht mit von zu sich auf auch für "
-    "el los las del y en por para con una su como más pero es lo al "
-    "il di che non della dei gli sono nel o os um uma não com da dos das em mais se".split()
-)
-# What prompts in these languages begin with: a short one may have no other word that tells.
-_REQUESTS = frozenset(
-    "écris écrivez écrire rédige rédigez décris décrivez explique expliquez raconte racontez "
-    "schreib schreibe schreiben verfasse verfassen erkläre beschreibe erzähle "
-    "escribe escriba escribir redacta explica cuéntame cuenta escreva explique descreva "
-    "scrivi scrivere spiega descrivi racconta schrijf beschrijf skriv beskriv napisz opisz yaz tulis tuliskan buatlah "
-    "kirjoita napiš írj scrie hãy viết".split()
-)
+LIBRARY_SURE = 0.7  # probability from which the library overrules a rule that found no more words than against it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words and language
 
 
 def tokens(text: str) -> list[str]:
-    """The words that `count_words` counts, in order, lower-cased: ideographs one by one, other words whole."""
+    """The words that `count_words` counts, in order, lower-cased: ideographs and kana one by one, others whole."""
     return _TOKEN.findall(text.lower())
 
 
 def count_words(text: str) -> int:
     """Words by the strict measure, for `*_words` fields and every statement about growth.
 
-    An ideograph is one word; so is a run of letters and digits with ' - . , inside ("don't", "3,000.5"). Punctuation of
-    either script, Markdown marks and table bars are none.
+    An ideograph or kana is one word; so is a run of letters and digits with ' - . , inside ("don't", "3,000.5").
+    Punctuation of any script, Markdown marks and table bars are none.
     """
     return len(_TOKEN.findall(text))
 
 
-_LONGEN_CJK = re.compile(r"[\u4e00-\u9fff\u3000-\u303f\uff00-\uffef]")
+_LONGEN_CJK = re.compile(rf"[\u4e00-\u9fff\u3000-\u303f\uff00-\uffef{KANA}]")
 
 
 def longen_words(text: str) -> int:
     """Words by the measure that LonGen publishes, for its score only.
 
     Every character of U+4E00-9FFF, U+3000-303F and U+FF00-FFEF is one, its punctuation included; the rest is split on
-    white space, so that a table bar or a dash between blanks is a word too.
+    white space, so that a table bar or a dash between blanks is a word too. Kana, which LonGen has not, are as
+    ideographs.
     """
     rest, num_cjk = _LONGEN_CJK.subn(" ", text)
     return num_cjk + len(rest.split())
@@ -81,20 +72,48 @@ def quantile(lengths: Sequence[float], q: float) -> float | None:
 
 
 def detect_language(text: str) -> str:
-    """Return "en", "zh" or "" (neither): the script and language of more than half of the words."""
-    num_cjk = len(_IDEOGRAPH.findall(text))
-    latin = _LATIN_WORD.findall(text)
-    num_other = len(_OTHER_LETTER.findall(text))
-    half = (num_cjk + len(latin) + num_other) / 2
-    if num_cjk > half:
+    """The code of the language of prompts/ that a text is in, "" for none: by script and words, else by a library.
+
+    A language with a rule of its own (`detection` in its language.yaml) is tried first: a text that is mostly in its
+    script, and has no more words of its neighbours than of its own. What no rule claims, py3langid tells apart.
+    """
+    num_han, latin = len(_IDEOGRAPH.findall(text)), _LATIN_WORD.findall(text)
+    half = (num_han + len(latin) + len(_OTHER_LETTER.findall(text))) / 2
+    if num_han > half:
         # Japanese can be mostly ideographs, but never goes without kana.
-        num_kana = len(re.findall(rf"[{KANA}]", text))
-        return "zh" if 10 * num_kana < num_cjk else ""
-    if len(latin) > half:
-        counts = Counter(word.lower() for word in latin)
-        english = sum(counts[word] for word in _ENGLISH)
-        foreign = sum(counts[word] for word in _NOT_ENGLISH) + 2 * sum(counts[word] for word in _REQUESTS)
-        return "en" if foreign <= max(english, 1) else ""
+        script = "han" if 10 * len(re.findall(rf"[{KANA}]", text)) < num_han else ""
+    else:
+        script = "latin" if len(latin) > half else ""
+    if not half:
+        return ""
+    for code in languages.codes():
+        rule = languages.language(code).detection
+        if rule and rule.script == script and (sure := _holds(rule, latin)) is not None:
+            return code if sure else _by_library(text, LIBRARY_SURE) or code
+    return _by_library(text)
+
+
+def _holds(rule: Detection, words: list[str]) -> bool | None:
+    """True: a text of these words is in the rule's language; None: it is not; False: the words do not tell."""
+    counts = Counter(word.lower() for word in words)
+    own = sum(counts[word] for word in rule.own)
+    others = sum(counts[word] for word in rule.others) + 2 * sum(counts[word] for word in rule.requests)
+    return None if others > max(own, 1) else own > others or not rule.own
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # 1 s: English and Chinese seldom need it
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def _by_library(text: str, least: float = 0.0) -> str:
+    """The likeliest language of prompts/ without a rule; "" where it is below `least`, or half as likely as another."""
+    ranked = _identifier().rank(text)  # [(code, probability)], the likeliest first
+    for code, probability in ranked:
+        if code in languages.codes() and languages.language(code).detection is None:
+            return code if probability >= max(least, ranked[0][1] / 2) else ""
     return ""
 
 

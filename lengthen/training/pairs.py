@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from lengthen import cli
 from lengthen.reading import each_record
 from lengthen.records import LowYield, no_room, sync, to_line
+from lengthen.text import languages
 from lengthen.text.words import count_words
 from lengthen.training.parallel import Processes
 
@@ -190,14 +191,14 @@ def encode_pairs(
 
 def records_of(paths: Iterable[str], needs: Iterable[str], language: str) -> Iterator[dict]:
     """The records of all files, in the wanted language; `language` is detected where a user's file has none."""
-    seen = wanted = 0
+    seen, wanted, chosen = 0, 0, languages.chosen(language)
     for record in (record for path in paths for record in each_record(path, needs, spoken=("prompt", "response"))):
         seen += 1
-        if language in ("both", record["language"]):
+        if record["language"] in chosen:
             wanted += 1
             yield record
     if not wanted:
-        raise LowYield(f"none of the {seen} records is in the language {language!r}", "--language both")
+        raise LowYield(f"none of the {seen} records is in the language {language!r}", "--language all")
 
 
 def _encoded_blocks(

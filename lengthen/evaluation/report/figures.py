@@ -4,9 +4,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from lengthen.text.demands import TYPES, full_marks
+from lengthen.text import languages
+from lengthen.text.demands import full_marks
+from lengthen.text.languages import TYPES
 
-COLOURS = {"en": "#1f6fb4", "zh": "#c8553d"}
 INK, GREY, GRID, MARKS = "#30343b", "#5b636e", "#e4e6ea", "#d9efdd"  # text, small text, lines, full marks
 
 
@@ -24,14 +25,16 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     lengths = [x for r in asked for x in full_marks(r["type"], r["min_words"], r["max_words"])]
     low, high = min(lengths) / 2.5, max(lengths) * 1.6  # of the words written
     left, right = min(map(_demanded, asked)) / 1.4, max(map(_demanded, asked)) * 1.4
+    present = sorted({r["language"] for r in asked})
     # All four panels always, an empty one too: the figures of several runs then lie side by side.
     figure, panels = pyplot.subplots(1, 4, figsize=(13.2, 4.8), sharex=True, sharey=True, layout="constrained")
     for panel, type_ in zip(panels, TYPES, strict=True):
         rows = [r for r in asked if r["type"] == type_]
         _shade(panel, type_, rows, left, right)
-        for language, colour in COLOURS.items():
+        for code in present:
+            colour = languages.language(code).colour
             for ended in (True, False):
-                part = [r for r in rows if r["language"] == language and _ended(r) == ended]
+                part = [r for r in rows if r["language"] == code and _ended(r) == ended]
                 panel.scatter(
                     [_demanded(r) for r in part],
                     [min(max(r["longen_words"], low * 1.04), high / 1.04) for r in part],  # beyond: on the frame
@@ -51,9 +54,8 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     heading = f"{title}: length score {scores['length_score']:.1f} of 100   ({always})"
     figure.suptitle(heading, x=0.01, ha="left", fontsize=12, color=INK)
 
-    present = {r["language"] for r in asked}
-    named = (("en", "English"), ("zh", "Chinese"))
-    dots = [(name, COLOURS[language], COLOURS[language]) for language, name in named if language in present]
+    named = map(languages.language, present)
+    dots = [(language.name, language.colour, language.colour) for language in named]
     dots += [] if all(map(_ended, asked)) else [("cut off before its end", "none", GREY)]
     handles: list[Any] = [
         pyplot.Line2D([], [], marker="o", linestyle="", markerfacecolor=face, markeredgecolor=edge, label=name)
