@@ -11,7 +11,8 @@ Tensors on "cuda" are torch's FakeTensors. Tensors on the host are real, and so 
   * operands on different devices, wrong shapes, wrong dtypes: FakeTensorMode runs the operators' own checks
   * a Triton launch that its kernel does not take. Launchers run as they are; only the kernels are replaced, by a check
     of the arguments: all there, pointers on the *current* device, of the dtype that the comment beside the parameter
-    states (a tensor that is passed twice in a call is a placeholder), numbers where numbers belong, a grid that fits
+    states (unless its HAS_ is False, or the tensor is passed twice: a placeholder), numbers where numbers belong, a
+    grid that fits
   * in a CUDA graph's capture: a read, an upload, a synchronisation. As in CUDA, that breaks the capture: its end
     raises, the capture's stream stays current, and its memory pool stays under way until somebody ends it
   * under set_sync_debug_mode("error"): a read, or an upload that waits
@@ -32,7 +33,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,7 @@ class FakeCuda(TorchDispatchMode):
             (torch.autograd, "grad", self._grad),
             (Tensor, "to", lambda x, *args, _to=Tensor.to, **named: _to(x, *self._indexed(args), **named)),
             (Tensor, "cuda", lambda x, device=None, **named: x.to(torch.device("cuda", self._index(device)), **named)),
+            (FakeTensor, "__format__", lambda x, how: format(x.item(), how) if x.dim() == 0 else str(x)),
             (FakeTensor, "tolist", lambda x: self._read_by("tolist", x)),
         ]
         return replacements + self._kernels()
@@ -213,6 +215,8 @@ class FakeCuda(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         pin = kwargs.pop("pin_memory", None)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            kwargs["device"] = torch.device("cuda", self.device)  # the borrowed guard's current device
         leaves = tree_leaves((args, kwargs))
         fakes = [x for x in leaves if isinstance(x, FakeTensor)]
         if not fakes and not any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves):
@@ -242,7 +246,17 @@ class FakeCuda(TorchDispatchMode):
             result = func(*args, **kwargs)
         if not (name in QUIET or name.startswith(("empty", "new_empty")) or func.is_view):
             self._count(name)
-        return tree_map_only(FakeTensor, self._from_fake, result)
+        result = tree_map_only(FakeTensor, self._from_fake, result)
+        if name in ("unbind", "select", "slice", "unsqueeze", "view"):
+            self._remember(result, lambda sent: func(sent, *args[1:], **kwargs), args[0])
+        return result
+
+    def _remember(self, result: Any, same: Callable[[Tensor], Any], source: FakeTensor) -> None:
+        """Of what the host has sent, its views and copies are known to it as well."""
+        known, version = getattr(source, "known", (None, -1))
+        if version == source._version:
+            for made, value in zip(tree_leaves(result), tree_leaves(same(known)), strict=True):
+                made.known = value, made._version
 
     def _from_fake(self, x: FakeTensor) -> Tensor:
         """A result that lies on the host is a real tensor there."""
@@ -267,6 +281,7 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             result = func(x, **kwargs)
         self._count("_to_copy")
+        self._remember(result, lambda sent: sent.to(dtype), x)
         return result
 
     # -- the host and the device --------------------------------------------------------------------------------
@@ -546,9 +561,10 @@ class Kernel:
                 assert isinstance(value, float) or -(2**63) <= value < 2**63, (self.name, name, value)
         grid = grid(given) if callable(grid) else grid
         sizes = [*grid, 1, 1][:3]
-        fits = all(isinstance(n, int) and n > 0 for n in sizes) and sizes[0] < 2**31 and max(sizes[1:]) < 2**16
+        fits = all(isinstance(n, int) and n >= 0 for n in sizes) and sizes[0] < 2**31 and max(sizes[1:]) < 2**16
         assert fits, f"{self.name}: a grid of {sizes}"
-        self.gpu._count(self.name)
+        if min(sizes):  # Triton launches nothing of an empty grid
+            self.gpu._count(self.name)
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert len(args) <= len(self.parameters), f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}"
@@ -569,5 +585,7 @@ class Kernel:
         assert isinstance(value, FakeTensor), f"{where} is no tensor on the GPU: {type(value).__name__}"
         current = torch.device("cuda", self.gpu.device)
         assert value.device == current, f"{where} is on {value.device}, the kernel is launched on {current}"
-        stated, twice = self.dtypes.get(name), sum(other is value for other in given.values()) > 1
-        assert twice or stated in (None, value.dtype), f"{where} is {value.dtype}, not {stated}"
+        unread = given.get("HAS_" + name.removesuffix("_ptr").upper(), True) is False
+        unread |= sum(other is value for other in given.values()) > 1
+        stated = self.dtypes.get(name)
+        assert unread or stated in (None, value.dtype), f"{where} is {value.dtype}, not {stated}"

@@ -29,8 +29,6 @@ from lengthen.training.policy import Memory, set_checkpointing
 from lengthen.training.settings import CHECKPOINTS, MemoryFlags, Recompute
 from lengthen.training.shapes import meta_model, shape_of
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
-LEAN = ("qwen2", "qwen3", "mistral")
 
 
 @pytest.fixture
@@ -92,7 +90,7 @@ def test_what_a_kernel_does_not_take_is_an_error(gpu):
         with pytest.raises(AssertionError, match=why):
             kernel[(1,)](*args, **{**meta, **more})
     with pytest.raises(AssertionError, match="grid"):
-        kernel[(0,)](*good, **meta)
+        kernel[(1, 1 << 16)](*good, **meta)
     k = torch.ones(3, 2, 64, device="cuda", dtype=torch.bfloat16)
     sizes = {"HQ": 0, "HKV": 2, "D": 64, "DV": 64, "S": 16, "BH": 4, "BD": 32, "BDV": 32}
     flags = dict.fromkeys(("TURN", "NORM", "FP8", "EMULATE"), False)
@@ -134,8 +132,12 @@ def write(sampler, requests) -> dict:
     return {sample.request.key: sample for sample in sampler.run()}
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("family", FAMILIES)
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"), [("llama", None), ("qwen3", FP8), ("gemma2", None), ("gemma2", FP8), ("gemma3", None)]
+)
 def test_texts_are_written_by_captured_steps(gpu, family, kv_dtype):
     """Eight ragged prompts through four rows, in chunks: prefill, mixed steps, bursts of captured steps."""
     sampler = gpu_sampler(family, kv_dtype=kv_dtype)
@@ -148,7 +150,7 @@ def test_texts_are_written_by_captured_steps(gpu, family, kv_dtype):
     assert bool(gpu.kernels["_flash_attention_forward"]) != softcap
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3"])
 def test_texts_are_written_step_by_step_with_drafts(gpu, family, monkeypatch):
     """Texts that repeat themselves: tokens that were looked up are verified, several in a pass."""
     monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
@@ -167,8 +169,9 @@ def test_prompts_share_pages_and_are_copied_on_the_device(gpu):
 
 
 def test_greedy_rows_and_rows_without_top_k(gpu):
-    for options in ({"temperature": 0}, {"top_k": 0}, {"repetition_penalty": 1.0}, {"min_new_tokens": 5}):
-        write(gpu_sampler("llama"), [Request(0, [5, 6, 7], 0, Sampling(max_new_tokens=12, **options))])
+    sampler = gpu_sampler("llama")
+    for i, options in enumerate(({"temperature": 0}, {"top_k": 0}, {"repetition_penalty": 1.0}, {"min_new_tokens": 5})):
+        assert write(sampler, [Request(i, [5, 6, 7], 0, Sampling(max_new_tokens=12, **options))])[i].finish == "length"
 
 
 def test_log_probabilities_of_given_texts(gpu):
@@ -302,10 +305,9 @@ def gradients(model, abilities) -> None:
         p.grad = None
 
 
-@pytest.mark.parametrize("family", LEAN)
-def test_lean_layers_in_every_way(gpu, family):
+def test_lean_layers_in_every_way(gpu):
     """Every level, offloaded or not, whole or in tiles."""
-    model, abilities = gpu_learner(family)
+    model, abilities = gpu_learner("qwen3")
     installed = lean.install(model)
     assert not installed.why
     for level, offload, tile_rows in product(CHECKPOINTS, (False, True), (0, 16)):
@@ -344,13 +346,22 @@ def test_lean_layers_over_4_bit_weights(gpu):
 
 
 def test_lean_layers_with_dropout(gpu):
-    model, abilities = gpu_learner("qwen2", dropout=0.1)
+    model, abilities = gpu_learner("mistral", dropout=0.1)
     assert not lean.install(model, Recompute("attention", tile_rows=16)).why
     gradients(model, abilities)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 16), ("qwen3", 20), ("gemma2", 16), ("mistral", 264)])
+@pytest.mark.parametrize(
+    ("family", "head_dim", "dtype"),
+    [
+        ("qwen2", 16, torch.bfloat16),
+        ("qwen2", 16, torch.float32),
+        ("llama", 16, torch.float16),
+        ("qwen3", 20, torch.bfloat16),
+        ("mistral", 264, torch.bfloat16),
+        ("gemma2", 16, torch.bfloat16),
+    ],
+)
 def test_the_plan_promises_what_loading_gives(gpu, family, head_dim, dtype):
     """Also for heads that FlashAttention does not take."""
     sizes = {"head_dim": head_dim}
@@ -370,8 +381,7 @@ def test_lean_layers_are_refused_by_a_card_before_ampere():
         assert "Ampere" in lean.install(model).why
 
 
-@pytest.mark.parametrize("level", ["none", "full"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize(("family", "level"), [("llama", "full"), ("gemma2", "none")])
 def test_the_models_own_layers(gpu, family, level):
     model, abilities = gpu_learner(family)
     set_checkpointing(checkpointed(model), Recompute(level))
@@ -408,7 +418,7 @@ def test_every_launcher_sets_its_tensors_device():
         rms_norm(x, w, 1e-6)
         rms_norm_backward_(x.clone(), x, w, 1e-6)
         rms_norm_backward_(x.clone(), x, w, 1e-6, x.clone())
-        swiglu(x, x)
+        swiglu(x[0], x[0])
         swiglu_backward_(x.clone(), x.clone(), x.clone())
         rotate_(x, cos, cos)
         hidden = torch.ones(300, 64, device="cuda:1", dtype=torch.bfloat16)
