@@ -73,7 +73,16 @@ def _fast(x: Tensor) -> bool:
 
 
 def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64 [n, C], a pure function of seeds [n], positions [n] and token ids [n, C], all int64.
+    """Standard Gumbel noise fp64 [n, C], a function of seeds [n], positions [n] and token ids [n, C] alone, all int64."""
+    if _fast(tokens):
+        from . import sampling_tail_triton
+
+        return sampling_tail_triton.gumbel(seeds, positions, tokens)
+    return gumbel_reference(seeds, positions, tokens)
+
+
+def gumbel_reference(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """The definition in plain torch, about sixty operations.
 
     splitmix64's finaliser over the three numbers; torch's int64 products wrap as its unsigned ones do.
     """
@@ -130,7 +139,7 @@ def _winner(x: Tensor, noise: Noise, floors: Tensor | None = None) -> Tensor:
     """[n] the highest of the noisy scores, of those that are no lower than floors [n]."""
     scores = scores_of(x, noise.temperature)
     ids = torch.arange(x.shape[1], device=x.device)[None]
-    noisy = scores.double() + gumbel(noise.seeds, noise.positions, ids)
+    noisy = scores.double() + gumbel_reference(noise.seeds, noise.positions, ids)
     if floors is not None:
         noisy = noisy.masked_fill_(scores < floors[:, None], float("-inf"))
     return noisy.argmax(1)

@@ -1,4 +1,4 @@
-"""sampling_tail.py on NVIDIA GPUs: two kernels.
+"""sampling_tail.py on NVIDIA GPUs: two kernels, and the noise of candidates in a third.
 
 The contract is in sampling_tail.py. _tail_kernel takes a row of logits in tiles of 64 ids times BLOCK columns, so that
 the maximum of a column is a program's own; it serves as `tail`, which reads the model's logits, and as `draw_above`,
@@ -188,6 +188,26 @@ def _lowest_kernel(
     tl.store(floors_ptr + n, tl.where(least == 0, float("-inf"), floor))
 
 
+@triton.jit
+def _gumbel_kernel(
+    # pointers
+    seeds_ptr,  # int64 [n]
+    positions_ptr,  # int64 [n]
+    tokens_ptr,  # int64 [n, C]
+    out_ptr,  # fp64 [n, C], out
+    # shapes
+    C,
+    # meta
+    BLOCK: tl.constexpr,
+):
+    """The noise of BLOCK ids of one draw."""
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    ids = tl.load(tokens_ptr + n * C + c, mask=c < C, other=0)
+    noise = _gumbel(tl.load(seeds_ptr + n), tl.load(positions_ptr + n), ids)
+    tl.store(out_ptr + n * C + c, noise, mask=c < C)
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +244,17 @@ def tail(logits: Tensor, rules: Any, noise: Any, free: Tensor, ranked: bool) -> 
         out = tuple(torch.empty(n, width, device=device) for width in (COLUMN * C, C))
     tokens, best = _launch(logits, V, C, rules, noise, free, None, out)
     return tokens, best.isfinite(), *(out or (logits, None))
+
+
+def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    tokens = tokens.expand(len(seeds), -1).contiguous()
+    out = torch.empty(tokens.shape, dtype=torch.float64, device=tokens.device)
+    n, C = tokens.shape
+    with torch.cuda.device_of(tokens):
+        _gumbel_kernel[(n, triton.cdiv(C, COLUMN))](
+            seeds.contiguous(), positions.contiguous(), tokens, out, C, BLOCK=COLUMN, num_warps=1
+        )
+    return out
 
 
 def draw_above(logits: Tensor, floors: Tensor, noise: Any, wide: Tensor) -> Tensor:

@@ -223,9 +223,9 @@ def test_lora_adds_a_product_for_each_layer_and_group(gpu):
     assert kernels_a_layer(gpu, "qwen2", change=adapt) == kernels_a_layer(gpu, "qwen2") + 7 + 4
 
 
-@pytest.mark.parametrize(("draws", "most"), [("all", 16), ("ranked", 75), ("wide", 95)])
+@pytest.mark.parametrize(("draws", "most"), [("all", 0), ("ranked", 50), ("wide", 65)])
 def test_kernels_of_the_end_of_a_step(gpu, draws, most):
-    """Of a model without layers nothing is left but its embedding, its head, and the draw."""
+    """Beyond that of greedy rows; penalties, noise and the winner of all are one kernel, and nothing sorts."""
     counts = {}
     for kind in ("all", draws):
         sampler = gpu_sampler("qwen3", {"vocab_size": 4096})
@@ -251,7 +251,7 @@ def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
 
     def reads(self, shape):
         own(self, shape)
-        if where == "before" or gpu.capturing:
+        if gpu.capturing or (where == "before" and gpu.sync_mode):
             self.step.item()
 
     monkeypatch.setattr(DecodeGraphs, "_step", reads)

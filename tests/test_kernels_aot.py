@@ -165,8 +165,8 @@ def compile_tail(arch: int) -> dict:
     types = dict.fromkeys(("kinds_ptr", "early_ptr", "seen_ptr", "free_ptr", "wide_ptr"), "u8")
     types |= dict.fromkeys(("line_ptr", "drafts_ptr", "seeds_ptr", "positions_ptr", "token_ptr", "top_k_ptr"), "i64")
     types |= dict.fromkeys(("penalty_ptr", "temperature_ptr", "floors_ptr", "y_ptr", "maxima_ptr", "top_p_ptr"), "fp32")
-    types |= {"best_ptr": "fp64"}
-    report = {}
+    types |= {"best_ptr": "fp64", "out_ptr": "fp64", "tokens_ptr": "i64"}
+    report = {"noise": compile_kernel(fast._gumbel_kernel, {"BLOCK": fast.COLUMN}, types, arch, 1, 3)}
     for name, x, Q, prepare, store in (
         ("all", "bf16", 1, True, False),
         ("ranked, drafts", "bf16", 8, True, True),
@@ -229,7 +229,7 @@ def test_kernels_fit_the_card(arch):
         assert (used["tensor_core"] > 0) == name.startswith("gemm_exp"), (name, used)
     if "attention" in report:
         assert set(report["attention"]) == {*DECODES, "join", "place", "place 256", "store"}
-        assert len(report["tail"]) == 4
+        assert len(report["tail"]) == 5
     for name, used in report.get("attention", {}).items():
         products = name.startswith("decode") and name != "decode fp32"  # fp32 is exact, hence not on tensor cores
         assert (used["tensor_core"] > 0) == products, (name, used)

@@ -11,7 +11,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from kernels import sampling_tail
-from kernels.sampling_tail import END, NEVER, Noise, Rules, gumbel, scores_of
+from kernels.sampling_tail import END, NEVER, Noise, Rules, scores_of
+from kernels.sampling_tail import gumbel_reference as gumbel
 from lengthen.sampling.draw import top_candidates
 
 FAST = importlib.util.find_spec("triton") is not None
@@ -77,6 +78,15 @@ def test_penalised_logits_and_winners(path, V, dtype, Q):
     # without the ranking nothing else changes
     alone = sampling_tail.tail(logits, rules, noise, free, ranked=False)
     assert torch.equal(alone.tokens, tokens) and torch.equal(alone.finite, finite)
+
+
+def test_noise_is_that_of_the_definition(path):
+    """Of candidates, and of ids that all draws share; seeds in a column of a table, as the eager draw has them."""
+    _, _, noise, _ = make_case(4)
+    seeds, positions = torch.stack([*noise[1:]], 1).T
+    for ids in (torch.randint(150_000, (4, 70), device=DEVICE), torch.arange(70, device=DEVICE)[None]):
+        got = sampling_tail.gumbel(seeds, positions, ids)
+        torch.testing.assert_close(got, gumbel(seeds, positions, ids), rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.skipif(not FAST, reason="triton is not installed")
