@@ -30,7 +30,6 @@ from lengthen.training.settings import CHECKPOINTS, MemoryFlags, Recompute
 from lengthen.training.shapes import meta_model, shape_of
 
 
-
 @pytest.fixture
 def gpu():
     if torch.cuda.is_available():
