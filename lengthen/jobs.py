@@ -136,7 +136,9 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
     now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
     if before.get("inputs") and now.get("inputs"):  # older sidecars hold only the last of several equal names
         earlier = {k: v for k, v in now["inputs"].items() if EARLIER in k and k.split(EARLIER)[0] in before["inputs"]}
-        before = {**before, "inputs": {**earlier, **before["inputs"]}}
+        names = {digest: name for name, digest in now["inputs"].items()}  # a file that was only renamed is the same
+        renamed = {k if k in now["inputs"] else names.get(v, k): v for k, v in before["inputs"].items()}
+        before = {**before, "inputs": {**earlier, **renamed}}
     # Templates are compared in the languages that both know of: another folder in prompts/ changes no text.
     before, now = _common_templates(before, now), _common_templates(now, before)
     grown = {}

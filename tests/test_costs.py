@@ -6,6 +6,7 @@ label, calls, tokens, records, seconds), and this machine's figures as `machine.
 
 import json
 import math
+import multiprocessing
 import random
 import re
 from dataclasses import replace
@@ -267,6 +268,25 @@ def test_the_time_left_is_said_after_a_stage_that_took_a_while(monkeypatch, caps
     left(2)
     left(3)
     assert capsys.readouterr().err.count("no plan for a strange model") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyError("seconds")])
+def test_a_forecast_that_fails_ends_no_run(error, monkeypatch, capsys):
+    def fails(card: str, given: dict) -> Machine:
+        raise error
+
+    monkeypatch.setattr(costs, "ask", fails)
+    left = TimeLeft(steps_of(), run.all_settings, {})
+    left.started -= 60
+    left(1)
+    left(2)
+    assert capsys.readouterr().err == f"how long the rest takes is not known: {error!r}\n"
+
+
+def test_the_process_that_looks_at_a_model_leaves_nobody_behind(tmp_path):
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        machines.ask("H100", {"model": "./nothing"})
+    assert not multiprocessing.active_children()
 
 
 def test_a_model_and_a_card_are_found_out_without_weights(tmp_path):

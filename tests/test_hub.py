@@ -117,3 +117,23 @@ def test_what_is_not_there_is_said(missing, tmp_path):
         assert hub.model_card(adapter) == ""
         hub.write_cards(run)
         assert not (adapter / "README.md").exists() and (run / "README.md").exists()
+
+
+@pytest.mark.parametrize("text", ['{"answers": 8', "[]", '{"adapter": "x/iter_1/generator"}'])
+def test_damaged_scores_cost_no_card(text, tmp_path):
+    run = made_run(tmp_path, "Qwen/Qwen2.5-7B-Instruct")
+    (run / "eval" / "iter_1" / "scores.json").write_text(text)
+    hub.write_cards(run)
+    assert "Not evaluated." in (run / "iter_1" / "generator" / "README.md").read_text()
+
+
+def test_a_local_folder_of_two_names_is_no_page_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert "license_link" not in hub.licence_of("models/mine")
+    assert hub.shown_name("models/mine") == "mine"
+
+
+def test_an_input_is_named_without_the_folder_of_somebodys_name():
+    named = ["iter_2/extended.jsonl", "final/constrained.jsonl", "bob/extended.jsonl", "extended.jsonl"]
+    assert [hub.shown_input(name) for name in named] == [*named[:2], "extended.jsonl", "extended.jsonl"]

@@ -650,3 +650,13 @@ def test_a_folder_more_changes_no_settings_of_a_run_that_goes_on(italian, tmp_pa
     assert check_settings({"settings": before}, now, tmp_path / "x.jsonl") == {}
     with pytest.raises(UserError, match="templates"):
         check_settings({"settings": before}, {**now, "templates": {"judge.en.md": "z"}}, tmp_path / "x.jsonl")
+
+
+def test_an_input_under_a_new_name_is_the_same_input(tmp_path):
+    from lengthen.jobs import check_settings
+
+    here = {"inputs": {"en/seeds.jsonl": "a1", "zh/seeds.jsonl": "b2"}}
+    old = {"inputs": {"prompts/seeds.en.jsonl": "a1", "prompts/seeds.zh.jsonl": "b2"}}
+    assert check_settings({"settings": old}, here, tmp_path / "x.jsonl") == {}
+    with pytest.raises(UserError, match="was made with inputs"):
+        check_settings({"settings": {"inputs": {**old["inputs"], "prompts/seeds.zh.jsonl": "c3"}}}, here, tmp_path)

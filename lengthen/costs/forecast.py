@@ -20,7 +20,6 @@ from lengthen.costs import yields
 from lengthen.costs.machine import HERE, SHARES, Machine, ask
 from lengthen.costs.yields import Flow, Work, assumptions, measured, scenarios, work_of
 from lengthen.jobs import read_sidecar
-from lengthen.records import UserError
 from lengthen.steps import Step
 
 WORTH_SAYING = 20.0  # seconds after which a run says how long it still takes
@@ -240,12 +239,12 @@ class TimeLeft:
         # A run of seconds, or one that finds all its stages finished, has nobody who waits.
         if time.monotonic() - self.started < WORTH_SAYING or over == len(self.steps):
             return
-        try:
-            self.machine = self.machine or ask(HERE, self.given)
-        except UserError as error:
-            cli.say(f"how long the rest takes is not known: {error.message}")
-            self.started = math.inf  # and is not asked again
-            return
         again = self.afresh
         sidecars = [{} if n > over and s in again else sidecar_of(s) for n, s in enumerate(self.steps, start=1)]
-        cli.say(left_line(forecast(self.steps, self.flags, self.machine, sidecars)))
+        try:
+            self.machine = self.machine or ask(HERE, self.given)
+            line = left_line(forecast(self.steps, self.flags, self.machine, sidecars))
+        except Exception as error:  # whatever it is, a forecast is not worth a run
+            line = f"how long the rest takes is not known: {getattr(error, 'message', repr(error))}"
+            self.started = math.inf  # and is not asked again
+        cli.say(line)

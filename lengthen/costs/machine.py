@@ -10,12 +10,13 @@ holds that memory nor opens a GPU's context. No torch here otherwise.
 """
 
 import argparse
-import multiprocessing
-import signal
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lengthen import cli
@@ -25,6 +26,7 @@ from lengthen.models.cards import CARDS, card_named, physical_memory
 from lengthen.records import UserError
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags
 
+ROOT = Path(__file__).parents[2]
 HERE = "here"  # instead of a card's name: the machine this runs on
 ROWS = {True: 256, False: 48}  # texts decoded at a time where --max-rows is 0, by "is a GPU" (cli.SamplingFlags)
 OPENING, OPENING_BYTES = 6.0, 1e9  # seconds to import torch and build a model; bytes of weights read per second
@@ -119,13 +121,30 @@ def ask(card: str, given: Mapping[str, Any]) -> Machine:
     flags = argparse.Namespace(**given)
     model, lora, memory = (cli.take(flags, ModelFlags), cli.take(flags, LoraFlags), cli.take(flags, MemoryFlags))
     adam_bits = cli.take(flags, OptimizerFlags).adam_bits
-    # Not forked: the child starts without our threads and files, and ends with all that torch took. Ctrl-C is ours.
-    spawn, deaf = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=signal.signal, initargs=deaf) as pool:
-        try:
-            return pool.submit(find_out, card, model, lora, memory, adam_bits).result()
-        except BrokenProcessPool:
-            raise UserError("the process that looks at the model was ended, perhaps for want of memory") from None
+    # The child starts without our threads, and ends with all that torch took; Ctrl-C ends it without a word.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, sys.argv[1]); "
+    code += "from lengthen.costs.machine import answer; answer()"
+    job = pickle.dumps((card, model, lora, memory, adam_bits))
+    child = subprocess.run([sys.executable, "-c", code, str(ROOT)], input=job, stdout=subprocess.PIPE, check=False)
+    if child.returncode:
+        raise UserError("the process that looks at the model was ended, perhaps for want of memory")
+    found = pickle.loads(child.stdout)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def answer() -> None:
+    """The child of `ask`: arguments of `find_out` on stdin, a Machine or a UserError on stdout, both pickled."""
+    job = pickle.load(sys.stdin.buffer)
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is not the answer
+    try:
+        found: Machine | UserError = find_out(*job)
+    except UserError as error:
+        found = error
+    with os.fdopen(stdout, "wb") as file:
+        pickle.dump(found, file)
 
 
 def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags, adam_bits: int) -> Machine:
@@ -161,7 +180,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     budget = budget_of(lora, memory, adam_bits, empty, dtype, nf4=nf4, cuda=cuda, lean=lean)
     shape, static, room = budget.shape, budget.static(), 1e9 * memory.vram or size
     head = float(shape.vocab * shape.hidden)
-    lengths = [TABLE_FROM << i for i in range(20) if TABLE_FROM << i < 2 * context]
+    lengths = [TABLE_FROM << i for i in range(20) if i < 2 or TABLE_FROM << i < 2 * context]  # a line has two ends
     chosen = [(tokens, budget.choose(memory, tokens, room)) for tokens in lengths]
     return Machine(
         name=name,

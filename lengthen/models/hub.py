@@ -85,7 +85,7 @@ def model_card(adapter: str | Path, merged: bool = False) -> str:
         "## Data",
         "Texts that the base model and its own adapters wrote: no human answers, no other model's. Files, with the"
         " first 16 hex digits of their SHA-256:",
-        table(("file", "SHA-256"), settings.get("inputs", {})),
+        table(("file", "SHA-256"), {shown_input(name): digest for name, digest in settings.get("inputs", {}).items()}),
         "## Training",
         table(("setting", "value"), trained),
         "## Scores",
@@ -176,11 +176,17 @@ def shown_name(base: str) -> str:
     """A base model as others know it: a hub id as it is, a folder or a file by its name alone."""
     if base == "smollm2":
         return DEMO
-    return base if is_hub_id(base) and not Path(base).exists() else Path(base).name or base
+    return base if is_hub_id(base) else Path(base).name or base
+
+
+def shown_input(name: str) -> str:
+    """An input as its sidecar names it, with its folder only where that is a part of a run, and nobody's name."""
+    folder, _, file = name.rpartition("/")
+    return name if re.fullmatch(r"iter_\d+|final|controls", folder) else file
 
 
 def is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/"))
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
 
 def licence_of(base: str) -> dict[str, Any]:
@@ -216,7 +222,12 @@ def scores_of(adapter: Path) -> str:
     run = adapter.resolve().parent.parent
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(run.glob("eval/*/scores.json")):
-        scores = json.loads(file.read_text("utf-8"))
+        try:
+            scores = json.loads(file.read_text("utf-8"))
+        except ValueError:  # damaged: no reason to lose what was trained
+            continue
+        if not isinstance(scores, dict) or not {"answers", "rows", "source"} <= scores.keys():
+            continue
         mine = Path(scores.get("adapter") or "base").parts[-2:] == (adapter.resolve().parent.name, adapter.name)
         if mine or (file.parent.name == "base" and not scores.get("adapter")):
             found["this model" if mine else "base model"] = scores

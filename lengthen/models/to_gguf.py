@@ -56,7 +56,14 @@ def check_gguf(file: str | Path, folder: str | Path, trust_remote_code: bool = F
     file = Path(file)
     if file.is_dir():
         raise UserError(f"--gguf {file} is a folder", f"--gguf {file}/model.gguf")
-    if file.exists() and file.open("rb").read(4) != b"GGUF":
+    try:
+        with open(file, "rb") as there:
+            replaceable = there.read(4) == b"GGUF"
+    except FileNotFoundError:
+        replaceable = True
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}", "--gguf another file") from None
+    if not replaceable:
         raise UserError(f"{file} is there and is not a GGUF file: it is not replaced", "--gguf another file")
     config = load_config(str(folder), trust_remote_code)
     architecture_of(config)
