@@ -112,8 +112,8 @@ def make_batch(
     if prefill:
         totals = [start + count for _, start, count in prefill]
         bounds = Bounds.make([count for _, _, count in prefill], totals, torch.device("cpu"))
-        ends = {"cu_queries": ints(bounds.queries), "cu_keys": ints(bounds.keys)}
-        batch.bounds = bounds._replace(varlen=bounds.varlen._replace(**ends))
+        varlen = bounds.varlen._replace(cu_queries=ints(bounds.queries), cu_keys=ints(bounds.keys))
+        batch.bounds = bounds._replace(varlen=varlen)
         # fp8: each token sees its own key rounded, as the text's later tokens will, however the prompt was cut.
         fp8 = next(iter(layers.values())).key_scales is not None
         if fp8 or any(start for _, start, _ in prefill):

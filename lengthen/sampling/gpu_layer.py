@@ -163,7 +163,7 @@ def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Calla
         return []
     layers: list[Any] = [module for module in model.modules() if known(module)]
     replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
-    norm = getattr(model.get_decoder(), "norm", None)
+    norm: Any = getattr(model.get_decoder(), "norm", None)
     if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon"):
         replaced.append((norm, Norm(norm)))
     return replaced
