@@ -51,17 +51,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 DTYPES |= {"int64": torch.int64, "uint8": torch.uint8}
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl"}  # of Triton, not of a kernel
 # Operators that make no kernel run, beside views: memory is taken, or a tensor looked at.
-QUIET = {
-    "device",
-    "_unsafe_view",
-    "detach",
-    "alias",
-    "lift_fresh",
-    "set_",
-    "resize_",
-    "record_stream",
-    "_reshape_alias",
-}
+QUIET = {"_unsafe_view", "detach", "alias", "lift_fresh", "set_", "resize_", "record_stream", "_reshape_alias"}
+QUIET |= {"device"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 READS = {"_local_scalar_dense", "nonzero", "equal", "allclose", "is_nonzero"}
 ANSWERS = {"draw": False}  # the sampler's draw: neither all rows are greedy nor any
