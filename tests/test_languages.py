@@ -98,12 +98,17 @@ def test_what_is_left_out_is_said_once(capsys):
 
 
 @pytest.mark.parametrize(
-    "name, code", [("German", "de"), ("deu", "de"), ("es-MX", "es"), ("fr_CA", "fr"), ("jp", "ja")]
+    "name, code",
+    [("German", "de"), ("deu", "de"), ("es-MX", "es"), ("fr_CA", "fr"), ("jp", "ja"), ("中文 (简体)", "zh")],
 )
 def test_records_name_their_language_in_any_way(tmp_path, name, code):
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"prompt": "1 2 3", "language": name}) + "\n", "utf-8")
     assert read_prompts([path])[0]["language"] == code
+
+
+def test_a_code_within_a_name_is_a_word_of_it():
+    assert languages.by_name("Português (de Brasil)") == ""
 
 
 def test_split_counts_over_several_languages_add_up():
@@ -311,10 +316,27 @@ def test_demands_are_found_as_people_word_them(code, demand, text):
         ("fr", "Dis en un mot qui a gagné la course de 3 000 mètres."),
         ("ja", "400字詰め原稿用紙に二百人の名前を書いてください。"),
         ("ja", "一字一句を大切に、千年前の町を描いてください。"),
+        ("ja", "数千字の碑文と何百字もの落書きを描いてください。"),
+        ("de", "Der Begriff einsieben: Wörter durch ein Sieb schütten."),
     ],
 )
 def test_other_numbers_are_no_demands(code, text):
     assert demands.stated_demands(text, code) == []
+
+
+@pytest.mark.parametrize(
+    "code, text, words",
+    [
+        ("de", "3\u2009000 Wörter", 3000),
+        ("de", "3'000 Wörter", 3000),
+        ("de", "einsieben, dann 500 Wörter", 500),
+        ("es", "Texto 3\t500 palabras", 500),
+        ("fr", "Environ 3\u2009000 mots", 3000),
+        ("fr", "Chapitre 3\n500 mots", 500),
+    ],
+)
+def test_only_blanks_of_a_line_group_digits(code, text, words):
+    assert demands.stated_demands(text, code) == [("about", words, words)]
 
 
 @pytest.mark.parametrize(
@@ -404,11 +426,14 @@ BODIES = {
 }
 OPENINGS = {
     "de": ["Gerne! ", "Natürlich! Hier ist der Artikel:\n\n", "Hier ist eine erweiterte Version des Textes:\n\n"]
-    + ["Ich habe den Text überarbeitet und ausgebaut.\n\n", "Vielen Dank für deine Gliederung. ", "Sure! "],
+    + ["Ich habe den Text überarbeitet und ausgebaut.\n\n", "Vielen Dank für deine Gliederung. ", "Sure! "]
+    + ["Als KI kann ich nicht reisen. ", "Ich freue mich, dir helfen zu können. "],
     "es": ["¡Claro! ", "¡Por supuesto! Aquí tienes el artículo:\n\n", "Aquí tienes una versión ampliada del texto.\n\n"]
-    + ["He ampliado el texto como pediste.\n\n", "Gracias por compartir el esquema. ", "Here is the full text:\n\n"],
+    + ["He ampliado el texto como pediste.\n\n", "Gracias por compartir el esquema. ", "Here is the full text:\n\n"]
+    + ["Como modelo de lenguaje, no tengo recuerdos. ", "Me complace compartir este texto. "],
     "fr": ["Bien sûr ! ", "Avec plaisir ! Voici le texte complet :\n\n", "Voici une version enrichie du texte.\n\n"]
-    + ["J’ai développé votre texte en détail.\n\n", "Merci pour votre plan. ", "Certainly! "],
+    + ["J’ai développé votre texte en détail.\n\n", "Merci pour votre plan. ", "Certainly! "]
+    + ["Je serais heureux de pouvoir vous aider. ", "Je suis ravie de partager cette histoire. "],
     "ja": ["承知しました。", "はい、以下は書き直した文章です。\n\n", "以下が本文です。\n\n", "もちろんです！\n"]
     + ["それでは、物語を書きます。\n\n", "Sure! Here is the story:\n\n"],
 }
@@ -418,13 +443,17 @@ CLOSINGS = {
         "\n\nLass mich wissen, ob du Änderungen möchtest.",
         "\n\n(512 Wörter)",
     ]
-    + ["\n\nWortzahl: 532", "\n\n(Hinweis: Alle Namen sind erfunden.)", "\n\nMöchtest du, dass ich weiterschreibe?"],
+    + ["\n\nWortzahl: 532", "\n\n(Hinweis: Alle Namen sind erfunden.)", "\n\nMöchtest du, dass ich weiterschreibe?"]
+    + ["\n\nSoll ich den Text noch kürzen?", "\n\nMöchten Sie, dass ich das Ende ändere?"],
     "es": ["\n\nEspero que este texto te resulte útil.", "\n\nSi necesitas algo más, no dudes en decírmelo."]
-    + ["\n\n(512 palabras)", "\n\nNota: he inventado los nombres.", "\n\n¿Te gustaría que añada otro capítulo?"],
+    + ["\n\n(512 palabras)", "\n\nNota: he inventado los nombres.", "\n\n¿Te gustaría que añada otro capítulo?"]
+    + ["\n\n¿Deseas que te lo cambie?"],
     "fr": ["\n\nJ’espère que ce texte vous plaira.", "\n\nN’hésitez pas à me demander des modifications."]
-    + ["\n\n(512 mots)", "\n\nNote : ce texte est une fiction.", "\n\nSouhaitez-vous que j’ajoute un chapitre ?"],
+    + ["\n\n(512 mots)", "\n\nNote : ce texte est une fiction.", "\n\nSouhaitez-vous que j’ajoute un chapitre ?"]
+    + ["\n\nVoulez-vous que je le modifie ?"],
     "ja": ["\n\nこの文章がお役に立てば幸いです。", "\n\nご要望があれば、お気軽にお知らせください。", "\n\n（約1200字）"]
-    + ["\n\n文字数：1200字", "（注：この物語は創作です。）", "\n\nいかがでしょうか。"],
+    + ["\n\n文字数：1200字", "（注：この物語は創作です。）", "\n\nいかがでしょうか。"]
+    + ["\n\nもし修正のご希望があれば、お知らせください。", "\n\n他にご質問がありましたら、ご連絡ください。"],
 }
 
 
@@ -471,6 +500,44 @@ def test_ordinary_sentences_are_not_chatter(code, text):
 
 
 @pytest.mark.parametrize(
+    "code, first",
+    [
+        ("de", "Als künstliche Intelligenz in die Fabriken kam, verloren viele ihre Arbeit."),
+        ("de", "Vielen Dank für die Aufgabe, die Sie mir anvertraut haben."),
+        ("de", "Ich freue mich, Sie heute Abend begrüßen zu dürfen."),
+        ("es", "Como inteligencia artificial entendemos hoy muchas cosas."),
+        ("es", "Me complace presentar a nuestra invitada de hoy."),
+        ("fr", "Je suis heureux de vous accueillir ce soir."),
+    ],
+)
+def test_first_sentences_of_texts_and_speeches_stay(code, first):
+    text = f"{first} {BODIES[code]}"
+    assert filters.clean_answer(text, "eos", code) == (text, "")
+
+
+@pytest.mark.parametrize(
+    "code, last",
+    [
+        ("de", "Möchten Sie in einer Stadt ohne Bäume leben?"),
+        ("de", "Soll ich gehen oder bleiben?"),
+        ("es", "¿Quieres que bailemos una vez más?"),
+        ("es", "¿Quieres que hagamos una fiesta?"),
+        ("fr", "N’hésitez pas à nous rendre visite cet été."),
+        ("fr", "Voulez-vous que je vous dise la vérité ?"),
+        ("ja", "もし明日世界が終わるなら、どうか私に真実を教えてください。"),
+    ],
+)
+def test_last_sentences_of_texts_and_letters_stay(code, last):
+    text = f"{BODIES[code]}\n\n{last}"
+    assert filters.clean_answer(text, "eos", code) == (text, "")
+
+
+def test_a_letter_may_invite_its_reader():
+    assert not filters.has_chatter("N’hésitez pas à me rendre visite.", "fr")
+    assert filters.has_chatter("N’hésitez pas à me dire ce que vous en pensez.", "fr")
+
+
+@pytest.mark.parametrize(
     "code, line",
     [
         ("de", "Hier ist eine überarbeitete Fassung des zweiten Teils:"),
@@ -511,6 +578,16 @@ def test_chatter_inside_rejects(code, line):
         ("ja", "\n\n（完）"),
         ("ja", "\n\n令和八年三月四日"),
         ("ja", "「もういいよ。」"),
+        ("de", "\n\nDeine Oma"),
+        ("de", " Das kostet 20 Fr."),
+        ("es", "\n\nTu abuela"),
+        ("es", " Gracias a Uds."),
+        ("fr", "\n\nTa grand-mère"),
+        ("fr", " Elle mesure 300 m."),
+        ("fr", " Une vis de 12 mm."),
+        ("ja", "\n\n山田太郎より"),
+        ("ja", "\n\n「それじゃ、行ってくるよ」"),
+        ("ja", "\n\n- 毎朝歩くこと\n- 軽いもの"),
     ],
 )
 def test_texts_end_in_the_ways_of_their_language(code, end):
@@ -528,6 +605,12 @@ def test_texts_end_in_the_ways_of_their_language(code, end):
         ("fr", " Il pensait à la"),
         ("ja", "船長は自分の船へ戻り、"),
         ("ja", "船長が見つめていたのは、遠くの"),
+        ("de", " Sie traf Fr."),
+        ("de", "\n\nihre netze"),
+        ("fr", " Il écrivit à M."),
+        ("ja", "\n\n船長は「海"),
+        ("ja", "\n\n「船長は、」"),
+        ("ja", "\n\n- 朝の海と"),
     ],
 )
 def test_texts_that_were_cut_are_not_complete(code, end):
@@ -566,6 +649,8 @@ def test_the_outline_of_the_template_is_the_outline_of_the_filter():
         (("name: English", "name: 'English"), "language.yaml, line "),
         (("everywhere: true", "everywhere: 1"), "everywhere: 1 is neither true nor false"),
         (("names: eng", "names: eng zho"), "the name 'zho' is also that of"),
+        (("name: English", "name: Eng\x01lish"), "special characters are not allowed"),
+        (("name: English", "name: 2020-01-99"), "day"),
     ],
 )
 def test_a_mistake_in_language_yaml_is_one_line_with_file_and_key(tmp_path, monkeypatch, change, message):
@@ -586,6 +671,20 @@ def test_a_folder_without_its_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(languages, "PROMPTS", tmp_path / "prompts")
     with pytest.raises(UserError, match="it/language.yaml is missing"):
         languages.spelt("all")
+    assert languages.spelt("en") == "en" and languages.chosen("en") == ("en",)  # its own file is read, no other
+
+
+def test_a_fork_may_have_any_folders_but_needs_one(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts"
+    shutil.copytree(languages.PROMPTS / "de", prompts / "de")
+    shutil.copytree(languages.PROMPTS / "fr", prompts / "fr")
+    (prompts / "old").write_text("a file", "utf-8")
+    monkeypatch.setattr(languages, "PROMPTS", prompts)
+    assert languages.codes() == ("de", "fr")
+    assert run.plan(run.parse_args([]))[0].settings["seeds"] == ["prompts/de/seeds.jsonl", "prompts/fr/seeds.jsonl"]
+    monkeypatch.setattr(languages, "PROMPTS", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="elsewhere has no language"):
+        languages.spelt("en")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ No torch here.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -305,9 +306,15 @@ def _evaluate(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
 def _queries(flags: Mapping[str, Any]) -> float:
     name, count = flags["benchmark"], float(HUB_QUERIES)
     if name in BENCHMARKS or Path(name).is_file():  # a data set of the hub is not fetched for this
-        rows = [row for path in find_benchmark(name, flags["language"]) for row in read_rows(path)]
-        count = float(len(filter_language(rows, flags["language"])))
+        count = _in_benchmark(name, flags["language"])
     return min(flags["limit"] or count, count)
+
+
+@cache
+def _in_benchmark(name: str, language: str) -> float:
+    """Queries; read once for all scenarios and steps."""
+    rows = [row for path in find_benchmark(name, language) for row in read_rows(path)]
+    return float(len(filter_language(rows, language)))
 
 
 def _lines(path: str) -> float:

@@ -181,7 +181,11 @@ def stated_demands(text: str, code: str, least: int = _LEAST_WORDS) -> list[tupl
     for match in grammar.number.finditer(text):
         start, end = match.span("number")
         before, unit = text[max(0, start - 60) : start], match["unit"] or ""
-        value, counted = grammar.read(match["number"]), bool(unit or grammar.unit_before.search(before))
+        try:
+            value = grammar.read(match["number"])
+        except ValueError:  # looks like number words, and is another word: "einsieben"
+            continue
+        counted = bool(unit or grammar.unit_before.search(before))
         kind = _type_of(grammar.kinds(before, unit, text[match.end() : match.end() + 40]))
         last = mentions[-1] if mentions else None
         if last and last.type != "range" and (counted or last.counted):

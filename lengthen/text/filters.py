@@ -157,7 +157,7 @@ _HEADING = re.compile(r"\s{0,3}#{1,6}\s")
 _NAME_OF_PART = re.compile(r"(?:\s*[-*+•]|\s*\d{1,3}[.)、．])\s*\*\*[^*]+\*\*")  # "3. **Cost**", where others go on
 _TABLE_ROW = re.compile(r"\s*\|.*\|\s*")
 _NEXT_NUMBER = re.compile(r"[.!?:] \d{1,3}\.$")  # a list in one line: "… a chair. 22."
-_FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+_FENCE = re.compile(r"^[^\S\n]*(?:```|~~~)", re.MULTILINE)
 # Whole last lines that end a text without a full stop, in any language: a date, a dash and a name, hashtags.
 _LAST_LINE = (
     r"\W*\d{4}[-/.]\d{1,2}[-/.]\d{1,2}\W*",

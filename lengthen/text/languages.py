@@ -16,7 +16,8 @@ from lengthen.errors import UserError
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 PAGE = "docs/languages.md says what each key means"
-DEFAULT = "both"  # --language: the group of the paper's two; all where no language is in it
+DEFAULT = "both"  # --language: the group of the paper's two
+DEMO = "demo"  # that of run.py's presets. Either is all languages where none is in it.
 NOTHING = "(?!)"  # a regular expression that matches nothing
 TYPES = ("about", "range", "above", "below")  # of length demands
 
@@ -251,11 +252,15 @@ def _load(folder: Path) -> Language:
         content = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", "git checkout prompts, or docs/languages.md") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}", "put texts with : # [ { \\ in single quotes") from None
+    except (yaml.YAMLError, ValueError) as error:  # a control character, a date that is none
+        raise UserError(f"{path}: {' '.join(str(error).split())}", PAGE) from None
     return _section(Language, content, "", path, code=folder.name)
 
 
@@ -265,7 +270,11 @@ def _load(folder: Path) -> Language:
 
 @cache
 def _codes(prompts: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in prompts.iterdir() if re.fullmatch(r"[a-z]{2,3}(-[a-z]+)?", path.name)))
+    folders = prompts.glob("*")
+    found = sorted(path.name for path in folders if path.is_dir() and re.fullmatch(r"[a-z]{2,3}(-[a-z]+)?", path.name))
+    if not found:
+        raise UserError(f"{prompts} has no language", "git checkout prompts, or docs/languages.md")
+    return tuple(found)
 
 
 def codes() -> tuple[str, ...]:
@@ -291,11 +300,15 @@ def _named(prompts: Path) -> dict[str, str]:
 
 
 def by_name(name: str) -> str:
-    """The code of a language by any of its names ("English", "en-GB", "中文 (简体)"); "" = there is no such."""
+    """The code of a language by any of its names ("English", "en-GB", "中文 (简体)"); "" = there is no such.
+
+    Codes come first in a name: the "de" of "Português (de Brasil)" is a word.
+    """
     if name in codes():
         return name
     named = _named(PROMPTS)
-    parts = [name.casefold(), *re.findall(r"[^\W_]+", name.casefold())]
+    first, *others = re.findall(r"[^\W_]+", name.casefold()) or [""]
+    parts = [name.casefold(), first, *(part for part in others if not re.fullmatch("[a-z]{2,3}", part))]
     return next(filter(None, map(named.get, parts)), "")
 
 
@@ -305,11 +318,13 @@ def _groups(prompts: Path) -> dict[str, tuple[str, ...]]:
     every = _codes(prompts)
     names = dict.fromkeys(name for code in every for name in _load(prompts / code).groups)
     members = {name: tuple(c for c in every if name in _load(prompts / c).groups) for name in names}
-    return {"all": every, DEFAULT: every} | members
+    return {"all": every, DEFAULT: every, DEMO: every} | members
 
 
 def spelt(asked: str) -> str:
     """--language as settings keep it: a code, a group, or codes with commas between. ValueError: no such language."""
+    if asked in codes():  # whatever the files of others hold
+        return asked
     groups, found = _groups(PROMPTS), set()
     for part in filter(None, re.split(r"\s*,\s*", asked.strip())):
         if part not in groups and not by_name(part):
@@ -325,6 +340,8 @@ def spelt(asked: str) -> str:
 
 def chosen(asked: str) -> tuple[str, ...]:
     """The codes that --language names, in order."""
+    if asked in codes():
+        return (asked,)
     groups = _groups(PROMPTS)
     return tuple(sorted({code for part in asked.split(",") for code in groups.get(part, [part])}))
 
