@@ -7,9 +7,9 @@ of their places: with `longer` texts above them and `equal` texts of that length
     r = (longer + equal / 2) / n        and a text goes with probability min(1, 2 r^3)
 
 1. On paper first: which share always goes? How many go on average? What happens to 1,000 texts of one length?
-2. Write `chances`. Sort once; do not compare every text with every other one.
-3. Write `length_bias`. Whether a text goes must depend on its key and the seed only, so that a resumed run decides the
-   same whatever finished first: that is what `uniform` is for.
+2. Write `chances`. Better to sort once than to compare every text with every other one.
+3. Write `length_bias`. The draw behind each decision must depend on the key and the seed only, so that a resumed run
+   decides the same whatever finished first: that is what `uniform` is for.
 
 Leads to: `length_bias` in lengthen/text/selection.py, and `length_bias_drops` in lengthen/stage.py, which calls it.
 

@@ -81,6 +81,7 @@ def test_the_shares_are_those_of_the_project():
     for paragraphs in (2, 3, 4, 5, 8, 12):
         for share in ((1, 2), project.KEPT):
             assert first_share(draft_of(paragraphs), share) == project.first_share(draft_of(paragraphs), share)[0]
+    assert first_share("Only one paragraph.", (1, 2)) == "Only one paragraph."
 
 
 def test_two_stages_write_more_than_one_call():

@@ -8,7 +8,7 @@ The recipe of the method: repetition penalty 1.1, temperature 0.7, top-k 20, top
     top-p         the smallest set of likeliest tokens stays whose probability reaches p; at least one stays
     draw          the argmax of log-probability + Gumbel noise, noise = -log(-log(uniform))
 
-The last line needs no loop over a cumulative sum, and the noise of a token can be a hash of (seed, position, id): then
+The draw needs no cumulative sum, and each token has noise of its own, which can be a hash of (seed, position, id): then
 a text does not depend on its neighbours in a batch.
 
 1. Write `penalise` and `probabilities`. Use cumulative sums from the least likely token up, as Hugging Face does: with
@@ -75,6 +75,17 @@ def test_it_keeps_what_the_project_keeps():
         settings = torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p])
         _, kept, _ = project.keep(logits[None], *settings)
         assert ((probabilities(logits, temperature, top_k, top_p) > 0) == kept[0]).all()
+
+
+def test_each_token_has_noise_of_its_own():
+    """The token with by far the largest noise is drawn, however unlikely it is, if it was not left out."""
+    logits = example(3)
+    possible = probabilities(logits.clone(), *RECIPES[0]).nonzero()[:, 0].tolist()
+    assert len(possible) > 2
+    for token in possible:
+        uniform = torch.full((len(logits),), 0.5, dtype=torch.float64)
+        uniform[token] = 1 - 1e-9
+        assert draw(logits.clone(), *RECIPES[0], uniform) == token
 
 
 def test_the_draws_have_that_distribution():

@@ -4,14 +4,15 @@ A batch of texts that end at different times is done when its longest text is, a
 most of that time. Continuous batching decides anew in every step which texts take part: a finished one gives its place
 to the next at once. Keys and values lie in pages, so that a text takes memory as it grows:
 
-    waiting   [e d c]          a queue, first come first served
+    waiting   [c d e]          a queue, the next one first
     running   [a b]            oldest first; at most max_rows
     pages     a: 4 0 7   b: 2  a text of t tokens holds ceil(t / page_tokens) of them
 
 A step computes every running text: in its first step its whole prompt, later its newest token; and each draws a token.
 
-1. `schedule` admits waiting texts while a row is free and so are the pages of all they have computed or drawn, and of
-   one token more. Then every running text, oldest first, gets the pages that its tokens need in this step.
+1. `schedule` admits the next waiting text while a row is free and so are the pages of all it has computed or drawn, and
+   of one token more; pages promised to texts admitted just now are not free. Then every running text, oldest first,
+   gets the pages that its tokens need in this step.
 2. Where none is free, the youngest text is preempted: its pages are free again, it keeps what it has written, and it
    goes to the front of the queue. That may be the very text that asked. The oldest never is, so all come to an end.
 3. What goes wrong if the oldest text is preempted instead? If the preempted text goes to the end of the queue?
@@ -68,7 +69,7 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
     scheduler = Scheduler(max_rows, num_pages, PAGE_TOKENS)
     for key, prompt in enumerate(prompts):
         scheduler.add(Text(key, prompt))
-    steps, preemptions, finished, last = 0, 0, [], []
+    steps, preemptions, finished, last, room = 0, 0, [], [], num_pages
     while texts := scheduler.schedule():
         steps += 1
         held = [page for text in texts for page in text.pages]
@@ -77,6 +78,10 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
         assert all(len(text.pages) == -(-(text.prompt + text.written) // PAGE_TOKENS) for text in texts)
         if last:
             assert last[0].key in finished or texts[0] is last[0], "the oldest was preempted"
+        assert all(one.key > text.key for one in scheduler.waiting for text in texts), "overtaken"
+        new = [text for text in texts if text not in last]
+        needed = sum(-(-(text.prompt + text.written + 1) // PAGE_TOKENS) for text in new)
+        assert needed <= room, "admitted without pages"
         preemptions += sum(text not in texts for text in last if text.key not in finished)
         last = list(texts)
         for text in last:
@@ -84,6 +89,7 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
             if text.written == lengths[text.key]:
                 finished.append(text.key)
                 scheduler.finish(text)
+        room = len(scheduler.free)
     assert sorted(finished) == list(range(len(lengths)))
     return steps, preemptions
 

@@ -8,7 +8,8 @@ read and write everything once more. So go through the pages one by one and keep
     acc     the sum of e^(score - top) * value
 
 When a page brings a larger score, what has been summed is multiplied by e^(old top - new top). At the end the output
-is acc / total. Nothing overflows, because no exponent is above 0, and no page has to stay.
+is acc / total. Nothing overflows, because no exponent is above 0, and no page has to stay. (The tests see the result
+only, not whether you gather.)
 
 1. Write `partial` for any run of pages. Hq query heads share Hkv key heads: heads 0 to G - 1 read key head 0, and so
    on. What of a page lies at or after `length` is undefined and may be nan.

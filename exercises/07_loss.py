@@ -6,7 +6,7 @@ not be there at once. For a row h with target t, write z_j = h . W_j and take ex
     E_j  = e^(z_j - z_t) for j != t        S = sum_j E_j
     loss = log(1 + S)                      dh = (sum_j E_j W_j - S W_t) / (1 + S)
 
-S and sum_j E_j W_j are sums over the vocabulary: they can be taken `tile` words at a time.
+S and sum_j E_j W_j are sums over the vocabulary: they can be taken `tile` words at a time, for all rows at once.
 
 1. Derive the two lines from loss = -log softmax(z)_t. Why is log(1 + S) better than logsumexp(z) - z_t for a token that
    the model is sure of?

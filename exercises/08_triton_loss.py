@@ -8,7 +8,8 @@ two sums, S [BM] and U [BM, H].
 2. z_t: load the rows W_t the same way, multiply and add up.
 3. For each tile of BN words: load W [BN, H], z = tl.dot(h, tl.trans(W)), E = e^(z - z_t), 0 for the target itself and
    for words beyond V; then S += sum of E, U += tl.dot(E, W).
-4. Store log(1 + S) and (U - S W_t) / (1 + S).
+4. Store log(1 + S) and (U - S W_t) / (1 + S). In fp32 1 + S loses a small S, and the interpreter has no log1p: below
+   S = 1e-3 take S - S²/2 + S³/3.
 
 Everything is in fp32 here, and rows that overflow are left out. Give tl.dot input_precision="ieee": else a GPU takes
 TF32, with three digits. Rows at or after T are masked when they are loaded and when they are stored.

@@ -88,6 +88,7 @@ def test_the_corrected_interval_is_the_projects():
         made = replicates(groups, statistics.median, draws(queries))
         want = intervals.bootstrap(groups, statistics.median)
         numpy.testing.assert_allclose(corrected(value, made, queries, 0.95), want)
+        assert corrected(min(made) - 1, made, queries, 0.95)  # a share of 0 is no error
 
 
 def test_it_covers_the_truth_about_as_often_as_it_says():

@@ -1,7 +1,8 @@
 """Exercise 10, 45 minutes: several samples in one row, none seeing another.
 
 Padding wastes what it fills. Samples can follow each other in one row instead, if positions start again at 0 in each
-and a token attends to its own sample only. Everything else in a decoder works token by token.
+and a token attends to its own sample only, to itself and what stands before it. Everything else in a decoder works
+token by token.
 
     ids        5 6 7 2 | 8 2 | 9 3 4 2        the last of each is its EOS
     positions  0 1 2 3 | 0 1 | 0 1 2 3
@@ -36,7 +37,7 @@ def pack(samples: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def may_see(sample_of: Tensor) -> Tensor:
-    """bool [T, T]: whether token i attends to token j."""
+    """bool [T, T]: whether token i attends to token j; causal within each sample."""
     raise NotImplementedError
 
 

@@ -9,11 +9,14 @@ tests/test_pages.py runs every command of the documents, and docs/tour.ipynb is 
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode, v4
 
@@ -28,7 +31,7 @@ LACKS = {
     "vllm serve": "vLLM and a GPU",
     "/v1": "a server that answers",
     "LENGTHEN_ENGINE_PYTHON": "vLLM",
-    "Qwen/": "15 GB of weights",
+    "Qwen/": "a network, or 15 GB of weights",
 }
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 # Only in the notebook: it lies in docs/, and its commands start from the repository.
@@ -67,16 +70,24 @@ def run(book: NotebookNode, folder: Path) -> NotebookNode:
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{before}"  # `python` is this one
     try:
-        client = NotebookClient(book, timeout=HANG, kernel_name="python3", resources={"metadata": {"path": folder}})
-        return client.execute()
+        # This Python's kernel, even where the user has installed another one under the same name.
+        kernels = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
+        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
+        client = NotebookClient(book, km=manager, timeout=HANG, resources={"metadata": {"path": folder}})
+        return client.execute(cleanup_kc=True)
     finally:
         os.environ["PATH"] = before
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """The repository without what runs have left: a document's commands write into it."""
-    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info")
-    return shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    """The repository without what git ignores: a document's commands write into it."""
+    command = ["git", "ls-files", "-coz", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).exists():  # not one that was deleted and is listed still
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "tree" / name)
+    return folder / "tree"
 
 
 def tidied(book: NotebookNode) -> NotebookNode:
