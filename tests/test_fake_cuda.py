@@ -8,7 +8,7 @@ from itertools import product
 import bitsandbytes
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, Stream
 from test_sampler import make_prompts, make_sampler
 from tiny import tiny_config, tiny_model
 from trainees import some_pairs
@@ -28,7 +28,6 @@ from lengthen.training.packed import checkpointed, examine
 from lengthen.training.policy import Memory, set_checkpointing
 from lengthen.training.settings import CHECKPOINTS, MemoryFlags, Recompute
 from lengthen.training.shapes import meta_model, shape_of
-
 
 
 @pytest.fixture
@@ -247,8 +246,10 @@ def test_every_shape_is_captured(gpu):
 
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
-    """A host read: found before the capture begins, or in the capture alone. The texts are written all the same."""
-    own = DecodeGraphs._step
+    """A host read: found before the capture begins, or in the capture alone. The texts are written all the same, and
+    not before what the attempt launched: its steps go on writing to the same buffers."""
+    own, waits = DecodeGraphs._step, []
+    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: waits.append((self, other)))
 
     def reads(self, shape):
         own(self, shape)
@@ -264,6 +265,7 @@ def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
     assert why in sampler.graphs.eager and len([note for note in sampler.notes if why in note]) == 1
     assert torch.cuda.current_stream() is stream and torch.cuda.current_device() == device
     assert torch.cuda.get_sync_debug_mode() == 0 and not gpu.broken_pool and not gpu.graphs
+    assert waits == [(sampler.graphs.stream, stream), (stream, sampler.graphs.stream)]
     torch.cuda.empty_cache()
 
 
