@@ -17,12 +17,12 @@ import train
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
 from kernels.linear_cross_entropy import linear_cross_entropy
 from lengthen.models import lora
+from lengthen.models.exact import dense_weight
 from lengthen.models.loading import choose_device
 from lengthen.sampling.graphs import DecodeGraphs, Shape, host_reads_forbidden
 from lengthen.sampling.request import Request, Sampling
 from lengthen.training import lean_layer as lean
 from lengthen.training.budget import Budget
-from lengthen.training.lean_linears import dense_weight
 from lengthen.training.learner import Learner, adamw
 from lengthen.training.packed import checkpointed, examine
 from lengthen.training.policy import Memory, set_checkpointing
