@@ -8,7 +8,7 @@ from itertools import product
 import bitsandbytes
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, Stream
 from test_sampler import make_prompts, make_sampler
 from tiny import tiny_config, tiny_model
 from trainees import some_pairs
@@ -17,12 +17,12 @@ import train
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
 from kernels.linear_cross_entropy import linear_cross_entropy
 from lengthen.models import lora
+from lengthen.models.exact import dense_weight
 from lengthen.models.loading import choose_device
 from lengthen.sampling.graphs import DecodeGraphs, Shape, host_reads_forbidden
 from lengthen.sampling.request import Request, Sampling
 from lengthen.training import lean_layer as lean
 from lengthen.training.budget import Budget
-from lengthen.training.lean_linears import dense_weight
 from lengthen.training.learner import Learner, adamw
 from lengthen.training.packed import checkpointed, examine
 from lengthen.training.policy import Memory, set_checkpointing
@@ -245,8 +245,10 @@ def test_every_shape_is_captured(gpu):
 
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
-    """A host read: found before the capture begins, or in the capture alone. The texts are written all the same."""
-    own = DecodeGraphs._step
+    """A host read: found before the capture begins, or in the capture alone. The texts are written all the same, and
+    not before what the attempt launched: its steps go on writing to the same buffers."""
+    own, waits = DecodeGraphs._step, []
+    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: waits.append((self, other)))
 
     def reads(self, shape):
         own(self, shape)
@@ -262,6 +264,7 @@ def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
     assert why in sampler.graphs.eager and len([note for note in sampler.notes if why in note]) == 1
     assert torch.cuda.current_stream() is stream and torch.cuda.current_device() == device
     assert torch.cuda.get_sync_debug_mode() == 0 and not gpu.broken_pool and not gpu.graphs
+    assert waits == [(sampler.graphs.stream, stream), (stream, sampler.graphs.stream)]
     torch.cuda.empty_cache()
 
 

@@ -88,6 +88,39 @@ def test_bf16_is_as_near_to_fp32_as_the_models_own_code(family):
     assert (ours - exact).norm() <= 1.1 * (own - exact).norm()  # sums are rounded less often
 
 
+@pytest.fixture
+def sharp():
+    """A model of 16 bits whose key biases are Qwen2.5's: its logits in two roundings are further apart than any bound
+    that would find a mistake."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "head_dim": 64}
+    model = random_model("qwen2", **sizes, num_attention_heads=4, num_key_value_heads=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.normal_(std=60)
+    return model.to(torch.bfloat16)
+
+
+def test_large_key_biases_keep_the_layers_that_are_lent(sharp, monkeypatch):
+    judged, own = [], Hook._as_near
+    monkeypatch.setattr(Hook, "_as_near", lambda self, *given: judged.append(own(self, *given)) or judged[-1])
+    ours = Hook(sharp)
+    assert judged and all(judged) and len(lent(ours)) == 8 and not ours.notes
+
+
+def test_a_wrong_layer_is_found_among_large_key_biases(sharp, monkeypatch):
+    own = gpu_layer.Layer.__call__
+
+    def wrong(self, x, **known):
+        return own(self, x, **known) * (1.1 if self.index == 3 else 1)
+
+    monkeypatch.setattr(hook, "BOUND_16_BITS", 1e-3)
+    monkeypatch.setattr(gpu_layer.Layer, "__call__", wrong)
+    ours = Hook(sharp)
+    assert not lent(ours)
+    assert ours.notes and ours.notes[0].startswith("8 layers run on the model's own code, which is slower: the logits")
+
+
 def test_the_joint_matrices_are_the_models_weights():
     """The same numbers, no more memory, and not moved again for the next sampler."""
     model = random_model("qwen2")

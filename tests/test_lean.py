@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from bench.loss import peak_bytes
 from lengthen.models import lora
+from lengthen.models.exact import dense_weight
 from lengthen.models.loading import embeddings_to_host
 from lengthen.training import lean_layer as lean
 from lengthen.training import lean_linears, offload
@@ -200,7 +201,7 @@ def error_ratios(tmp_path, family: str, quantize: bool) -> tuple[float, float]:
     give_lora(ours)
     lora.save_adapter(ours, tmp_path / "adapter", "base")
     for name, linear in lora.decoder_linears(ours).items():
-        exact.get_submodule(name).weight.data = lean_linears.dense_weight(linear).double()
+        exact.get_submodule(name).weight.data = dense_weight(linear).double()
     exact = peft.PeftModel.from_pretrained(exact, tmp_path / "adapter", is_trainable=True).eval().double()
     theirs = peft.PeftModel.from_pretrained(load(**rounded), tmp_path / "adapter", is_trainable=True).eval()
     assert examine(ours).packs and not lean.install(ours, Recompute("attention", tile_rows=32)).why

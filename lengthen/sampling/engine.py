@@ -76,6 +76,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.notes: list[str] = []
         self.hook = Hook(model)
+        self.notes += self.hook.notes
         self.device, cuda = self.hook.device, self.hook.device.type == "cuda"
         # A CPU is busy with 48 rows; a GPU reads the weights for any number, until the pages run out.
         max_rows = max_rows or (256 if cuda else 48)

@@ -388,17 +388,19 @@ def capture(step: Callable, reset: Callable, pool: Any, stream: torch.cuda.Strea
     """
     now, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
     stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        reset()
-        step()
-        reset()
-        with host_reads_forbidden():  # a capture does not survive them
+    try:
+        with torch.cuda.stream(stream):
+            reset()
             step()
-        torch.cuda.synchronize(stream.device)
-        torch.cuda.empty_cache()  # what the two steps leave behind belongs to this stream
-        with capturing(graph, pool, stream.device):
-            step()
-    now.wait_stream(stream)
+            reset()
+            with host_reads_forbidden():  # a capture does not survive them
+                step()
+            torch.cuda.synchronize(stream.device)
+            torch.cuda.empty_cache()  # what the two steps leave behind belongs to this stream
+            with capturing(graph, pool, stream.device):
+                step()
+    finally:
+        now.wait_stream(stream)  # also after an error: what was launched goes on writing to the buffers
     return graph
 
 

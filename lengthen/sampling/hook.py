@@ -8,20 +8,28 @@ transformers hands down to that function. (Nemotron's layers keep it to themselv
 batch for the time of the pass.)
 
 Not every model can be carried so. `Hook` compares a packed pass, and one split over pages, with the model's own before
-the first use: a model that would be silently wrong is refused by name.
+the first use: a model that would be silently wrong is refused by name. On a GPU a model of
+16 bits whose logits are further apart is judged layer by layer against fp32: large key biases (Qwen2.5) make any two
+roundings differ.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
+from lengthen.models.exact import as_near, in_fp32, squared_errors, widened
+from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.flash import dense
 from lengthen.records import UserError
+from lengthen.sampling import cache as caches
 from lengthen.sampling import cpu_layer, gpu_layer
 from lengthen.sampling.batch import Batch, Rule
 from lengthen.sampling.cache import LayerShape, make_cache
@@ -31,6 +39,7 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types that can b
 PROBE, SPLIT = 8, 5  # tokens of the probe; of its prefill chunk, the others are decoded
 # The largest difference of the probe's logits, as a share of the largest logit.
 BOUNDS, BOUND_16_BITS = {torch.float32: 1e-3, torch.float64: 1e-6}, 8e-2
+DRAWS = 16  # most texts by which a model of 16 bits is judged layer by layer
 
 # T packed tokens, H hidden size, V vocabulary, n tokens whose logits are asked for.
 
@@ -98,6 +107,7 @@ class Hook:
         self.holders: list[Any] = []  # modules that hold the batch, of a model that does not hand it down
         # Forwards that stand in for modules' own while a batch is running (cpu_layer.py, gpu_layer.py).
         self.replaced: list[tuple[nn.Module, Callable]] = []
+        self.notes: list[str] = []  # lines for people
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
         self.configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
         self.shapes = self._probe()
@@ -169,17 +179,33 @@ class Hook:
         for layer, name in enumerate(types):
             if name == "sliding_attention" and not batch.shapes[layer].window:
                 self._refuse(f"layer {layer} slides, but its window is not passed to the attention function")
-        if why := self._differs("a packed pass", packed, own):
+        del packed
+
+        def alone(ids: Tensor) -> Tensor:
+            return self.forward(ProbeBatch(), ids, every, every)
+
+        def split(ids: Tensor) -> Tensor:
+            return self._split(batch.shapes, ids)
+
+        if why := self._judge("a packed pass", alone, ids, own):
             self._refuse(why)
         windows = {layer: shape.window for layer, shape in batch.shapes.items()}
         self.replaced = lender(self.device)(self.model, windows)
-        why = self._differs("a pass split over pages", self._split(batch.shapes, ids), own)
+        why = dropped = self._judge("a pass split over pages", split, ids, own)
         if why and self.replaced:  # a model of a known kind that is not quite that: its own code serves it
             self.replaced = []
-            why = self._differs("a pass split over pages", self._split(batch.shapes, ids), own)
+            why = self._judge("a pass split over pages", split, ids, own)
         if why:
             self._refuse(why)
+        known = {m for m in self.model.modules() if type(m).__name__ in REBUILT_LAYERS}
+        if slow := len(known - {module for module, _ in self.replaced}) if self._on_block_tables() else 0:
+            reason = dropped or "they are not quite what they look like"
+            self.notes.append(f"{slow} layers run on the model's own code, which is slower: {reason}")
         return batch.shapes
+
+    def _on_block_tables(self) -> bool:
+        """Whether this is a GPU, or a test's."""
+        return caches.backend(self.device) is caches.BlockTableCache
 
     def _split(self, shapes: dict[int, LayerShape], ids: Tensor) -> Tensor:
         """The logits [PROBE, V] of the probe's tokens: a prefill chunk, then token by token, through pages."""
@@ -192,9 +218,80 @@ class Hook:
             logits.append(self.forward(cache.batch([(table, i, 1)], []), ids[one], every[one], every[:1]))
         return torch.cat(logits)
 
+    def _judge(self, what: str, run: Callable[[Tensor], Tensor], ids: Tensor, own: Tensor) -> str:
+        """Why a pass is not the model's own, "" = it is. run: ids [PROBE] -> logits [PROBE, V]."""
+        why = self._differs(what, run(ids), own)
+        if not why or own.dtype in BOUNDS or not self._on_block_tables():
+            return why
+        try:
+            return "" if self._as_near(run, ids) else why
+        except RuntimeError as error:
+            if not out_of_memory(error):  # one layer in fp32
+                raise
+            return why
+
+    def _as_near(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
+        """Whether each layer, given what it is given in the model's own pass, is about as near to its own code in fp32
+        as that code is (exact.as_near). Errors are added up over up to DRAWS texts."""
+        decoder: Any = self.model.get_decoder()
+        parts: list[nn.Module] = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if len(parts) != self.model.config.get_text_config().num_hidden_layers or not hasattr(decoder, "norm"):
+            return False
+        parts.append(decoder.norm)  # with what it is given, the logits are those of the own pass
+        squares = torch.zeros(len(parts), 3, dtype=torch.float64)
+        for draw in range(DRAWS):
+            some = (ids + 104_729 * draw) % self.model.config.get_text_config().vocab_size
+            calls, own = self._watch(parts, partial(self.model, input_ids=some[None], use_cache=False))
+            found, ours = self._watch(parts, partial(run, some), calls)
+            if self._differs("", ours, own.logits[0]):
+                return False
+            for i, part in enumerate(parts):
+                ((args, named, theirs),) = calls[part]
+                wide_args, wide_named = widened((args, named))
+                exact = _first(in_fp32(part)(*wide_args, **wide_named))
+                mine = torch.cat([out for *_, out in found[part]], 1)
+                squares[i] += squared_errors([mine], [theirs], [exact])[0].cpu()
+            if as_near(squares):
+                return True
+        return False
+
+    def _watch(self, parts: list[nn.Module], run: Callable[[], Any], given: "Calls | None" = None) -> tuple[Any, Any]:
+        """-> (what each part was given, and what it gave, [1, T, H] each call, what `run` returns).
+
+        given: of another pass over the same tokens; each part is given those vectors instead of its own.
+        """
+        calls: Calls = {part: [] for part in parts}
+
+        def before(part: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict] | None:
+            if given is None:
+                return None
+            first, own_args, own_named = sum(out.shape[1] for *_, out in calls[part]), *given[part][0][:2]
+            x, old = ((a[0] if a else n["hidden_states"]) for a, n in ((own_args, own_named), (args, named)))
+            x = x[:, first : first + old.shape[1]].clone()  # layers that are lent change it
+            return ((x, *args[1:]), named) if args else (args, {**named, "hidden_states": x})
+
+        def after(part: nn.Module, args: tuple, named: dict, out: Any) -> None:
+            calls[part].append((args, named, _first(out)))
+
+        hooks = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
+        hooks += [part.register_forward_hook(after, with_kwargs=True) for part in parts]
+        try:
+            return calls, run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _differs(self, what: str, logits: Tensor, own: Tensor) -> str:
         """Why the logits are not the model's own, "" = they are."""
         bound = BOUNDS.get(own.dtype, BOUND_16_BITS) * own.float().abs().max().clamp(min=1)
         error = (logits.float() - own.float()).abs().max()  # bf16 rounds each logit to 3 digits
         why = f"the logits of {what} differ from the model's own by {error:.2g} (bound {bound:.2g})"
         return "" if error <= bound else why
+
+
+Calls = dict[nn.Module, list[tuple[tuple, dict[str, Any], Tensor]]]  # by module: arguments and result of each call
+
+
+def _first(out: Any) -> Tensor:
+    """What a layer returns, which some wrap into a tuple."""
+    return out[0] if isinstance(out, tuple) else out

@@ -27,22 +27,21 @@ offload.py.
 The CUDA side (FlashAttention, streams, pinned memory, the Triton passes) has not run on a GPU yet.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
+from lengthen.models.exact import as_near, in_fp32, squared_errors, widened
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.flash import attend_backward, attend_saving_lse, unserved
 from lengthen.models.lora import LoraLinear
 from lengthen.training import packed
-from lengthen.training.lean_linears import Linears, dense_weight, dropout_mask
+from lengthen.training.lean_linears import Linears, dropout_mask
 from lengthen.training.offload import Host
 from lengthen.training.settings import Recompute
 
@@ -426,19 +425,14 @@ def _agrees(layer: LeanLayer, given: Call) -> bool:
     of that error then, and by chance one code's is twice the other's: errors are added up over up to DRAWS draws.
     """
     rounded = given[0][0].dtype in (torch.bfloat16, torch.float16)
-    twin = LeanLayer(_in_fp32(layer.module), layer.scaling, layer.window, layer.host) if rounded else layer
-    wide = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, given) if rounded else given
+    twin = LeanLayer(in_fp32(layer.module), layer.scaling, layer.window, layer.host) if rounded else layer
+    wide = widened(given) if rounded else given
     slack, squares = 1e-3 if rounded else 1e-4, torch.zeros(3, dtype=torch.float64)
     for draw in range(DRAWS if rounded else 1):
         own, lean = (_results(f, layer.loras, given, draw) for f in (layer.module.forward, layer))
         exact = _results(twin.module.forward, twin.loras, wide, draw) if rounded else own
-        parts = [
-            [x.double().square().sum() for x in (ours.double() - truth, theirs.double() - truth, truth)]
-            for ours, theirs, truth in zip(lean, own, exact, strict=True)
-        ]
-        squares = squares + torch.stack([torch.stack(part) for part in parts]).cpu()  # [tensors, 3]
-        error, bound, size = squares.sqrt().T
-        if bool((error <= 1.25 * bound + slack * size + 1e-30).all()):
+        squares = squares + squared_errors(lean, own, exact).cpu()
+        if as_near(squares, slack):
             return True
     return False
 
@@ -455,21 +449,3 @@ def _results(forward: Callable[..., Tensor], loras: Sequence[LoraLinear], given:
     y = forward(x, *rest, **named)
     gradients = torch.autograd.grad(y, [x, *(p for m in loras for p in (m.A, m.B))], upstream)
     return [y.detach(), *gradients]
-
-
-def _in_fp32(layer: nn.Module) -> nn.Module:
-    """A copy of a decoder layer in fp32; 4-bit weights are dense in it."""
-    twins: dict[int, Any] = {}  # what copy.deepcopy takes as copied already: every tensor, so that none is held twice
-
-    def wide(x: Tensor, trained: bool = False) -> nn.Parameter:
-        return nn.Parameter(x.detach().float(), requires_grad=trained)
-
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):  # or bitsandbytes' Linear4bit, which is one
-            twin = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            twin.weight = wide(dense_weight(module))
-            twin.bias = None if module.bias is None else wide(module.bias)
-            twins[id(module)] = twin
-        else:
-            twins |= {id(p): wide(p, p.requires_grad) for p in module.parameters(recurse=False)}
-    return copy.deepcopy(layer, twins)

@@ -12,24 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lengthen.models.exact import dense_weight
 from lengthen.models.lora import LoraLinear
 
 MASK_ROWS = 1024  # dropout masks are drawn by blocks of rows, so that tiles of any size see the same ones
 
 # R rows of a tile: tokens; r the sum of the ranks.
-
-
-def dense_weight(linear: Any) -> Tensor:
-    """The weight [out, in] of an nn.Linear, dequantised where it is stored in 4 bits (bitsandbytes' Linear4bit)."""
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes import functional as bnb
-
-    if getattr(state, "packing_format_for_cpu", False):  # 0.50, after an evaluation on a CPU with AVX512-BF16
-        weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    return bnb.dequantize_4bit(weight.data, weight.quant_state)
 
 
 class Linears:
