@@ -168,6 +168,16 @@ def test_more_is_asked_more_is_done():
             assert more[name].tokens == base[name].tokens, (flags, name)
 
 
+def test_a_benchmark_is_counted_once_for_all_scenarios(monkeypatch):
+    reads, read = [], yields.read_rows
+    monkeypatch.setattr(yields, "read_rows", lambda path: reads.append(path) or read(path))
+    yields._in_benchmark.cache_clear()
+    steps = steps_of("--language", "de")
+    assert sum(step.name == "evaluate" for step in steps) > 1
+    forecast(steps, run.all_settings, XEON, [{}] * len(steps))
+    assert len(reads) == 1
+
+
 def test_every_step_of_every_control_has_a_plan():
     expected = plan(XEON, "--model", "m", "--iterations", "2", "--controls")
     by = {c.step.label: c for c in expected}

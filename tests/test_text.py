@@ -241,6 +241,7 @@ def test_loops_without_words_are_loops(unit):
         lambda text: f.clean_answer("Here is a text " * (len(text) // 15), "eos", "en"),
         lambda text: f.clean_answer("-" * len(text), "eos", "en"),
         lambda text: f.is_complete("#tea " * (len(text) // 5) + "x", "en"),
+        lambda text: f.is_complete("x" + "\n" * len(text) + "x.", "en"),
         lambda text: w.split_paragraphs(text.replace(" ", "\n")),
         lambda text: w.split_paragraphs("\n" * len(text) + "x"),
         lambda text: w.remove_lines(text.replace(" ", "\n"), 0.8, 0),
