@@ -190,7 +190,15 @@ def test_the_models_of_case_d_write_the_script_so_lookup_has_something_to_find()
 def test_decoding_is_clocked_without_prompts(monkeypatch):
     bench = load("sampler_gpu")
     work = bench.make_work("decode-7B-64", bench.parse_args(["--tiny"]))
-    assert len(work.prompts) == 4 and work.lengths == [32] * 4
+    assert len(work.prompts) == 4 and work.lengths == [32 + 8 + bench.WARM] * 4
     result = bench.run_ours(work, torch.device("cpu"))
-    # From the step after each text's 16th token on, at most to the end of all.
-    assert 4 <= result["tokens"] <= 4 * (32 - bench.WARM) and result["seconds"] > 0
+    # From the step after each text's 16th token on: 32 tokens a text.
+    assert 4 * 32 <= result["tokens"] <= 4 * 40 and result["seconds"] > 0
+
+
+def test_texts_that_decode_beside_prompts_do_not_end_before_the_last_is_admitted():
+    """Each of the 64 steps with prompts runs a burst of 8 tokens beside it: texts of 256 tokens gave no figure."""
+    bench = load("sampler_gpu")
+    work = bench.make_work("decode-7B-256", bench.parse_args([]))
+    steps = -(-sum(map(len, work.prompts)) // 8192)
+    assert steps == 64 and min(work.lengths) >= 8 * steps + bench.WARM + 256 and work.clocked == 256
