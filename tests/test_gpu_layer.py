@@ -138,6 +138,23 @@ def test_the_joint_matrices_are_the_models_weights():
     assert again.out.weight.data_ptr() == attention.o_proj.weight.data_ptr()
 
 
+def test_without_memory_to_join_the_weights_each_is_a_product(monkeypatch):
+    model, some, counts = random_model("qwen2"), texts(), [1, 2, 30]
+    own, cat = own_logits(model, some, counts), torch.cat
+
+    def fails(tensors, *rest, **named):
+        if any(isinstance(x, torch.Tensor) and x.data_ptr() in weights for x in tensors):
+            raise torch.OutOfMemoryError("no memory")
+        return cat(tensors, *rest, **named)
+
+    weights = {layer.mlp.gate_proj.weight.data_ptr() for layer in model.model.layers}
+    monkeypatch.setattr(torch, "cat", fails)
+    hook = Hook(model)
+    assert len(lent(hook)) == model.config.num_hidden_layers
+    assert all(layer.gate_up.weight is None and layer.qkv.weight is not None for layer in lent(hook))
+    torch.testing.assert_close(logits(hook, some, counts), own, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_is_saved_as_before(tmp_path):
     from safetensors.torch import load_file
 

@@ -36,6 +36,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
+from lengthen.models.cards import out_of_memory
 from lengthen.models.exact import as_near, in_fp32, squared_errors, widened
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.flash import attend_backward, attend_saving_lse, unserved
@@ -336,6 +337,10 @@ def install(model: Any, how: Recompute = Recompute(), host_limit: int = 0) -> Le
         for replacement, given in zip(lean, inputs, strict=True):
             if not _agrees(replacement, given):
                 return LeanLayers([], host, "a layer differs from what it looks like")
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return LeanLayers([], host, "no memory is left to check it")
     finally:
         model.train(was_training)
     for replacement in lean:
