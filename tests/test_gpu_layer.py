@@ -189,6 +189,21 @@ def test_other_activations_and_replaced_modules_keep_their_code():
     down = model.model.layers[0].mlp.down_proj
     down.forward = down.forward  # as accelerate's hooks do
     assert len(lent(Hook(model))) == model.config.num_hidden_layers - 1
+    model = random_model("llama")
+    heard = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *given: heard.append(given))
+    ours = Hook(model)
+    assert len(lent(ours)) == model.config.num_hidden_layers - 1 and heard
+    assert ours.notes[0].startswith("1 layers run on the model's own code")
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute"), ValueError("not enough values")])
+def test_remote_code_with_the_name_of_a_known_layer_keeps_its_code(monkeypatch, error):
+    def lacks(self, layer, window):
+        raise error
+
+    monkeypatch.setattr(gpu_layer.Layer, "__init__", lacks)
+    assert not Hook(random_model("llama")).replaced
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])

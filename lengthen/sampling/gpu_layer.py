@@ -161,7 +161,8 @@ def known(layer: nn.Module) -> bool:
         type(layer).__name__ in REBUILT_LAYERS
         and len(inside) == 7
         and kinds <= {"Linear", "Linear4bit"}
-        and not any("forward" in vars(module) for module in layer.modules())  # others have replaced it: it stays
+        # What others have replaced, or listen to, stays.
+        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
     )
 
 
@@ -172,8 +173,12 @@ def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Calla
     if getattr(text, "hidden_act", "silu") not in ("silu", "swish"):
         return []
     layers: list[Any] = [module for module in model.modules() if known(module)]
-    replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
+    try:
+        replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
+    except (AttributeError, ValueError):  # a model's own code, whose classes only have the names
+        return []
     norm: Any = getattr(model.get_decoder(), "norm", None)
-    if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon"):
+    listened = norm is not None and (norm._forward_hooks or norm._forward_pre_hooks)
+    if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon") and not listened:
         replaced.append((norm, Norm(norm)))
     return replaced
