@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling_tail import END, NEVER, Noise, Rules, draw_above, lowest, tail
+from lengthen.models.cards import out_of_memory
 from lengthen.sampling.attend_gpu import QUERIES, TableBatch, upload
 from lengthen.sampling.cache import BlockTableCache
 from lengthen.sampling.draw import CANDIDATES, GREEDY, is_free, keep, race, signed, top_candidates
@@ -311,10 +312,13 @@ class DecodeGraphs:
             try:
                 self.replays[shape] = self._graph(shape).replay
             except RuntimeError as error:
-                first: BaseException = error
-                while first.__context__:  # what broke the capture, not what its end makes of that
-                    first = first.__context__
-                self.eager = f"capturing it failed ({str(first).splitlines()[0]})"
+                chain: list[BaseException] = [error]  # back to what broke the capture
+                while before := chain[-1].__context__:
+                    chain.append(before)
+                if lack := [one for one in chain if out_of_memory(one)]:
+                    del self.replays[shape]  # the caller gives up rows, and this may be captured then
+                    raise lack[0] from None
+                self.eager = f"capturing it failed ({str(chain[-1]).splitlines()[0]})"
                 self._say()
 
     def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
