@@ -48,6 +48,7 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.scheduler import Row
 
 STEPS = 8  # per host read: of a text that ends in the middle, 3.5 tokens are computed for nothing on average
+BROKEN: list[Any] = []  # graphs whose capture failed: torch's allocator of pinned memory still points at them
 DRAWS = 64  # of a captured verification, at least: as many logits as may be needed where rows are few
 
 
@@ -388,7 +389,8 @@ def queries_of(rows: Sequence[Row]) -> int:
 def capture(step: Callable, reset: Callable, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """`step` as a graph. It runs twice before, which compiles what has to be compiled, each time after `reset`.
 
-    RuntimeError where it cannot be captured. torch is then as it was: its stream, its memory pools, its settings.
+    RuntimeError where it cannot be captured. torch's stream, its pools of device memory and its settings are then as they
+    were; its allocator of pinned memory goes on pointing at the graph, which is kept (BROKEN).
     """
     now, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
     stream.wait_stream(now)
@@ -433,6 +435,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> I
         finally:
             graph.capture_end()
     except BaseException:
+        BROKEN.append(graph)
         with suppress(RuntimeError):  # where the capture's own end has done it
             torch._C._cuda_endAllocateToPool(device.index or 0, pool)
             torch._C._cuda_releasePool(device.index or 0, pool)
