@@ -389,7 +389,7 @@ def queries_of(rows: Sequence[Row]) -> int:
 def capture(step: Callable, reset: Callable, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """`step` as a graph. It runs twice before, which compiles what has to be compiled, each time after `reset`.
 
-    RuntimeError where it cannot be captured. torch's stream, its pools of device memory and its settings are then as they
+    RuntimeError where it cannot be captured. torch's stream, pools of device memory and settings are then as they
     were; its allocator of pinned memory goes on pointing at the graph, which is kept (BROKEN).
     """
     now, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
