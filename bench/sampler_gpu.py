@@ -406,7 +406,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not torch.cuda.is_available() and not args.tiny:
         raise SystemExit("error: no CUDA device\n  hint: --tiny runs a toy shape on a CPU")
-    lines, cells = [], []
+    columns = ["case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", "notes"]
+    lines: list[list[str]] = []
+    cells: list[dict] = []
+    where = harness.machine()
     for case in args.cases:
         for engine in engines_of(case, args):
             options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
@@ -421,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
             lines.append([case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", "")])
             cells.append({"case": case, "engine": engine, "tokens_per_second": round(rate, 1), **one})
             print(f"{case}, {engine}: {rate:,.0f} tokens/s {one.get('notes', '')}", file=sys.stderr, flush=True)
-    columns = ["case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", "notes"]
+            harness.report("sampler_gpu", argv, where, [harness.table("sampling", columns, lines)], {"cells": cells})
     harness.finish("sampler_gpu", argv, args.save, [harness.table("sampling", columns, lines)], {"cells": cells})
 
 
