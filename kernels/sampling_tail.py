@@ -73,7 +73,7 @@ def _fast(x: Tensor) -> bool:
 
 
 def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise fp64 [n, C], a function of seeds [n], positions [n] and token ids [n, C] alone, all int64."""
+    """Standard Gumbel noise fp64 [n, C], a function of seeds [n], positions [n] and token ids [n, C], all int64."""
     if _fast(tokens):
         from . import sampling_tail_triton
 
