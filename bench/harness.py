@@ -172,17 +172,26 @@ def finish(bench: str, argv: Sequence[str] | None, save: str, tables: list[dict]
         for row in one["rows"]:
             shown.add_row(*row)
         console.print(shown)
+    result = report(bench, argv, where, tables, figures)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{save}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        console.print(f"bench/results/{save}.json is written; python bench/harness.py brings it into the documents")
+
+
+def report(
+    bench: str, argv: Sequence[str] | None, where: dict[str, Any], tables: list[dict], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Prints the JSON line, and returns what it says. A bench of long cells does so after each: if it is ended before
+    the last, the last line has what was measured until then."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--save" in words:
         at = words.index("--save")
         del words[at : at + 2]
     command = shlex.join(["python", f"bench/{bench}.py", *words])
     result = {"bench": bench, "command": command, "machine": where, "tables": tables, "figures": figures}
-    print(json.dumps(result))
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{save}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        console.print(f"bench/results/{save}.json is written; python bench/harness.py brings it into the documents")
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def markdown(result: dict[str, Any], name: str) -> str:

@@ -59,7 +59,8 @@ from harness import ROOT
 PACKAGES = "torch transformers triton bitsandbytes flash_attn flash_attn_interface liger_kernel quack cutlass".split()
 PACKAGES += "trl peft vllm unsloth gguf jsonlines".split()
 SHORTEST = 15.0  # s: with less left a step is not started
-KERNEL_TESTS = ["linear_cross_entropy", "attention", "attend_gpu", "layer_passes", "flash", "packed", "lean", "graphs"]
+KERNEL_TESTS = "sampling_tail gpu_layer linear_cross_entropy attention attend_gpu layer_passes".split()
+KERNEL_TESTS += "flash packed lean graphs".split()
 
 
 @dataclass
@@ -111,7 +112,7 @@ def steps_of(args: argparse.Namespace, model: str) -> list[Step]:
         bench("decode-1", "sampler_gpu", 90, *tiny, *both, "--cases", "decode-7B-1"),
         bench("decode-256", "sampler_gpu", 90, *tiny, *both, "--cases", "decode-7B-256"),
         bench("loss", "loss", 90, *device, *head),
-        pytest("kernels", 240, *kernels, *(["-k", "plain_head"] if args.tiny else [])),
+        pytest("kernels", 240, *kernels, *(["-k", "constants"] if args.tiny else [])),
         bench("attention", "attention", 60, *device, *texts),
         bench("lookup", "sampler_gpu", 120, *tiny, "--cases", "d"),
         bench("peers-sampling", "sampler_gpu", 240, *tiny, "--cases", "a"),
@@ -154,10 +155,7 @@ def machine() -> dict[str, Any]:
         "copy GB/s": round(2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9, 1),
         "bf16 TFLOP/s": round(2 * size**3 / best(lambda: a @ b) / 1e12, 1),
     }
-    packages = (
-        "torch transformers triton bitsandbytes flash_attn liger_kernel quack cutlass trl peft vllm unsloth".split()
-    )
-    have = [name for name in packages if importlib.util.find_spec(name)]
+    have = [name for name in PACKAGES if importlib.util.find_spec(name)]
     where = harness.machine()
     if cuda:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9

@@ -2,8 +2,8 @@
 
 Every cell of the table is a process of its own, so that peak memory is its own and no engine finds what another left.
 
-    decode-SHAPE-ROWS   decoding alone: ROWS texts of 2,048 tokens write 256 more, the recipe's sampling; clocked from
-        the 17th token of the last text on, so neither prompts nor compilation count. SHAPE: 7B or 0.6B
+    decode-SHAPE-ROWS   decoding alone: ROWS texts of 2,048 tokens write on, the recipe's sampling; 256 tokens a text
+        are clocked, from the 17th of the last text on, so neither prompts nor compilation count. SHAPE: 7B or 0.6B
     a   256 texts, prompts and outputs of 100 to 1,024 tokens, Qwen3-0.6B's shape, temperature 0.6 alone: the job of
         nano-vllm's and mini-sglang's offline benches
     b   128 texts, 512 tokens in, 4,096 out, the shape of Qwen2.5-7B; b-nf4: the same over NF4 weights
@@ -112,6 +112,7 @@ class Work:
     rows: int = 0  # at once; 0 = the engine's own choice
     script: list[list[int]] = field(default_factory=list)  # d: what the model will write
     decode_only: bool = False  # clocked without prompts and compilation
+    clocked: int = 0  # decode_only: tokens of each text until the clock stops
 
 
 def make_work(case: str, args: argparse.Namespace) -> Work:
@@ -128,8 +129,11 @@ def make_work(case: str, args: argparse.Namespace) -> Work:
     if case in DECODE:
         _, shape, rows = case.split("-")
         prompts = [tokens(less(2048)) for _ in range(less(int(rows)))]
-        lengths = [max(2 * WARM, less(256))] * len(prompts)
-        return Work("tiny" if args.tiny else shape, prompts, lengths, RECIPE, decode_only=True)
+        # While the prompts are computed, 8,192 tokens a step, the first texts write a burst of 8 beside each.
+        beside = 8 * -(-len(prompts) * less(2048) // 8192)
+        clocked = max(2 * WARM, less(256))
+        lengths = [clocked + beside + WARM] * len(prompts)
+        return Work("tiny" if args.tiny else shape, prompts, lengths, RECIPE, decode_only=True, clocked=clocked)
     if case == "a":
         sizes = [(less(rng.randint(100, 1024)), less(rng.randint(100, 1024))) for _ in range(less(256))]
         return Work(small, [tokens(a) for a, _ in sizes], [b for _, b in sizes], PLAIN)
@@ -237,7 +241,7 @@ def run_ours(work: Work, device: torch.device, graphs: bool = True, **options: o
             settings = Sampling(**work.sampling, max_new_tokens=length)
             sampler.add(Request(i, prompt, i, settings, penalty_from=len(prompt) if work.script else 0))
         if work.decode_only:
-            return decode_alone(sampler, len(work.prompts))
+            return decode_alone(sampler, len(work.prompts), work.clocked)
         made, most, roofline, as_written = 0, 0, 0.0, 0
         began = time.perf_counter()
         for sample in sampler.run():
@@ -256,8 +260,8 @@ def run_ours(work: Work, device: torch.device, graphs: bool = True, **options: o
         return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": notes}
 
 
-def decode_alone(sampler: Sampler, texts: int) -> dict:
-    """From the step in which every text has WARM tokens to the one in which the first ends."""
+def decode_alone(sampler: Sampler, texts: int, tokens: int) -> dict:
+    """From the step in which every text has WARM tokens until `tokens` more a text, or until the first ends."""
     rows = sampler.scheduler.rows
     while len(rows) < texts or any(len(row.output) < WARM for row in rows):
         sampler.step()
@@ -265,10 +269,11 @@ def decode_alone(sampler: Sampler, texts: int) -> dict:
             return {"notes": f"{texts} texts do not fit at once: {'; '.join(sampler.notes)}"}
     sampler.meter, before = Meter(), sampler.stats["decode_tokens"]
     began = time.perf_counter()
-    while not sampler.finished:
+    made = 0
+    while not sampler.finished and made < texts * tokens:
         sampler.step()
+        made = int(sampler.stats["decode_tokens"] - before)
     seconds = time.perf_counter() - began
-    made = int(sampler.stats["decode_tokens"] - before)
     roofline = sampler.meter.roofline(sampler.device)
     return {"tokens": made, "seconds": seconds, "roofline": roofline, "notes": "; ".join(sampler.notes)}
 
@@ -401,7 +406,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not torch.cuda.is_available() and not args.tiny:
         raise SystemExit("error: no CUDA device\n  hint: --tiny runs a toy shape on a CPU")
-    lines, cells = [], []
+    columns = ["case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", "notes"]
+    lines: list[list[str]] = []
+    cells: list[dict] = []
+    where = harness.machine()
     for case in args.cases:
         for engine in engines_of(case, args):
             options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
@@ -416,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
             lines.append([case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", "")])
             cells.append({"case": case, "engine": engine, "tokens_per_second": round(rate, 1), **one})
             print(f"{case}, {engine}: {rate:,.0f} tokens/s {one.get('notes', '')}", file=sys.stderr, flush=True)
-    columns = ["case", "engine", "tokens", "seconds", "tokens/s", "roofline", "peak GB", "notes"]
+            harness.report("sampler_gpu", argv, where, [harness.table("sampling", columns, lines)], {"cells": cells})
     harness.finish("sampler_gpu", argv, args.save, [harness.table("sampling", columns, lines)], {"cells": cells})
 
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,8 +342,11 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps({"longest": longest_row(lambda n: fits(run, n), 1024)}), flush=True)
 
 
-def one_by_one(args: argparse.Namespace) -> list[dict]:
-    """Every method in its own process: what one patches or leaves in memory does not meet the next."""
+def one_by_one(args: argparse.Namespace, report: Callable[[list[dict]], object]) -> list[dict]:
+    """Every method in its own process: what one patches or leaves in memory does not meet the next.
+
+    report: is given all rows after each measurement.
+    """
     rows = []
     for shape in args.shapes:
         print(f"\n{shape}, NF4, rank {SHAPES[shape][1]}, {args.vram or 'all'} GB", file=sys.stderr)
@@ -354,17 +357,30 @@ def one_by_one(args: argparse.Namespace) -> list[dict]:
             command = [sys.executable, __file__, "--worker", method, "--shapes", shape, "--vram", str(args.vram)]
             command += ["--tokens", *map(str, args.tokens), "--longest" if args.longest else "--no-longest"]
             command += ["--unsloth-model", args.unsloth_model]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(done.stderr, file=sys.stderr)
-            found = [
-                json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')
-            ]  # Trainer prints dicts, too
-            if done.returncode:
-                found.append({"settings": f"failed: {' '.join(done.stderr.strip().splitlines()[-1:])[:100]}"})
-            for row in found:
+            for row in measured(command):
                 rows.append({"shape": shape, "method": method, "vram_gb": args.vram, **row})
                 print(f"{method:20} {row}", file=sys.stderr, flush=True)
+                report(rows)
     return rows
+
+
+def measured(command: list[str]) -> Iterator[dict]:
+    """What a process measures, as soon as it says so; last, why it failed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            assert process.stdout
+            try:
+                for line in process.stdout:
+                    if line.startswith('{"'):  # Trainer prints dicts, too
+                        yield json.loads(line)
+            except BaseException:  # also where nobody asks for more
+                process.kill()
+                raise
+        said.seek(0)
+        text = said.read()
+    print(text, file=sys.stderr)
+    if process.returncode:
+        yield {"settings": f"failed: {' '.join(text.strip().splitlines()[-1:])[:100]}"}
 
 
 def missing(method: str, args: argparse.Namespace) -> str:
@@ -449,10 +465,13 @@ def main(argv: list[str] | None = None) -> None:
         columns = ["", "model", "tokens of a sample", "tokens/s (quartiles)", "ours is faster by"]
         harness.finish("training", argv, args.save, [harness.table("steps", columns, lines)], {"runs": figures})
     elif torch.cuda.is_available() or args.tiny:
-        rows = one_by_one(args)
-        lines = [[str(row.get(key, "")) for key in COLUMNS] for row in rows]
-        columns = [key.replace("_", " ").replace("gb", "GB") for key in COLUMNS]
-        harness.finish("training", argv, args.save, [harness.table("steps", columns, lines)], {"rows": rows})
+        columns, where = [key.replace("_", " ").replace("gb", "GB") for key in COLUMNS], harness.machine()
+
+        def tables(rows: list[dict]) -> list[dict]:
+            return [harness.table("steps", columns, [[str(row.get(key, "")) for key in COLUMNS] for row in rows])]
+
+        rows = one_by_one(args, lambda rows: harness.report("training", argv, where, tables(rows), {"rows": rows}))
+        harness.finish("training", argv, args.save, tables(rows), {"rows": rows})
     else:
         sys.exit("error: no CUDA device\n  hint: --device cpu")
 

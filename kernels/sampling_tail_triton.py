@@ -218,12 +218,14 @@ def _launch(x: Tensor, V: int, C: int, rules: Any, noise: Any, free: Tensor, flo
     tokens = torch.empty(n, blocks, dtype=torch.long, device=x.device)
     spare = x  # a pointer that is not read
     prepare: tuple = (spare,) * 6
+    dense = [*noise, free]
     if rules is not None:
         drafts = spare if rules.drafts is None else rules.drafts
         Q = 1 if rules.drafts is None else drafts.shape[1]
         early, seen = rules.early.view(torch.uint8), rules.seen.view(torch.uint8)
         prepare = rules.kinds, early, seen, rules.line, drafts, rules.penalty
-    assert x.stride(1) == 1 and all(t.is_contiguous() for t in (*prepare[:5], *noise, free)), x.stride()
+        dense += [t for t in prepare[:5] if t is not spare]
+    assert x.stride(1) == 1 and all(t.is_contiguous() for t in dense), x.stride()
     with torch.cuda.device_of(x):
         _tail_kernel[(n, blocks)](
             *(x, *prepare, free.view(torch.uint8), *noise, spare if floors is None else floors),

@@ -7,7 +7,9 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny import save_tiny
 
@@ -89,7 +91,9 @@ def test_a_gpu_runs_every_method_in_its_own_process_and_says_which_fail(monkeypa
     monkeypatch.setattr(bench, "missing", lambda method, args: "" if method in ("ours", "Unsloth") else "left out")
     bench.main(["--tiny", "--methods", "ours", "TRL", "Unsloth"])
     out, err = capsys.readouterr()
-    own, failed = json.loads(out)["figures"]["rows"]
+    said = [json.loads(line)["figures"]["rows"] for line in out.splitlines()]
+    own, failed = said[-1]
+    assert said[:2] == [[own], [own, failed]]  # each at once: the bench may be ended before the next
     assert own["method"] == "ours" and own["tokens_per_second"] > 0 and own["lean"] is True
     assert failed["method"] == "Unsloth" and "failed: ModuleNotFoundError" in failed["settings"]
     assert "TRL                   not measured: left out" in err
@@ -190,7 +194,41 @@ def test_the_models_of_case_d_write_the_script_so_lookup_has_something_to_find()
 def test_decoding_is_clocked_without_prompts(monkeypatch):
     bench = load("sampler_gpu")
     work = bench.make_work("decode-7B-64", bench.parse_args(["--tiny"]))
-    assert len(work.prompts) == 4 and work.lengths == [32] * 4
+    assert len(work.prompts) == 4 and work.lengths == [32 + 8 + bench.WARM] * 4
     result = bench.run_ours(work, torch.device("cpu"))
-    # From the step after each text's 16th token on, at most to the end of all.
-    assert 4 <= result["tokens"] <= 4 * (32 - bench.WARM) and result["seconds"] > 0
+    # From the step after each text's 16th token on: 32 tokens a text.
+    assert 4 * 32 <= result["tokens"] <= 4 * 40 and result["seconds"] > 0
+
+
+def test_texts_that_decode_beside_prompts_do_not_end_before_the_last_is_admitted():
+    """Each of the 64 steps with prompts runs a burst of 8 tokens beside it: texts of 256 tokens gave no figure."""
+    bench = load("sampler_gpu")
+    work = bench.make_work("decode-7B-256", bench.parse_args([]))
+    steps = -(-sum(map(len, work.prompts)) // 8192)
+    assert steps == 64 and min(work.lengths) >= 8 * steps + bench.WARM + 256 and work.clocked == 256
+
+
+def test_what_a_process_measured_is_there_before_it_ends():
+    bench = load("training")
+    code = "import time; print('{\"n\": 1}', flush=True); time.sleep(600)"
+    found = bench.measured([sys.executable, "-c", code])
+    assert next(found) == {"n": 1}
+    found.close()  # and the process ends
+
+
+def test_what_was_measured_is_said_after_each_cell(monkeypatch, capsys):
+    bench = load("sampler_gpu")
+
+    monkeypatch.setattr(bench.harness, "machine", dict)
+
+    def run(command, **_):
+        if command[command.index("--one") + 2] != "ours":
+            raise KeyboardInterrupt  # the step's limit
+        return SimpleNamespace(returncode=0, stdout='{"tokens": 10, "seconds": 2.0}', stderr="")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--tiny", "--cases", "decode-7B-64", "--engines", "ours", "ours, no graphs"])
+    result = load("on_gpu").last_document(capsys.readouterr().out)
+    assert [cell["tokens_per_second"] for cell in result["figures"]["cells"]] == [5.0]
+    assert result["tables"][0]["rows"][0][:2] == ["decode-7B-64", "ours"]

@@ -19,7 +19,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from lengthen.models import lora
 from lengthen.models.exact import dense_weight
 from lengthen.models.loading import choose_device
-from lengthen.sampling.graphs import DecodeGraphs, Shape, host_reads_forbidden
+from lengthen.sampling.graphs import BROKEN, DecodeGraphs, Shape, host_reads_forbidden
 from lengthen.sampling.request import Request, Sampling
 from lengthen.training import lean_layer as lean
 from lengthen.training.budget import Budget
@@ -247,7 +247,7 @@ def test_every_shape_is_captured(gpu):
 def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
     """A host read: found before the capture begins, or in the capture alone. The texts are written all the same, and
     not before what the attempt launched: its steps go on writing to the same buffers."""
-    own, waits = DecodeGraphs._step, []
+    own, waits, kept = DecodeGraphs._step, [], len(BROKEN)
     monkeypatch.setattr(Stream, "wait_stream", lambda self, other: waits.append((self, other)))
 
     def reads(self, shape):
@@ -264,6 +264,7 @@ def test_a_capture_that_fails_leaves_torch_whole(gpu, monkeypatch, where):
     assert why in sampler.graphs.eager and len([note for note in sampler.notes if why in note]) == 1
     assert torch.cuda.current_stream() is stream and torch.cuda.current_device() == device
     assert torch.cuda.get_sync_debug_mode() == 0 and not gpu.broken_pool and not gpu.graphs
+    assert len(BROKEN) - kept == (where == "inside")
     assert waits == [(sampler.graphs.stream, stream), (stream, sampler.graphs.stream)]
     torch.cuda.empty_cache()
 

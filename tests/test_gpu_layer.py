@@ -138,6 +138,23 @@ def test_the_joint_matrices_are_the_models_weights():
     assert again.out.weight.data_ptr() == attention.o_proj.weight.data_ptr()
 
 
+def test_without_memory_to_join_the_weights_each_is_a_product(monkeypatch):
+    model, some, counts = random_model("qwen2"), texts(), [1, 2, 30]
+    own, cat = own_logits(model, some, counts), torch.cat
+
+    def fails(tensors, *rest, **named):
+        if any(isinstance(x, torch.Tensor) and x.data_ptr() in weights for x in tensors):
+            raise torch.OutOfMemoryError("no memory")
+        return cat(tensors, *rest, **named)
+
+    weights = {layer.mlp.gate_proj.weight.data_ptr() for layer in model.model.layers}
+    monkeypatch.setattr(torch, "cat", fails)
+    hook = Hook(model)
+    assert len(lent(hook)) == model.config.num_hidden_layers
+    assert all(layer.gate_up.weight is None and layer.qkv.weight is not None for layer in lent(hook))
+    torch.testing.assert_close(logits(hook, some, counts), own, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_is_saved_as_before(tmp_path):
     from safetensors.torch import load_file
 
@@ -172,6 +189,21 @@ def test_other_activations_and_replaced_modules_keep_their_code():
     down = model.model.layers[0].mlp.down_proj
     down.forward = down.forward  # as accelerate's hooks do
     assert len(lent(Hook(model))) == model.config.num_hidden_layers - 1
+    model = random_model("llama")
+    heard = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *given: heard.append(given))
+    ours = Hook(model)
+    assert len(lent(ours)) == model.config.num_hidden_layers - 1 and heard
+    assert ours.notes[0].startswith("1 layers run on the model's own code")
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute"), ValueError("not enough values")])
+def test_remote_code_with_the_name_of_a_known_layer_keeps_its_code(monkeypatch, error):
+    def lacks(self, layer, window):
+        raise error
+
+    monkeypatch.setattr(gpu_layer.Layer, "__init__", lacks)
+    assert not Hook(random_model("llama")).replaced
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])

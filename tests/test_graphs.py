@@ -224,6 +224,30 @@ def test_capturing_touches_no_text(block_tables, monkeypatch, plain, works):
     assert (len(captured) > 2, sampler.notes) == ((True, []) if works else (False, said))
 
 
+def test_running_out_of_memory_in_a_capture_is_no_reason_never_to_capture(block_tables, monkeypatch, plain):
+    """As in a step: rows are given up, and what did not fit is captured later."""
+    captured = []
+
+    def graph(self, shape):
+        captured.append(shape)
+        if len(captured) == 1:
+            try:
+                raise torch.OutOfMemoryError("no memory")
+            finally:  # as the capture's end does
+                raise RuntimeError("operation failed due to a previous error during capture")
+        return SimpleNamespace(replay=partial(self._step, shape))
+
+    monkeypatch.setattr(DecodeGraphs, "_graph", graph)
+    sampler = make_sampler(tiny_model("qwen3"), eos_ids=ENDS, max_rows=7, **OPTIONS)
+    sampler.graphs.eager = ""
+    for request in mixed_requests()[:8]:
+        sampler.add(request)
+    for sample in sampler.run():
+        assert sample.token_ids == plain[sample.request.key].token_ids
+    assert len(captured) > 1 and not sampler.graphs.eager
+    assert [note for note in sampler.notes if note.startswith("out of memory")]
+
+
 def test_a_draw_among_too_many_ties_is_left_to_the_caller(block_tables, bursts, monkeypatch):
     """A head that gives every 100 ids the same logit: top-k keeps ties, so 64 candidates are too few. The burst
     is cut there, the next step draws from the whole vocabulary, and the texts are those of single steps."""

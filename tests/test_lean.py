@@ -691,6 +691,17 @@ def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
     assert "differs" in installed.why and not installed.layers and "forward" not in vars(model.model.layers[0])
 
 
+def test_without_memory_to_check_it_the_model_keeps_its_code(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(lean, "_agrees", fails)
+    model = random_model("qwen2")
+    give_lora(model)
+    examine(model)
+    assert lean.install(model).why == "no memory is left to check it"
+
+
 def test_what_stands_against_it_is_said():
     def why(change) -> str:
         model = random_model("qwen2")

@@ -105,6 +105,11 @@ def test_every_command_parses_and_names_files_that_exist(bench, tiny):
     ]
 
 
+def test_every_kernel_is_tested_compiled(bench):
+    kernels = {path.name.removesuffix("_triton.py") for path in (bench.ROOT / "kernels").glob("*_triton.py")}
+    assert len(kernels) >= 4 and kernels | {"gpu_layer"} <= {*bench.KERNEL_TESTS}
+
+
 def test_figures_that_are_kept_say_what_commit_they_are_of(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.harness, "RESULTS", bench.ROOT / "bench" / "results")
     written = {}

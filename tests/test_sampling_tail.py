@@ -78,6 +78,9 @@ def test_penalised_logits_and_winners(path, V, dtype, Q):
     # without the ranking nothing else changes
     alone = sampling_tail.tail(logits, rules, noise, free, ranked=False)
     assert torch.equal(alone.tokens, tokens) and torch.equal(alone.finite, finite)
+    # rows of a wider matrix, as of a padded head
+    wide = torch.cat([logits, logits], 1)[:, :V]
+    assert torch.equal(sampling_tail.tail(wide, rules, noise, free, ranked=False).tokens, tokens)
 
 
 def test_noise_is_that_of_the_definition(path):

@@ -23,6 +23,7 @@ from lengthen import cli
 # torch's name: (module that has the kernels, major compute capabilities that torch gives it)
 MODULES = {"FA3": ("flash_attn_interface", (9,)), "FA4": ("flash_attn.cute.interface", (9, 10))}
 LENGTHS = (257, 40, 1)  # of the samples that are compared; three blocks of keys and less than one
+LAST = 17  # of their tokens, whose outputs are compared alone
 CLOSE = 2e-2  # of the largest value, in bf16
 
 
@@ -72,7 +73,8 @@ def activated(device: torch.device, head: int) -> bool:
 
 
 def _probe(device: torch.device, head: int) -> list[Tensor]:
-    """Output and gradients of what is in place, over packed samples, with grouped heads, without a window and with."""
+    """Output and gradients of what is in place, over packed samples, with grouped heads, without a window and with; and
+    the output of the last tokens of each sample alone, as a prompt's chunk asks for it."""
     generator = torch.Generator(device).manual_seed(0)
     ends = torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
     shapes = [(sum(LENGTHS), heads, head) for heads in (4, 2, 2, 4)]
@@ -85,4 +87,13 @@ def _probe(device: torch.device, head: int) -> list[Tensor]:
         state = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
         backward = torch.ops.aten._flash_attention_backward
         found += [out, lse, *backward(dout, q, k, v, out, lse, *row, 0.0, True, *state, **sides)]
-    return [x.float() for x in found]
+    # Fewer queries than keys: the last query sees all keys. Heads side by side in one matrix, as a joint product gives.
+    joint = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+    q, k, v = (x.unflatten(1, (-1, head)) for x in joint.split([x.shape[1] * head for x in (q, k, v)], 1))
+    counts = torch.tensor([min(n, LAST) for n in LENGTHS], device=device)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    first = int(starts[-1])
+    row = starts, ends, LAST, max(LENGTHS)
+    sides["window_size_left"] = -1
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q[:first], k, v, *row, 0.0, True, False, **sides)
+    return [x.float() for x in (*found, out, lse)]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from kernels.attention import Turn
 from kernels.layer_passes import rms_norm, swiglu
+from lengthen.models.cards import out_of_memory
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.lora import LoraLinear
 from lengthen.sampling.attend_gpu import TableBatch
@@ -49,6 +50,7 @@ class Product:
         self.weight = self.bias = None  # [sum of outs, in], [sum of outs]: of plain layers
         if all(type(base) is nn.Linear for base in self.bases):
             self.weight, self.sizes = as_one(self.bases), [base.out_features for base in self.bases]
+        if self.weight is not None:
             biases = [b.weight.new_zeros(len(b.weight)) if b.bias is None else b.bias for b in self.bases]
             if any(base.bias is not None for base in self.bases):
                 self.bias = torch.cat(biases)
@@ -82,8 +84,11 @@ class Product:
                 ys[i].addmm_(part, B)
 
 
-def as_one(layers: Sequence[nn.Linear]) -> Tensor:
-    """[sum of outs, in]: the layers' weights, which become its rows. Not again where they are that already."""
+def as_one(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """[sum of outs, in]: the layers' weights, which become its rows. Not again where they are that already.
+
+    None where no memory is left to join them: each is a product of its own then.
+    """
     weights = [layer.weight.data for layer in layers]
     first, rows, width = weights[0], sum(map(len, weights)), weights[0].shape[1]
     ends, end = [], first.data_ptr()
@@ -92,7 +97,12 @@ def as_one(layers: Sequence[nn.Linear]) -> Tensor:
         end += weight.numel() * weight.itemsize
     if all(ends) and first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() >= end:
         return first.as_strided((rows, width), (width, 1))
-    joint = torch.cat(weights)  # [rows, width]
+    try:
+        joint = torch.cat(weights)  # [rows, width]
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
     for layer, part in zip(layers, joint.split([len(weight) for weight in weights]), strict=True):
         layer.weight.data = part
     return joint
@@ -151,7 +161,8 @@ def known(layer: nn.Module) -> bool:
         type(layer).__name__ in REBUILT_LAYERS
         and len(inside) == 7
         and kinds <= {"Linear", "Linear4bit"}
-        and not any("forward" in vars(module) for module in layer.modules())  # others have replaced it: it stays
+        # What others have replaced, or listen to, stays.
+        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
     )
 
 
@@ -162,8 +173,12 @@ def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Calla
     if getattr(text, "hidden_act", "silu") not in ("silu", "swish"):
         return []
     layers: list[Any] = [module for module in model.modules() if known(module)]
-    replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
+    try:
+        replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
+    except (AttributeError, ValueError):  # a model's own code, whose classes only have the names
+        return []
     norm: Any = getattr(model.get_decoder(), "norm", None)
-    if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon"):
+    listened = norm is not None and (norm._forward_hooks or norm._forward_pre_hooks)
+    if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon") and not listened:
         replaced.append((norm, Norm(norm)))
     return replaced

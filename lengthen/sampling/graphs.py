@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling_tail import END, NEVER, Noise, Rules, draw_above, lowest, tail
+from lengthen.models.cards import out_of_memory
 from lengthen.sampling.attend_gpu import QUERIES, TableBatch, upload
 from lengthen.sampling.cache import BlockTableCache
 from lengthen.sampling.draw import CANDIDATES, GREEDY, is_free, keep, race, signed, top_candidates
@@ -47,6 +48,7 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.scheduler import Row
 
 STEPS = 8  # per host read: of a text that ends in the middle, 3.5 tokens are computed for nothing on average
+BROKEN: list[Any] = []  # graphs whose capture failed: torch's allocator of pinned memory still points at them
 DRAWS = 64  # of a captured verification, at least: as many logits as may be needed where rows are few
 
 
@@ -311,10 +313,13 @@ class DecodeGraphs:
             try:
                 self.replays[shape] = self._graph(shape).replay
             except RuntimeError as error:
-                first: BaseException = error
-                while first.__context__:  # what broke the capture, not what its end makes of that
-                    first = first.__context__
-                self.eager = f"capturing it failed ({str(first).splitlines()[0]})"
+                chain: list[BaseException] = [error]  # back to what broke the capture
+                while before := chain[-1].__context__:
+                    chain.append(before)
+                if lack := [one for one in chain if out_of_memory(one)]:
+                    del self.replays[shape]  # the caller gives up rows, and this may be captured then
+                    raise lack[0] from None
+                self.eager = f"capturing it failed ({str(chain[-1]).splitlines()[0]})"
                 self._say()
 
     def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
@@ -384,7 +389,8 @@ def queries_of(rows: Sequence[Row]) -> int:
 def capture(step: Callable, reset: Callable, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """`step` as a graph. It runs twice before, which compiles what has to be compiled, each time after `reset`.
 
-    RuntimeError where it cannot be captured. torch is then as it was: its stream, its memory pools, its settings.
+    RuntimeError where it cannot be captured. torch's stream, pools of device memory and settings are then as they
+    were; its allocator of pinned memory goes on pointing at the graph, which is kept (BROKEN).
     """
     now, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
     stream.wait_stream(now)
@@ -429,6 +435,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> I
         finally:
             graph.capture_end()
     except BaseException:
+        BROKEN.append(graph)
         with suppress(RuntimeError):  # where the capture's own end has done it
             torch._C._cuda_endAllocateToPool(device.index or 0, pool)
             torch._C._cuda_releasePool(device.index or 0, pool)

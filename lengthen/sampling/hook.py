@@ -191,7 +191,13 @@ class Hook:
             self._refuse(why)
         windows = {layer: shape.window for layer, shape in batch.shapes.items()}
         self.replaced = lender(self.device)(self.model, windows)
-        why = dropped = self._judge("a pass split over pages", split, ids, own)
+        try:
+            why = self._judge("a pass split over pages", split, ids, own)
+        except (AttributeError, TypeError, ValueError) as error:  # remote code with the name of a known layer
+            if not self.replaced:
+                raise
+            why = f"{type(error).__name__}: {error}"
+        dropped = why
         if why and self.replaced:  # a model of a known kind that is not quite that: its own code serves it
             self.replaced = []
             why = self._judge("a pass split over pages", split, ids, own)
