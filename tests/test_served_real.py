@@ -44,6 +44,8 @@ DRAFTS = {
 class Engine:
     """vLLM as docs/more_than_one_gpu.md starts it; `kill` is SIGKILL."""
 
+    rows = 32
+
     def __init__(self, log: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -55,7 +57,7 @@ class Engine:
         model = load_tokenizer("smollm2").name_or_path  # the converted folder
         words = [ENGINE, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base"]
         words += ["--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--generation-config", "vllm"]
-        words += ["--enable-lora", "--max-lora-rank", "16", "--max-num-seqs", "32", "--host", "127.0.0.1"]
+        words += ["--enable-lora", "--max-lora-rank", "16", "--max-num-seqs", str(self.rows), "--host", "127.0.0.1"]
         words += ["--port", str(self.port), "--logits-processors", "lengthen.sampling.penalty_scope:PenaltyScope"]
         own = {"PYTHONPATH": str(ROOT), "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         own |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -234,6 +236,8 @@ def test_a_run_whose_stage_and_then_whose_server_is_killed_goes_on(tmp_path, eng
         assert process.poll() is None
         time.sleep(0.05)
     engine.kill()
+    # On a CPU, vLLM 0.32 with --enable-lora ends where a given text is scored beside another one (docs/log.md).
+    engine.rows = 1
     engine.start()
     assert process.wait() == 0, "it waits for the server, which is back within ten minutes"
     assert records(drafts).keys() >= {json.loads(line)["id"] for line in before.splitlines()}
