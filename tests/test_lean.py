@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from bench.loss import peak_bytes
 from lengthen.models import lora
 from lengthen.models.exact import dense_weight
-from lengthen.models.loading import embeddings_to_host
+from lengthen.models.loading import embeddings_to_host, load_model
 from lengthen.training import lean_layer as lean
 from lengthen.training import lean_linears, offload
 from lengthen.training.budget import Budget, lean_backward, lean_kept
@@ -777,3 +777,13 @@ def test_on_a_gpu_every_way_gives_the_models_numbers(family):
         installed.set(settings)
         assert apart(found(), own) < 5e-2, settings
     torch.cuda.synchronize()
+
+
+@pytest.mark.real_model
+def test_smollm2_has_lean_layers():
+    """In fp32: a bound of 1e-4 refused it for a LoRA gradient that nearly cancels, and said so in a note only."""
+    loaded = load_model("smollm2", train=True, dtype="float32")
+    lora.attach(loaded.model, rank=8, alpha=16)
+    examine(loaded.model)
+    loaded.model.train()
+    assert len(lean.install(loaded.model).layers) == 30
