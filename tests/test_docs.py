@@ -14,7 +14,7 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = ("run", "generate", "extend", "train", "evaluate")
 OTHER_TOOLS = {"--no-deps", "--dist", "--check", "--nproc-per-node"}  # pip, pytest, ruff, ...
 OTHER_TOOLS |= {f"--{name}" for name in ("generation-config", "data-parallel-size", "api-server-count")}  # vLLM's
-OTHER_TOOLS |= {f"--{name}" for name in ("enable-lora", "max-lora-rank", "logits-processors")}
+OTHER_TOOLS |= {f"--{name}" for name in ("enable-lora", "max-lora-rank", "max-num-seqs", "logits-processors")}
 OTHER_TOOLS |= {f"--{name}" for name in ("repo-type", "include", "exclude")}  # hf's
 IMAGE = re.compile(r'!\[[^\]]*\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"')
 
