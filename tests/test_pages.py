@@ -1,6 +1,6 @@
 """pytest tests/test_pages.py: the documents' commands run, and docs/tour.ipynb is docs/tour.md, run.
 
-python -m pytest -m real_model tests/test_pages.py
+python -m pytest -m pages tests/test_pages.py
 """
 
 import re
@@ -19,7 +19,7 @@ WITH_CODE = [
 ]
 
 
-@pytest.mark.real_model
+@pytest.mark.pages
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_every_command_runs(path: Path, tmp_path: Path) -> None:
     """In order, in a copy of the tree, from an empty runs/."""
