@@ -31,6 +31,7 @@ LACKS = {
     "vllm serve": "vLLM and a GPU",
     "/v1": "a server that answers",
     "LENGTHEN_ENGINE_PYTHON": "vLLM",
+    "runs/demo": "the demo's run",
     "Qwen/": "a network, or 15 GB of weights",
 }
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
