@@ -1,7 +1,8 @@
-"""How near a layer computed here is to the truth: the model's own code in fp32, beside that code in the model's dtype.
+"""How near a layer computed here is to the truth: the model's own code in a wider dtype, beside it in the model's own.
 
 Two roundings of one layer may differ by more than any bound would allow: with key biases of 200 (Qwen2.5) attention is
-so sharp that bf16 is a tenth apart from bf16. What both can be held to is their distance from fp32.
+so sharp that bf16 is a tenth apart from bf16; in fp32 a gradient may all but cancel. What both can be held to is their
+distance from fp32, or from fp64.
 """
 
 import copy
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+
+# dtype of a model -> (that of the truth, the share of the truth that an error may always have)
+WIDER = {torch.bfloat16: (torch.float32, 1e-3), torch.float16: (torch.float32, 1e-3), torch.float32: (torch.float64, 1e-4)}
 
 
 def dense_weight(linear: Any) -> Tensor:
@@ -26,12 +31,12 @@ def dense_weight(linear: Any) -> Tensor:
     return bnb.dequantize_4bit(weight.data, weight.quant_state)
 
 
-def in_fp32(layer: nn.Module) -> nn.Module:
-    """A copy of a decoder layer in fp32; 4-bit weights are dense in it."""
+def in_dtype(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a decoder layer; 4-bit weights are dense in it."""
     twins: dict[int, Any] = {}  # what copy.deepcopy takes as copied already: every tensor, so that none is held twice
 
     def wide(x: Tensor, trained: bool = False) -> nn.Parameter:
-        return nn.Parameter(x.detach().float(), requires_grad=trained)
+        return nn.Parameter(x.detach().to(dtype), requires_grad=trained)
 
     for module in layer.modules():
         if isinstance(module, nn.Linear):  # or bitsandbytes' Linear4bit, which is one
@@ -44,9 +49,9 @@ def in_fp32(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, twins)
 
 
-def widened(given: Any) -> Any:
-    """Arguments with their floating-point tensors in fp32."""
-    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, given)
+def given_in(dtype: torch.dtype, given: Any) -> Any:
+    """Arguments with their floating-point tensors in that dtype."""
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
 
 
 def squared_errors(ours: Sequence[Tensor], own: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
@@ -58,8 +63,8 @@ def squared_errors(ours: Sequence[Tensor], own: Sequence[Tensor], exact: Sequenc
     return torch.stack([torch.stack(part) for part in parts])
 
 
-def as_near(squares: Tensor) -> bool:
-    """Whether all our errors are at most a quarter above the own code's, and 1e-3 of the truth. squares: as above,
+def as_near(squares: Tensor, share: float) -> bool:
+    """Whether all our errors are at most a quarter above the own code's, and `share` of the truth. squares: as above,
     perhaps sums of several draws: a few tokens make most of an error, and by chance one code's is twice the other's."""
     error, bound, size = squares.sqrt().T
-    return bool((error <= 1.25 * bound + 1e-3 * size + 1e-30).all())
+    return bool((error <= 1.25 * bound + share * size + 1e-30).all())

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
-from lengthen.models.exact import as_near, in_fp32, squared_errors, widened
+from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.flash import dense
 from lengthen.records import UserError
@@ -245,6 +245,7 @@ class Hook:
             return False
         parts.append(decoder.norm)  # with what it is given, the logits are those of the own pass
         squares = torch.zeros(len(parts), 3, dtype=torch.float64)
+        dtype, share = WIDER[self.dtype]
         for draw in range(DRAWS):
             some = (ids + 104_729 * draw) % self.model.config.get_text_config().vocab_size
             calls, own = self._watch(parts, partial(self.model, input_ids=some[None], use_cache=False))
@@ -253,11 +254,11 @@ class Hook:
                 return False
             for i, part in enumerate(parts):
                 ((args, named, theirs),) = calls[part]
-                wide_args, wide_named = widened((args, named))
-                exact = _first(in_fp32(part)(*wide_args, **wide_named))
+                wide_args, wide_named = given_in(dtype, (args, named))
+                exact = _first(in_dtype(part, dtype)(*wide_args, **wide_named))
                 mine = torch.cat([out for *_, out in found[part]], 1)
                 squares[i] += squared_errors([mine], [theirs], [exact])[0].cpu()
-            if as_near(squares):
+            if as_near(squares, share):
                 return True
         return False
 

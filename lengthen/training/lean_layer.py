@@ -37,7 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
 from lengthen.models.cards import out_of_memory
-from lengthen.models.exact import as_near, in_fp32, squared_errors, widened
+from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
 from lengthen.models.families import REBUILT_LAYERS
 from lengthen.models.flash import attend_backward, attend_saving_lse, unserved
 from lengthen.models.lora import LoraLinear
@@ -425,19 +425,17 @@ def _watch(decoder: Any, layers: list[nn.Module]) -> tuple[list[Call], dict[nn.M
 def _agrees(layer: LeanLayer, given: Call) -> bool:
     """Whether output and gradients of `layer` are about as close to the truth as those of the model's own code.
 
-    The truth is the model's own code in fp32. Two roundings of one layer may differ by more than any bound would allow:
-    with key biases of 200 (Qwen2.5) attention is so sharp that bf16 is a tenth apart from bf16. A few tokens make most
-    of that error then, and by chance one code's is twice the other's: errors are added up over up to DRAWS draws.
+    The truth is the model's own code in a wider dtype (models/exact.py). A few tokens make most of an error, and by
+    chance one code's is twice the other's: errors are added up over up to DRAWS draws.
     """
-    rounded = given[0][0].dtype in (torch.bfloat16, torch.float16)
-    twin = LeanLayer(in_fp32(layer.module), layer.scaling, layer.window, layer.host) if rounded else layer
-    wide = widened(given) if rounded else given
-    squares = torch.zeros(3, dtype=torch.float64)
-    for draw in range(DRAWS if rounded else 1):
+    dtype, share = WIDER[given[0][0].dtype]
+    twin = LeanLayer(in_dtype(layer.module, dtype), layer.scaling, layer.window, layer.host)
+    wide, squares = given_in(dtype, given), torch.zeros(3, dtype=torch.float64)
+    for draw in range(DRAWS):
         own, lean = (_results(f, layer.loras, given, draw) for f in (layer.module.forward, layer))
-        exact = _results(twin.module.forward, twin.loras, wide, draw) if rounded else own
+        exact = _results(twin.module.forward, twin.loras, wide, draw)
         squares = squares + squared_errors(lean, own, exact).cpu()
-        if as_near(squares):
+        if as_near(squares, share):
             return True
     return False
 
