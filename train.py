@@ -203,10 +203,11 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     import torch.nn.functional as F
 
     from kernels.linear_cross_entropy import linear_cross_entropy
-    from lengthen.training.packed import pack, upload
+    from lengthen.models.upload import upload
+    from lengthen.training.packed import pack
 
     # The sum, not the mean: train_step divides by the targets of all rows, so that a token counts the same in each.
-    index, targets = upload(targets_of(pairs), model.device)  # int64 [num_targets]
+    index, targets = upload(targets_of(pairs), torch.long, model.device)  # int64 [num_targets]
     row = pack([p.ids for p in pairs], model.device)
     # A model whose attention cannot be packed exactly gets rows of one sample, and its own attention.
     inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}

@@ -151,12 +151,9 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     """`ask`, in this process."""
     import torch
 
-    from lengthen.models.loading import DTYPES, NF4_BELOW, context_length, load_config, load_tokenizer
     from lengthen.sampling.meter import bandwidth
-    from lengthen.training import lean_layer, shapes
     from lengthen.training.budget import NF4_BYTES
-    from lengthen.training.plan import measured_flops, peak_flops
-    from lengthen.training.policy import budget_of
+    from lengthen.training.plan import measured_flops, outline_of, peak_flops
 
     known = card_named(card)
     gpu = torch.device("cuda") if not known and torch.cuda.is_available() and flags.device != "cpu" else None
@@ -171,13 +168,8 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     if not flops:
         raise UserError(f"no plan for {name}: how fast it is with bf16 is not known", '--plan "A10", or another card')
     cuda = bool(gpu or known)
-    dtype = DTYPES[flags.dtype] if flags.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
-    nf4 = flags.quantize == "nf4" or (flags.quantize == "auto" and cuda and size < NF4_BELOW)
-    config = load_config(flags.model, flags.trust_remote_code)
-    context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
-    empty = shapes.meta_model(config, dtype)
-    lean = not lean_layer.stands_against(empty, torch.device("cuda" if cuda else "cpu"), dtype)
-    budget = budget_of(lora, memory, adam_bits, empty, dtype, nf4=nf4, cuda=cuda, lean=lean)
+    device = torch.device("cuda" if cuda else "cpu")
+    budget, context, _, quantize = outline_of(flags, lora, memory, adam_bits, device, size * cuda)
     shape, static, room = budget.shape, budget.static(), 1e9 * memory.vram or size
     head = float(shape.vocab * shape.hidden)
     lengths = [TABLE_FROM << i for i in range(20) if i < 2 or TABLE_FROM << i < 2 * context]  # a line has two ends
@@ -193,7 +185,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
         linear=float(shape.linear),
         head=head,
         weights=sum(static[part] for part in ("linear weights", "embedding and head", "norms and biases")),
-        step=shape.linear * (NF4_BYTES + 2 * shape.item if nf4 else shape.item) + head * shape.item,
+        step=shape.linear * (NF4_BYTES + 2 * shape.item if quantize == "nf4" else shape.item) + head * shape.item,
         kv=2.0 * shape.layers * shape.key * shape.item,
         adapter=4.0 * shape.lora,
         training=tuple((n, budget.flops_per_token(n, how), budget.card_bytes(how, n)) for n, how in chosen),

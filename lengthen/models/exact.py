@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-
 # dtype of a model -> (that of the truth, the share of the truth that an error may always have)
-WIDER = {torch.bfloat16: (torch.float32, 1e-3), torch.float16: (torch.float32, 1e-3), torch.float32: (torch.float64, 1e-4)}
+WIDER = {
+    **dict.fromkeys((torch.bfloat16, torch.float16), (torch.float32, 1e-3)),
+    **dict.fromkeys((torch.float32, torch.float64), (torch.float64, 1e-4)),
+}
 
 
 def dense_weight(linear: Any) -> Tensor:

@@ -17,17 +17,13 @@ from torch import Tensor
 
 from kernels.attention import Pages, Turn, paged_attention, place, read_pool, store_pages
 from lengthen.models.flash import Bounds, attend_chunks
+from lengthen.models.upload import upload
 from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
 # B decoding texts, T packed tokens, S tokens in a page, D head size, Hq query heads, Hkv key heads,
 # Q = the most tokens that one of the texts has in a pass: 1, more with drafts.
 QUERIES = (1, 2, 4, 8)  # Q is rounded up to one of these: each has kernels, and graphs, of its own
-
-
-def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, queued after what runs there: the host does not wait for it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Pages
+from lengthen.models.upload import upload
 from lengthen.records import UserError
 from lengthen.sampling import attend_cpu, attend_gpu
 from lengthen.sampling.batch import Batch
@@ -72,7 +73,7 @@ class PagedCache(PagePool, ABC):
         assert isinstance(theirs, PagedCache)
         if not source:
             return
-        here, there = attend_gpu.upload([list(target), list(source)], torch.long, self.device)
+        here, there = upload([list(target), list(source)], torch.long, self.device)
         for layer in self.layers:
             for ours, others in zip(self._tensors(layer), theirs._tensors(layer), strict=True):
                 ours[here] = others[there]  # a gather, then a scatter: overlapping pages are safe

@@ -34,7 +34,7 @@ from kernels.linear_cross_entropy import plain_head
 from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.threads import Neighbours
-from lengthen.sampling.attend_gpu import upload
+from lengthen.models.upload import upload
 from lengthen.sampling.cache import BlockTableCache, bytes_per_token
 from lengthen.sampling.draw import NOT_FINITE, Drawer
 from lengthen.sampling.graphs import DecodeGraphs

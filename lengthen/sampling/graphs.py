@@ -41,7 +41,8 @@ from torch import Tensor
 
 from kernels.sampling_tail import END, NEVER, Noise, Rules, draw_above, lowest, tail
 from lengthen.models.cards import out_of_memory
-from lengthen.sampling.attend_gpu import QUERIES, TableBatch, upload
+from lengthen.models.upload import pinned, upload
+from lengthen.sampling.attend_gpu import QUERIES, TableBatch
 from lengthen.sampling.cache import BlockTableCache
 from lengthen.sampling.draw import CANDIDATES, GREEDY, is_free, keep, race, signed, top_candidates
 from lengthen.sampling.hook import Hook
@@ -255,7 +256,7 @@ class DecodeGraphs:
 
     def _upload(self, target: Tensor, values: list) -> None:
         """Queued after what runs, without waiting for it."""
-        target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
+        target.copy_(pinned(values, target.dtype, target.device), non_blocking=True)
 
     def _reserve(self, rows: Sequence[Row], ahead: int) -> int:
         """Gives the rows pages for a burst that begins `ahead` tokens after their ids; returns its steps, fewer than

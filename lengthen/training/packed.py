@@ -9,7 +9,6 @@ would be wrong without any error. So `examine` compares packed with alone on the
 a model that fails gets one sample per row and its own attention.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_cross_entropy import Head, plain_head
 from lengthen.models.flash import dense, flash_autograd
+from lengthen.models.upload import upload
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
@@ -51,18 +51,10 @@ def pack(samples: list[list[int]], device: torch.device | str = "cpu") -> Row:
     """Token ids of N samples -> one row."""
     lengths = [len(s) for s in samples]
     positions = np.concatenate([np.arange(n) for n in lengths])
-    ids, places = upload([np.concatenate([np.asarray(s, np.int64) for s in samples]), positions], device)
-    (ends,) = upload([np.cumsum([0, *lengths])], device)
+    device = torch.device(device)
+    ids, places = upload(np.stack([np.concatenate(samples), positions]), torch.long, device)
+    ends = upload(np.cumsum([0, *lengths]), torch.long, device)
     return Row(ids[None], places[None], ends.int(), max(lengths))
-
-
-def upload(columns: Sequence[Any], device: torch.device | str) -> Tensor:
-    """Columns of numbers, all of one length -> int64 [columns, length] there, in one copy that the host does not wait
-    for."""
-    # through NumPy: torch takes a list number by number, in milliseconds for a long row
-    numbers = torch.from_numpy(np.stack([np.asarray(column, np.int64) for column in columns]))
-    cuda = torch.device(device).type == "cuda"
-    return (numbers.pin_memory() if cuda else numbers).to(device, non_blocking=cuda)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lengthen import cli
+from lengthen.cli import ModelFlags
 from lengthen.models.cards import CARDS, card_named
 from lengthen.models.loading import (
     check_rows,
@@ -22,33 +23,49 @@ from lengthen.models.loading import (
 from lengthen.training import lean_layer, shapes
 from lengthen.training.budget import GENERIC_CHECKPOINTS, Budget
 from lengthen.training.policy import budget_of, room_of
-from lengthen.training.settings import CHECKPOINTS, MAX_LENGTH, MemoryFlags, Recompute, Training
+from lengthen.training.settings import CHECKPOINTS, MAX_LENGTH, LoraFlags, MemoryFlags, Recompute, Training
+
+
+class Outline(NamedTuple):
+    """A model as loading would make it on a device, without its weights."""
+
+    budget: Budget
+    context: int  # tokens
+    dtype: torch.dtype
+    quantize: str  # "none" or "nf4"
+
+
+def outline_of(
+    flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags, adam_bits: int, device: torch.device, size: float
+) -> Outline:
+    """What a training of the model takes there. size: bytes of a GPU's memory, 0 = a CPU. UserError as loading."""
+    config = load_config(flags.model, flags.trust_remote_code)
+    context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
+    dtype, _ = choose_dtype(flags.dtype, device)
+    quantize, _ = choose_quantize(flags.quantize, device, size, config, flags.model)
+    model = shapes.meta_model(config, dtype)
+    if quantize == "nf4" and device.type == "cpu":
+        check_rows(flags.model, model)
+    if memory.embeddings == "host":
+        embeddings_to_host(model)
+    kind = {"nf4": quantize == "nf4", "cuda": device.type == "cuda"}
+    lean = not lean_layer.stands_against(model, device, dtype)
+    return Outline(budget_of(lora, memory, adam_bits, model, dtype, lean=lean, **kind), context, dtype, quantize)
 
 
 def show_plan(training: Training) -> None:
     """Print it: lines for people on stderr, one JSON record on stdout. Loads no weights."""
     flags, memory = training.model, training.memory
-    config = load_config(flags.model, flags.trust_remote_code)
-    context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
     # With --vram any GPU of that size, which need not be in this machine: without an index.
     device = torch.device("cuda") if memory.vram else choose_device(flags.device)[0]
     cuda = device.type == "cuda"
     memory = replace(memory, vram=memory.vram or memory_of(device) / 1e9)
-    dtype, _ = choose_dtype(flags.dtype, device)
-    quantize, _ = choose_quantize(flags.quantize, device, 1e9 * memory.vram, config, flags.model)
-    nf4 = quantize == "nf4"
-
-    model = shapes.meta_model(config, dtype)
-    if nf4 and device.type == "cpu":
-        check_rows(flags.model, model)
-    if memory.embeddings == "host":
-        embeddings_to_host(model)
-    lean = not lean_layer.stands_against(model, device, dtype)
-    budget = budget_of(training.lora, memory, training.optimizer.adam_bits, model, dtype, nf4=nf4, cuda=cuda, lean=lean)
+    adam_bits = training.optimizer.adam_bits
+    budget, context, dtype, quantize = outline_of(flags, training.lora, memory, adam_bits, device, 1e9 * memory.vram)
     room = room_of(memory, budget, device)
     tokens = training.pairs.max_length or min(MAX_LENGTH[training.pairs.role], context)
     where = f"a card of {memory.vram:g} GB" if cuda else "this CPU" if device.type == "cpu" else str(device)
-    weights = ("nf4, " if nf4 else "") + str(dtype).removeprefix("torch.")
+    weights = ("nf4, " if quantize == "nf4" else "") + str(dtype).removeprefix("torch.")
     cli.say(f"{flags.model} on {where}: rank {training.lora.rank}, {weights}, one row of {tokens:,} tokens")
 
     lines, record = table(budget, memory, tokens, room)
