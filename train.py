@@ -415,7 +415,7 @@ def run_steps(
             if skips > SKIPS_ALLOWED:
                 raise UserError(
                     f"{skips} steps in a row were skipped: {result.skipped} (last: step {step + 1})",
-                    "a lower --learning-rate, or --dtype float32; the last checkpoint is kept",
+                    "a lower --learning-rate with --overwrite, or --dtype float32 with --overwrite",
                 )
             # Not after the last step: the adapter follows at once. A kill costs at most save_every steps.
             if (step + 1) % training.runtime.save_every == 0 and step + 1 < total:

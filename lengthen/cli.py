@@ -108,6 +108,11 @@ def not_empty(text: str) -> str:
     return text
 
 
+def name_or_path(text: str) -> str:
+    """An argparse type: a shell leaves the ~ of --model=~/m as it is."""
+    return os.path.expanduser(not_empty(text))
+
+
 def device(text: str) -> str:
     """An argparse type: auto, or a device that the sampler and the training serve."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
@@ -225,8 +230,8 @@ class InputFlags:
 class ModelFlags:
     """Which model a stage loads, and how."""
 
-    model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)")
-    adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model")
+    model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)", name_or_path)
+    adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model", os.path.expanduser)
     device: str = flag("auto", "auto = cuda where there is one, else cpu", device)
     dtype: str = flag("auto", "auto = bf16 on CUDA, else fp32", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str = flag("auto", "auto = nf4 on CUDA below 40 GB, else none", choices=("auto", "none", "nf4"))
@@ -410,12 +415,13 @@ def cache_elsewhere() -> None:
         cache = Path.home() / ".cache"
     except RuntimeError:  # a user without a home
         cache = Path("/dev/null")
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if there.is_dir() and os.access(there, os.W_OK):
+    # os.path's, not pathlib's: a folder that may not be looked into is not there, and no PermissionError.
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
+    if os.path.isdir(there) and os.access(there, os.W_OK):
         return
     elsewhere = Path(tempfile.gettempdir()) / f"self-lengthen-{os.getuid()}"
     say_once(f"{cache} cannot be written: caches are in {elsewhere}; XDG_CACHE_HOME names another folder")
-    if (cache / "huggingface").is_dir():  # models that are there already are still found
+    if os.path.isdir(cache / "huggingface"):  # models that are there already are still found
         os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
     os.environ["XDG_CACHE_HOME"] = str(elsewhere)
     os.environ.setdefault("TRITON_CACHE_DIR", str(elsewhere / "triton"))
