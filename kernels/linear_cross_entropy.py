@@ -18,7 +18,7 @@ The last line is the usual sum_j (p_j - [j = t]) W_j, with p_t - 1 = -S / (1 + S
 dh is known as soon as its S is, so it is finished in the forward pass: two matrix products (z and E W), the floor for
 an exact gradient. Bias, scale and softcap enter through z; dz/d(h.W) = logit_scale * (1 - (z / softcap)^2) multiplies
 E_j and the target's term of dh.
-exp overflows in fp32 where another logit lies 88 above the target's. Rows with S >= e^60 are flagged on the device, the
+exp overflows in fp32 where another logit lies 89 above the target's. Rows with S >= e^60 are flagged on the device, the
 flag is read once after all work is queued, and those rows are computed again relative to their largest logit.
 
 Shapes: hidden [T, H], weight [V, H], targets [T], all on one device; bf16, fp16, fp32 or fp64; the loss is fp32 (fp64
