@@ -111,7 +111,7 @@ def methods(device: str, dtype: torch.dtype, softcap: float | None) -> tuple[dic
     """-> (what can run here, why the rest cannot)."""
 
     def ours(path):
-        return lambda h, w, t, cap: linear_cross_entropy(h, w, t, softcap=cap, path=path)
+        return lambda h, w, t, cap: linear_cross_entropy(h, w, t, softcap=cap, path=path) / len(t)
 
     have, missing = {}, {}
     if device == "cuda" and dtype == torch.bfloat16:

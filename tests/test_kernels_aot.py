@@ -73,9 +73,8 @@ def compile_kernel(kernel, meta: dict, types: dict, arch: int, warps: int, stage
 
 def compile_one(kernel, meta: dict, arch: int, warps: int, stages: int) -> dict:
     types = dict.fromkeys(kernel.arg_names, "bf16")
-    types |= dict.fromkeys(("zt_ptr", "part_ptr", "coef_ptr", "sums_ptr", "u_ptr", "z_ptr"), "fp32")
-    types |= dict.fromkeys(("t_ptr", "rows_ptr"), "i64")
-    return compile_kernel(kernel, meta, types, arch, warps, stages)
+    types |= dict.fromkeys(("zt_ptr", "part_ptr", "sums_ptr", "u_ptr", "z_ptr"), "fp32")
+    return compile_kernel(kernel, meta, {**types, "t_ptr": "i64"}, arch, warps, stages)
 
 
 # ---- what is compiled ------------------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ def compile_loss(arch: int) -> dict:
     meta = {"HAS_BIAS": True, "HAS_CAP": True, "BLOCK": 1024}
     report["target"] = compile_one(fast._target_kernel, meta, arch, 4, 3)
     # 2048 partial sums: V = 262,144 in tiles of 128
-    meta = {"HAS_CAP": True, "HAS_ROWS": True, "GRAD": True, "EMULATE": False}
+    meta = {"HAS_CAP": True, "GRAD": True, "EMULATE": False}
     report["finish"] = compile_one(fast._finish_kernel, {**meta, "BLOCK_P": 2048, "BLOCK_H": 1024}, arch, 4, 3)
     return report
 
@@ -272,8 +271,7 @@ def variants_of_the_loss() -> dict[str, int]:
                 here = slice(start, start + rows)
                 h, t = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(total, dtype=torch.long)[here]
                 sums = torch.zeros(2, total + rows)[:, here]
-                given = (h, Head(weight), t, torch.ones(total)[here], sums, torch.empty_like(h), None)
-                fast.run_chunk(path, *given)
+                fast.run_chunk(path, h, Head(weight), t, sums, torch.empty_like(h))
     return {name: len(found) for name, found in keys.items()}
 
 
