@@ -29,12 +29,13 @@ label smoothing, z-loss, double backward; a second backward through the same los
 hold it twice; fp64 keeps a copy, for gradcheck) raises.
 """
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import HAS_TRITON
 
 MAX_EXPONENT = 60.0  # S >= e^60 is redone; far below fp32's e^88, so that E W cannot overflow either
 WORKSPACE_BYTES = 340_000_000  # on a GPU, per call: everything but the inputs and the returned dh
@@ -175,8 +176,7 @@ def _choose_path(path: str, hidden: Tensor, weight: Tensor) -> str:
     """What "auto" means here: "fused" or "split" (Triton) for bf16 on CUDA, else "torch". A named path, or an error."""
     if path == "torch":
         return path
-    has_triton = importlib.util.find_spec("triton") is not None
-    if has_triton and hidden.dtype == torch.bfloat16 and weight.stride(1) == 1:
+    if HAS_TRITON and hidden.dtype == torch.bfloat16 and weight.stride(1) == 1:
         from . import linear_cross_entropy_triton as fast
 
         if path != "auto" and (hidden.is_cuda or fast.INTERPRET):

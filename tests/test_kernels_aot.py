@@ -7,7 +7,6 @@ One process per architecture compiles them all, because Triton decides at import
 interpreted. About half a minute each on one core the first time; Triton caches what it compiles.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import cold
 import pytest
+
+from kernels import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 # bytes of shared memory that one block may use (CUDA programming guide, table of compute capabilities)
@@ -209,7 +210,7 @@ FILES = {
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_kernels_fit_the_card(arch):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -276,7 +277,7 @@ def variants_of_the_loss() -> dict[str, int]:
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_the_number_of_rows_compiles_no_variant():
     """It did: one more for a single row, one more for multiples of 16, of each kernel that knows it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
