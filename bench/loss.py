@@ -40,23 +40,17 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import harness
+from models import SHAPES, Shape
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 
-# name: (vocabulary, hidden size, softcap)
-SHAPES = {
-    "Qwen2.5-7B": (152_064, 3584, None),
-    "Llama-3.1-8B": (128_256, 4096, None),
-    "Gemma-2-9B": (256_000, 3584, 30.0),
-    "SmolLM2-135M": (49_152, 576, None),
-}
 GPU_SHAPES = ["Qwen2.5-7B", "Llama-3.1-8B"]
 GPU_TOKENS = [4096, 16_384]
 
 
-def realistic(tokens: int, shape: tuple, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def realistic(tokens: int, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """The recipe of the docstring -> (hidden [T, H], weight [V, H], targets [T])."""
-    vocab, dim, softcap = shape
+    vocab, dim, softcap = shape.vocab, shape.hidden, shape.softcap
     g = torch.Generator(device).manual_seed(0)
     weight = (torch.randn(vocab, dim, generator=g, device=device) / dim**0.5).to(dtype)
     hidden = torch.empty(tokens, dim, dtype=dtype, device=device)
@@ -296,7 +290,7 @@ def cells(row: dict) -> list[str]:
 
 
 def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats: int) -> list[dict]:
-    device, (_, dim, softcap), rows = args.device, SHAPES[name], []
+    device, softcap, rows = args.device, SHAPES[name].softcap, []
     lengths = args.tokens or (GPU_TOKENS if device == "cuda" else [512, 2048])
     hidden, weight, targets = realistic(max(lengths), SHAPES[name], dtype, device)
     have, missing = methods(device, dtype, softcap)
@@ -329,7 +323,7 @@ def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats
             try:
                 low, row["ms"], high = milliseconds(work, device, repeats)
                 row["quartiles_ms"] = [low, high]
-                row["extra_gb"] = (peak_bytes(work, device) - length * dim * h.element_size()) / 1e9
+                row["extra_gb"] = (peak_bytes(work, device) - h.nbytes) / 1e9
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
             rows.append(row)

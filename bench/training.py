@@ -47,8 +47,9 @@ import lengthen  # noqa: F401  before torch
 
 # isort: split
 import torch
+from models import CONTEXT, random_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import train
 from lengthen.models import lora
@@ -62,70 +63,14 @@ from lengthen.training.parallel import Processes
 from lengthen.training.plan import peak_flops
 from lengthen.training.policy import memory_of
 from lengthen.training.settings import LoraFlags, MemoryFlags
-from lengthen.training.shapes import meta_model
 
-SHAPES = {  # name: (family, rank, sizes)
-    "Qwen2.5-7B": ("qwen2", 16, (152_064, 3584, 18_944, 28, 28, 4)),
-    "Llama-3.1-8B": ("llama", 32, (128_256, 4096, 14_336, 32, 32, 8)),
-    "tiny": ("llama", 8, (512, 128, 256, 2, 4, 2)),
-}
+RANKS = {"Qwen2.5-7B": 16, "Llama-3.1-8B": 32, "SmolLM2-135M": 8, "tiny": 8}  # of LoRA, by the model
 METHODS = ("ours", "TRL", "transformers + PEFT", "Unsloth")
 LENGTHS = [4096, 16_384]
 COLUMNS = ["method", "shape", "tokens", "tokens_per_second"]  # of what a method's process says
 COLUMNS += ["of_peak", "peak_gb", "plan_gb", "lean", "longest", "settings"]
-CONTEXT = 1 << 20  # tokens: no method stops at a length of its own
-KEY_BIAS = 60.0  # standard deviation: the largest of a model is then about 240, as in Qwen2.5 (211 in the 0.5B)
 
 Run = Callable[[int, int], tuple[list[float], dict]]  # tokens of a row, steps -> (seconds of each, what is to be said)
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def random_model(shape: str, device: torch.device, nf4: bool) -> PreTrainedModel:
-    """The shape with random weights: linear layers quantised one by one, so that no second copy is ever held."""
-    family, _, (vocab, hidden, inner, layers, heads, keys) = SHAPES[shape]
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = meta_model(config, dtype)
-    if nf4:
-        for name, linear in lora.decoder_linears(model).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantised(linear, device, dtype))
-    torch.manual_seed(0)
-    for place, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                scale = KEY_BIAS if name == "bias" and place.endswith("k_proj") else 0.02
-                value = torch.randn(parameter.shape, device=device, dtype=dtype) * scale
-                ones = parameter.dim() == 1 and name == "weight"  # norms
-                setattr(module, name, nn.Parameter(torch.ones_like(value) if ones else value, requires_grad=False))
-    decoder = model.get_decoder()
-    with device:
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # its buffers were on meta, too
-    return model.eval().requires_grad_(False)
-
-
-def quantised(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    bias = linear.bias is not None
-    layer = Linear4bit(
-        linear.in_features, linear.out_features, bias, dtype, compress_statistics=True, quant_type="nf4", device="meta"
-    )
-    weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=dtype) * 0.02
-    layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
-    return layer
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------------
@@ -266,7 +211,7 @@ def by_steps(model: nn.Module, vocab: int, settings: str) -> Run:
 
 def method_of(args: argparse.Namespace) -> Run:
     """args.worker, on its model."""
-    device, rank = torch.device("cuda" if torch.cuda.is_available() else "cpu"), SHAPES[args.shapes[0]][1]
+    device, rank = torch.device("cuda" if torch.cuda.is_available() else "cpu"), RANKS[args.shapes[0]]
     if args.worker == "Unsloth":
         return with_unsloth(args.unsloth_model, rank, max(args.tokens))
     model = random_model(args.shapes[0], device, nf4=device.type == "cuda")
@@ -349,7 +294,7 @@ def one_by_one(args: argparse.Namespace, report: Callable[[list[dict]], object])
     """
     rows = []
     for shape in args.shapes:
-        print(f"\n{shape}, NF4, rank {SHAPES[shape][1]}, {args.vram or 'all'} GB", file=sys.stderr)
+        print(f"\n{shape}, NF4, rank {RANKS[shape]}, {args.vram or 'all'} GB", file=sys.stderr)
         for method in args.methods:
             if why := missing(method, args):
                 print(f"{method:20}  not measured: {why}", file=sys.stderr)
@@ -435,7 +380,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     p.add_argument("--vram", type=float, default=0.0, help="GB that the allocator may take; 0 = all of the card")
-    p.add_argument("--shapes", nargs="+", choices=[*SHAPES, "SmolLM2-135M"], help="default: the 7B; SmolLM2 on a CPU")
+    p.add_argument("--shapes", nargs="+", choices=RANKS, help="default: the 7B; SmolLM2 on a CPU")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on a GPU")
     p.add_argument("--tokens", nargs="+", type=int, help="lengths; default 4K and 16K, on a CPU 1024")
     p.add_argument("--repeats", type=int, default=10, help="steps of each, on a CPU")
