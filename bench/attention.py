@@ -21,8 +21,8 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,9 +96,7 @@ def seconds(work: Callable, cuda: bool, repeats: int, graph: bool = True) -> flo
             stop.synchronize()
             took = start.elapsed_time(stop) / 1000
         else:
-            began = time.perf_counter()
-            replay()
-            took = time.perf_counter() - began
+            took = harness.seconds(replay, False)
         if i >= 2:
             times.append(took)
     return statistics.median(times)
@@ -148,13 +146,9 @@ def training_row(name: str, tokens: int, cuda: bool, repeats: int) -> list[dict]
         row = {"shape": name, "method": method, "tokens": tokens}
         try:
             for count in (tokens - 72, tokens - 8):
-                given, began = inputs(count), time.perf_counter()
-                call(*given)
-                if cuda:
-                    torch.cuda.synchronize()
-                row["new_ms"] = 1000 * (time.perf_counter() - began)  # the second: whatever is made once is there
-            given = inputs(tokens)
-            row["ms"] = 1000 * seconds(lambda call=call, given=given: call(*given), cuda, repeats, graph=False)
+                work = partial(call, *inputs(count))
+                row["new_ms"] = 1000 * harness.seconds(work, cuda)  # the second: whatever is made once is there
+            row["ms"] = 1000 * seconds(partial(call, *inputs(tokens)), cuda, repeats, graph=False)
         except RuntimeError as error:  # cuDNN refuses what its version cannot do
             print(f"{method}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue

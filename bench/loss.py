@@ -29,7 +29,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,17 +205,8 @@ def run_once(method: Callable, hidden: Tensor, weight: Tensor, targets: Tensor, 
 
 def milliseconds(work: Callable, device: str, repeats: int) -> list[float]:
     """[first quartile, median, third quartile] after two warm-up runs."""
-    times = []
-    for i in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.quantiles(times, n=4)
+    times = [1000 * harness.seconds(work, device == "cuda") for _ in range(repeats + 2)]
+    return statistics.quantiles(times[2:], n=4)
 
 
 def peak_bytes(work: Callable, device: str) -> int:

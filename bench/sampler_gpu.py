@@ -34,7 +34,6 @@ import argparse
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -364,10 +363,7 @@ def main(argv: list[str] | None = None) -> None:
             options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
             options += ["--batches", *map(str, args.batches)]
             command = [sys.executable, __file__, "--one", case, engine, *options]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(done.stderr, file=sys.stderr)
-            last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:] or ["no output"]
-            one = json.loads(last[0]) if not done.returncode else {"notes": f"failed: {last[0][:80]}"}
+            *_, one = harness.measured(command, "notes")
             rate = one["tokens"] / one["seconds"] if one.get("tokens") else 0.0
             shown = [f"{one[key]:{form}}" if key in one else "" for key, form in FORMS.items()]
             lines.append([case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", "")])

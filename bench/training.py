@@ -27,11 +27,9 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,11 +82,11 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Run
     flags = MemoryFlags(vram=vram_gb, auto_shrink=True)
     memory = memory_of(LoraFlags(rank=rank), flags, 32, model, abilities, longest, Processes(), nf4=nf4)
     learner = Learner(model, abilities, memory, adamw(parameters, 1e-5, 32))
-    peak, vocab = peak_flops(model.device)[0], model.config.vocab_size
+    peak, vocab, cuda = peak_flops(model.device)[0], model.config.vocab_size, model.device.type == "cuda"
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair = sample(tokens, vocab)
-        times = [seconds(lambda: train.train_step(learner, [pair], 1), model.device) for _ in range(count)]
+        times = [harness.seconds(lambda: train.train_step(learner, [pair], 1), cuda) for _ in range(count)]
         how = memory.choice(tokens)
         plan, flops = memory.budget.card_bytes(how, tokens), memory.budget.flops([tokens], [pair.num_targets], how)
         facts = {"settings": str(how), "lean": memory.budget.traced is None, "plan_gb": round(plan / 1e9, 2)}
@@ -138,10 +136,10 @@ def with_trl(model: PreTrainedModel, rank: int) -> Run:
             self.began, self.times = 0.0, list[float]()
 
         def on_step_begin(self, *args: object, **more: object) -> None:
-            self.began = clock(cuda)
+            self.began = harness.clock(cuda)
 
         def on_step_end(self, *args: object, **more: object) -> None:
-            self.times.append(clock(cuda) - self.began)
+            self.times.append(harness.clock(cuda) - self.began)
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair, watch = sample(tokens, vocab), Clock()
@@ -204,7 +202,8 @@ def by_steps(model: nn.Module, vocab: int, settings: str) -> Run:
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair = sample(tokens, vocab)
-        return [seconds(lambda: step(pair), device) for _ in range(count)], {"settings": settings}
+        times = [harness.seconds(lambda: step(pair), device.type == "cuda") for _ in range(count)]
+        return times, {"settings": settings}
 
     return run
 
@@ -227,20 +226,6 @@ def method_of(args: argparse.Namespace) -> Run:
 def sample(tokens: int, vocab: int) -> Pair:
     ids = torch.randint(3, vocab, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
     return Pair(ids, max(1, tokens // 20))
-
-
-def clock(cuda: bool) -> float:
-    """Now, in seconds, with nothing left to compute."""
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(work: Callable, device: torch.device) -> float:
-    cuda = device.type == "cuda"
-    start = clock(cuda)
-    work()
-    return clock(cuda) - start
 
 
 def fits(run: Run, tokens: int) -> bool:
@@ -302,30 +287,11 @@ def one_by_one(args: argparse.Namespace, report: Callable[[list[dict]], object])
             command = [sys.executable, __file__, "--worker", method, "--shapes", shape, "--vram", str(args.vram)]
             command += ["--tokens", *map(str, args.tokens), "--longest" if args.longest else "--no-longest"]
             command += ["--unsloth-model", args.unsloth_model]
-            for row in measured(command):
+            for row in harness.measured(command, "settings"):
                 rows.append({"shape": shape, "method": method, "vram_gb": args.vram, **row})
                 print(f"{method:20} {row}", file=sys.stderr, flush=True)
                 report(rows)
     return rows
-
-
-def measured(command: list[str]) -> Iterator[dict]:
-    """What a process measures, as soon as it says so; last, why it failed."""
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
-            assert process.stdout
-            try:
-                for line in process.stdout:
-                    if line.startswith('{"'):  # Trainer prints dicts, too
-                        yield json.loads(line)
-            except BaseException:  # also where nobody asks for more
-                process.kill()
-                raise
-        said.seek(0)
-        text = said.read()
-    print(text, file=sys.stderr)
-    if process.returncode:
-        yield {"settings": f"failed: {' '.join(text.strip().splitlines()[-1:])[:100]}"}
 
 
 def missing(method: str, args: argparse.Namespace) -> str:
@@ -358,13 +324,13 @@ def in_turns(args: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
         names = ("ours", "transformers + PEFT")
         engines = {name: harness.Engine([*command, "--worker", name]) for name in names}
         for tokens in args.tokens:
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for repeat in range(args.repeats + 1):
-                for name, engine in list(engines.items())[:: -1 if repeat % 2 else 1]:
-                    took = engine(tokens=tokens)["seconds"]
-                    if repeat:  # the first is a warm-up
-                        times[name].append(took)
-            ratios = [theirs / own for own, theirs in zip(*times.values(), strict=True)]
+
+            def took(name: str, turn: int, engines=engines, tokens=tokens) -> float:
+                return engines[name](tokens=tokens)["seconds"]
+
+            turns = harness.in_turns(args.repeats + 1, names, took)
+            times = {name: some[1:] for name, some in turns.items()}  # the first is a warm-up
+            ratios = harness.ratios(times["transformers + PEFT"], times["ours"])
             for name, some in times.items():
                 quartiles = statistics.quantiles(some, n=4) if len(some) > 1 else [some[0]] * 3
                 low, middle, high = (tokens / t for t in quartiles[::-1])

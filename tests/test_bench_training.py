@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,9 +205,8 @@ def test_texts_that_decode_beside_prompts_do_not_end_before_the_last_is_admitted
 
 
 def test_what_a_process_measured_is_there_before_it_ends():
-    bench = load("training")
     code = "import time; print('{\"n\": 1}', flush=True); time.sleep(600)"
-    found = bench.measured([sys.executable, "-c", code])
+    found = load("harness").measured([sys.executable, "-c", code], "notes")
     assert next(found) == {"n": 1}
     found.close()  # and the process ends
 
@@ -218,12 +216,12 @@ def test_what_was_measured_is_said_after_each_cell(monkeypatch, capsys):
 
     monkeypatch.setattr(bench.harness, "machine", dict)
 
-    def run(command, **_):
+    def measured(command, failed):
         if command[command.index("--one") + 2] != "ours":
             raise KeyboardInterrupt  # the step's limit
-        return SimpleNamespace(returncode=0, stdout='{"tokens": 10, "seconds": 2.0}', stderr="")
+        yield {"tokens": 10, "seconds": 2.0}
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench.harness, "measured", measured)
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--tiny", "--cases", "decode-7B-64", "--engines", "ours", "ours, no graphs"])
     result = load("on_gpu").last_document(capsys.readouterr().out)
