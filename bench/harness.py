@@ -189,7 +189,7 @@ def measured(command: Sequence[str], failed: str) -> Iterator[dict]:
                 raise
         said.seek(0)
         text = said.read()
-    print(text, file=sys.stderr)
+    print(text, end="", file=sys.stderr)
     if process.returncode:
         yield {failed: f"failed: {' '.join(text.strip().splitlines()[-1:])[:100]}"}
 

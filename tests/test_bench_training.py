@@ -72,6 +72,14 @@ def test_random_models_have_key_biases_as_large_as_real_ones():
     assert len(largest) == 6 and all((value > 100) == ("k_proj" in name) for name, value in largest.items())
 
 
+def test_a_tied_head_stays_the_embedding(monkeypatch):
+    """Qwen3-0.6B's: every parameter is made anew."""
+    bench = load("models")
+    monkeypatch.setitem(bench.SHAPES, "tiny", bench.SHAPES["tiny"]._replace(tied=True))
+    model = bench.random_model("tiny", torch.device("cpu"), nf4=False)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_peft_trains_under_autocast_as_trainer_does():
     """It did not: its fp32 adapters then turn every product of a bf16 model into one of fp32."""
     bench, seen = load("training"), []
