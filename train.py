@@ -218,12 +218,7 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     # Only hidden states that predict a target go through the head: no logits of the prompt, none held of the answer.
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
     loss, stats = linear_cross_entropy(
-        hidden.index_select(0, index),
-        targets=targets,
-        reduction="sum",
-        valid_rows=torch.arange(len(targets), device=targets.device),  # known: no host read to find them
-        return_stats=True,
-        **abilities.head._asdict(),
+        hidden.index_select(0, index), targets=targets, return_stats=True, **abilities.head._asdict()
     )
     return loss, stats.top1.sum()
 

@@ -94,7 +94,6 @@ class Scores:
         """Log-probabilities fp32 [n] of the tokens int64 [n]."""
         if self.head is None:
             return scored.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # [n, V] -> [n]
-        options = self.head._asdict()
-        _, stats = linear_cross_entropy(scored, targets=tokens, reduction="sum", return_stats=True, **options)
+        _, stats = linear_cross_entropy(scored, targets=tokens, return_stats=True, **self.head._asdict())
         assert isinstance(stats, LossStats)
         return stats.logprob
