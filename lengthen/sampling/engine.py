@@ -201,18 +201,13 @@ class Sampler:
 
     def progress(self) -> Progress:
         """Where it stands."""
-        done, rate = int(self.stats["samples"]), self.meter.tokens_per_second
-        running, queued = len(self.scheduler.rows), len(self.scheduler.queue)
         return Progress(
-            finished=done,
-            total=done + running + queued,
-            tokens_per_second=rate,
+            tokens_per_second=self.meter.tokens_per_second,
             roofline=self.meter.roofline(self.device),
-            rows=running,
+            rows=len(self.scheduler.rows),
             kv=1 - len(self.cache.free) / self.cache.num_pages,
             preemptions=int(self.stats["preemptions"]),
             accepted=self.stats["accepted_tokens"] / max(1, self.stats["steps"]),
-            seconds_left=self.scheduler.remaining() / rate if rate else -1.0,
         )
 
     # -- a step

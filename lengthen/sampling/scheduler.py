@@ -115,30 +115,6 @@ class Waiting(NamedTuple):
     waiting: Request | Row
 
 
-class Queue:
-    """A heap of what waits, with the sums that the estimate of the time left needs."""
-
-    def __init__(self) -> None:
-        self.heap: list[Waiting] = []
-        self.tokens = self.unknown = 0  # sum of the expected tokens; how many requests have no expectation
-
-    def __len__(self) -> int:
-        return len(self.heap)
-
-    def push(self, entry: Waiting) -> None:
-        heapq.heappush(self.heap, entry)
-        self._count(entry, 1)
-
-    def pop(self) -> Waiting:
-        entry = heapq.heappop(self.heap)
-        self._count(entry, -1)
-        return entry
-
-    def _count(self, entry: Waiting, sign: int) -> None:
-        self.tokens -= sign * entry.rank
-        self.unknown += sign * (not entry.rank)
-
-
 class Lengths:
     """What finished texts say about how long the others will become."""
 
@@ -186,7 +162,8 @@ class Scheduler:
     ):
         self.pool, self.prefixes, self.context, self.prefill_tokens = pool, prefixes, context, prefill_tokens
         self.special, self.drafts = special or {}, drafts
-        self.queue, self.lengths, self.added = Queue(), Lengths(), 0  # added: requests so far, their order
+        self.queue: list[Waiting] = []  # a heap
+        self.lengths, self.added = Lengths(), 0  # added: requests so far, their order
         self.rows: list[Row] = []  # in the order of their admission, oldest first
         self.slots = list(range(max_rows))  # those that are free
         self.stats: dict[str, float] = dict.fromkeys(
@@ -197,7 +174,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request whose prompt fits the context."""
-        self.queue.push(Waiting(1, -request.expected_tokens, self.added, request))
+        heapq.heappush(self.queue, Waiting(1, -request.expected_tokens, self.added, request))
         self.added += 1  # ties of the queue go by order
 
     def schedule(self, busy: Sequence[Row] = ()) -> Step:
@@ -249,13 +226,6 @@ class Scheduler:
         self.stats["samples"] += 1
         self.lengths.learn(row.request, row.written)
 
-    def remaining(self) -> float:
-        """Tokens likely to be written still, of all that wait and run."""
-        lengths = self.lengths
-        waiting = self.queue.tokens * lengths.mean_excess + self.queue.unknown * lengths.mean_output
-        running = (min(lengths.remaining(row.request, row.written), row.limit - len(row.ids)) for row in self.rows)
-        return waiting + sum(running)
-
     # -- rows and pages
 
     def grow(self, row: Row, tokens: int) -> bool:
@@ -276,7 +246,7 @@ class Scheduler:
     def preempt(self, row: Row) -> None:
         """Back to the queue, with its tokens and without its pages."""
         self._release(row)
-        self.queue.push(Waiting(0, -row.request.expected_tokens, row.order, row))
+        heapq.heappush(self.queue, Waiting(0, -row.request.expected_tokens, row.order, row))
         self.stats["preemptions"] += 1
 
     def back_off(self) -> str:
@@ -307,12 +277,12 @@ class Scheduler:
         # Optimistic: by expected lengths. Reserving the longest possible ones would leave most pages empty.
         reserved = sum(map(self._expected_pages, self.rows))
         while self.queue and self.slots:
-            entry = self.queue.pop()
+            entry = heapq.heappop(self.queue)
             row = entry.waiting if isinstance(entry.waiting, Row) else self._start(entry.waiting, entry.order)
             needed = self._expected_pages(row)  # all of them: it has none
             # With no row running the next is admitted whatever it needs: a single text always fits.
             if self.rows and needed + reserved > len(self.pool.free):
-                self.queue.push(entry)  # it stays the next: nobody overtakes it, however short
+                heapq.heappush(self.queue, entry)  # it stays the next: nobody overtakes it, however short
                 break
             reserved += needed
             self.rows.append(row)  # the youngest from now on
