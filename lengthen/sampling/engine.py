@@ -23,7 +23,7 @@ as everywhere; draws do not.)
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS
 from lengthen.sampling.memory import kv_room, make_caches
 from lengthen.sampling.meter import Meter, Progress, weight_bytes
-from lengthen.sampling.request import Request, Sample
+from lengthen.sampling.request import Pairs, Request, Sample
 from lengthen.sampling.scheduler import Row, Scheduler, Step
 from lengthen.sampling.scores import Scores
 from lengthen.sampling.stopping import Stopping
@@ -103,17 +103,16 @@ class Sampler:
             self.notes.append(f"context held at {self.context} tokens: the KV memory has no room for more")
 
         # 2) who is next, what is drawn, where a text ends
-        special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.stopping = Stopping(tokenizer, self.eos_ids)
         self.scheduler = Scheduler(
             *(self.cache, prefixes),
             context=self.context,
             max_rows=max_rows,
             prefill_tokens=chunk,
-            special=special,
+            special=self.stopping.special,
             drafts=COSTS.get(self.device.type, COSTS["cpu"]) if lookup else None,
         )
         self.drawer = Drawer(max_rows, unknown, self.eos_ids, self.device)
-        self.stopping = Stopping(tokenizer, self.eos_ids)
         self.graphs: DecodeGraphs | None = None
         if isinstance(self.cache, BlockTableCache):
             size = {"rows": max_rows, "context": self.context}
@@ -164,12 +163,10 @@ class Sampler:
 
     def add(self, request: Request) -> None:
         """Queues a request; also while `run` is being read. One that cannot be run comes back with finish "error"."""
-        tokens = len(request.prompt_ids)
-        if 0 < tokens < self.context:
-            self.scheduler.add(request)
-        else:
-            why = f"the prompt has {tokens} tokens, the context {self.context}" if tokens else "the prompt is empty"
+        if why := request.misfit(self.context):
             self.finished.append(Sample(request, "", [], "error", why))
+        else:
+            self.scheduler.add(request)
 
     def run(self) -> Iterator[Sample]:
         """Yields each sample as it finishes; ends when nothing is queued or running.
@@ -188,7 +185,7 @@ class Sampler:
         if interrupted:
             raise KeyboardInterrupt
 
-    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    def logprobs(self, pairs: Pairs) -> list[Tensor]:
         """Natural log-probabilities of given continuations under the model, without penalty or temperature.
 
         pairs: (prompt ids, continuation ids). Returns one fp32 tensor [len(continuation)] on the CPU per pair. Pairs

@@ -52,6 +52,20 @@ class Row:
     draft: list[int] = field(default_factory=list)  # guessed tokens that the step in progress computes too
     lookup: Lookup | None = None
 
+    @classmethod
+    def of(cls, request: Request, order: int, context: int, special: Mapping[str, int]) -> "Row":
+        """Before its first token. context: most tokens of a text. special: ids of special tokens by their text."""
+        prompt, sampling = request.prompt_ids, request.sampling
+        return cls(
+            request,
+            order,
+            list(prompt),
+            limit=min(context, len(prompt) + sampling.max_new_tokens),
+            stop_ids={special[s] for s in sampling.stop if s in special},
+            stop_texts=[s for s in sampling.stop if s not in special],
+            distinct=set(prompt[request.penalty_from :]),
+        )
+
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
@@ -278,7 +292,9 @@ class Scheduler:
         reserved = sum(map(self._expected_pages, self.rows))
         while self.queue and self.slots:
             entry = heapq.heappop(self.queue)
-            row = entry.waiting if isinstance(entry.waiting, Row) else self._start(entry.waiting, entry.order)
+            row = entry.waiting
+            if isinstance(row, Request):
+                row = Row.of(row, entry.order, self.context, self.special)
             needed = self._expected_pages(row)  # all of them: it has none
             # With no row running the next is admitted whatever it needs: a single text always fits.
             if self.rows and needed + reserved > len(self.pool.free):
@@ -287,18 +303,6 @@ class Scheduler:
             reserved += needed
             self.rows.append(row)  # the youngest from now on
             row.slot = self.slots.pop()
-
-    def _start(self, request: Request, order: int) -> Row:
-        prompt, sampling = request.prompt_ids, request.sampling
-        return Row(
-            request,
-            order,
-            list(prompt),
-            limit=min(self.context, len(prompt) + sampling.max_new_tokens),
-            stop_ids={self.special[s] for s in sampling.stop if s in self.special},
-            stop_texts=[s for s in sampling.stop if s not in self.special],
-            distinct=set(prompt[request.penalty_from :]),
-        )
 
     def _expected_pages(self, row: Row) -> int:
         """Pages a text is likely to take still."""
