@@ -24,7 +24,6 @@ not listed below go to run.py.
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -434,11 +433,12 @@ def show(result: dict) -> None:
         cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
-def draw(folders: dict[str, str], title: str) -> bytes:
+def draw(folders: dict[str, str], title: str) -> Any:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
+    figure = Figure(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
+    axis = figure.subplots()
     for y, run in enumerate(read_run(folder) for folder in folders.values()):
         for ended in (True, False):
             some = [a["words_median_all"] for a in run["measured"] if (a["words_median"] is not None) == ended]
@@ -456,10 +456,7 @@ def draw(folders: dict[str, str], title: str) -> bytes:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    plt.close(figure)
-    return image.getvalue()
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------
