@@ -23,6 +23,7 @@ import transformers
 
 import kernels
 from lengthen import cli
+from lengthen.jobs import read_sidecar
 from lengthen.models import lora
 from lengthen.models.chat import Chat
 from lengthen.models.errors import explained, first_line
@@ -416,7 +417,7 @@ def context_length(
 
 
 def _apply(adapter: str, model: transformers.PreTrainedModel, quantize: str) -> list[str]:
-    trained_on = lora.adapter_meta(adapter).get("quantize", quantize)
+    trained_on = read_sidecar(adapter).get("quantize", quantize)
     if quantize == "nf4":
         lora.attach_adapter(model, adapter)
         notes = [f"adapter: {adapter}, as LoRA layers over the nf4 weights"]
