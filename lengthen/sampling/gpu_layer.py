@@ -25,6 +25,7 @@ in Triton's interpreter, against the model's own code (tests/test_gpu_layer.py).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,17 +143,6 @@ class Layer:
         return x
 
 
-class Norm:
-    """Stands in for the RMSNorm after the last layer."""
-
-    def __init__(self, norm: Any):
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 def known(layer: nn.Module) -> bool:
     """Whether `Layer` can stand in for it: of a known kind, and nothing inside that it does not call or know."""
     inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
@@ -180,5 +170,5 @@ def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Calla
     norm: Any = getattr(model.get_decoder(), "norm", None)
     listened = norm is not None and (norm._forward_hooks or norm._forward_pre_hooks)
     if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon") and not listened:
-        replaced.append((norm, Norm(norm)))
+        replaced.append((norm, partial(rms_norm, weight=norm.weight, eps=norm.variance_epsilon)))
     return replaced

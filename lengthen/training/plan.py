@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,19 +26,13 @@ from lengthen.training.policy import budget_of, room_of
 from lengthen.training.settings import CHECKPOINTS, MAX_LENGTH, LoraFlags, MemoryFlags, Recompute, Training
 
 
-class Outline(NamedTuple):
-    """A model as loading would make it on a device, without its weights."""
-
-    budget: Budget
-    context: int  # tokens
-    dtype: torch.dtype
-    quantize: str  # "none" or "nf4"
-
-
 def outline_of(
     flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags, adam_bits: int, device: torch.device, size: float
-) -> Outline:
-    """What a training of the model takes there. size: bytes of a GPU's memory, 0 = a CPU. UserError as loading."""
+) -> tuple[Budget, int, torch.dtype, str]:
+    """What a training of the model takes there, as loading would make it: (budget, context, dtype, "none" or "nf4").
+
+    size: bytes of a GPU's memory, 0 = a CPU. UserError as loading.
+    """
     config = load_config(flags.model, flags.trust_remote_code)
     context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
     dtype, _ = choose_dtype(flags.dtype, device)
@@ -50,7 +44,7 @@ def outline_of(
         embeddings_to_host(model)
     kind = {"nf4": quantize == "nf4", "cuda": device.type == "cuda"}
     lean = not lean_layer.stands_against(model, device, dtype)
-    return Outline(budget_of(lora, memory, adam_bits, model, dtype, lean=lean, **kind), context, dtype, quantize)
+    return budget_of(lora, memory, adam_bits, model, dtype, lean=lean, **kind), context, dtype, quantize
 
 
 def show_plan(training: Training) -> None:
