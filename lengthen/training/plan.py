@@ -131,10 +131,10 @@ def speeds_of(gigabytes: float) -> dict[str, float]:
     return {name: 1e12 * card.tflops for name, card in near.items() if card.tflops}
 
 
-def measured_flops(size: int = 1024) -> float:
+def measured_flops() -> float:
     """What fp32 matrix products reach on this CPU, FLOP/s."""
-    x = torch.randn(size, size)
+    x = torch.randn(1024, 1024)
     x @ x
     started = time.perf_counter()
     x @ x
-    return 2 * size**3 / (time.perf_counter() - started)
+    return 2 * 1024**3 / (time.perf_counter() - started)
