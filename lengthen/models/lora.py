@@ -82,10 +82,6 @@ class LoraLinear(nn.Module):
         # One GEMM that adds to y while it writes: no [T, out] temporary for the update.
         return torch.addmm(y.flatten(0, -2), z, self.B.to(x.dtype).t(), alpha=self.scale).view_as(y)
 
-    def update(self) -> torch.Tensor:
-        """What LoRA adds to the weight, fp32 [out, in]."""
-        return self.scale * (self.B.detach().float() @ self.A.detach().float())
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Which layers
