@@ -58,7 +58,7 @@ def show_plan(training: Training) -> None:
     budget, context, dtype, quantize = outline_of(flags, training.lora, memory, adam_bits, device, 1e9 * memory.vram)
     room = room_of(memory, budget, device)
     tokens = training.pairs.max_length or min(MAX_LENGTH[training.pairs.role], context)
-    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU" if device.type == "cpu" else str(device)
+    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU"
     weights = ("nf4, " if quantize == "nf4" else "") + str(dtype).removeprefix("torch.")
     cli.say(f"{flags.model} on {where}: rank {training.lora.rank}, {weights}, one row of {tokens:,} tokens")
 
