@@ -42,7 +42,7 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS
 from lengthen.sampling.memory import kv_room, make_caches
 from lengthen.sampling.meter import Meter, Progress, weight_bytes
-from lengthen.sampling.request import Pairs, Request, Sample
+from lengthen.sampling.request import ROWS, Pairs, Request, Sample
 from lengthen.sampling.scheduler import Row, Scheduler, Step
 from lengthen.sampling.scores import Scores
 from lengthen.sampling.stopping import Stopping
@@ -78,8 +78,7 @@ class Sampler:
         self.hook = Hook(model)
         self.notes += self.hook.notes
         self.device, cuda = self.hook.device, self.hook.device.type == "cuda"
-        # A CPU is busy with 48 rows; a GPU reads the weights for any number, until the pages run out.
-        max_rows = max_rows or (256 if cuda else 48)
+        max_rows = max_rows or ROWS[self.device.type]
         chunk, page_tokens = prefill_tokens or (8192 if cuda else 512), page_tokens or (256 if cuda else 64)
         config = model.config.get_text_config()  # of multimodal models the part that writes
         self.eos_ids = {i for i in eos_ids if i < config.vocab_size}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from lengthen.errors import UserError
 
+ROWS = {"cpu": 48, "cuda": 256}  # texts at once: a GPU reads the weights for any number, until the pages run out
 Pairs = Sequence[tuple[list[int], list[int]]]  # (prompt ids, continuation ids), to be scored
 
 
