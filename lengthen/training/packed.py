@@ -19,12 +19,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_cross_entropy import Head, plain_head
+from lengthen.models.families import PLAIN_LAYERS
 from lengthen.models.flash import dense, flash_autograd
 from lengthen.models.upload import upload
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
-WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rules are the window and causality
 
 
 class Row(NamedTuple):
@@ -147,7 +147,7 @@ def examine(model: PreTrainedModel) -> Abilities:
 def cannot_pack(model: PreTrainedModel) -> str:
     """What 48 tokens would not show: rules that begin to differ only in long rows. "" = none."""
     config = model.config.get_text_config()
-    other = set(getattr(config, "layer_types", None) or ()) - WITHIN_SAMPLE
+    other = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
     if other or getattr(config, "attention_chunk_size", None):
         return f"it attends by other rules ({', '.join(sorted(other)) or 'chunks'})"
     rope = getattr(config, "rope_parameters", None) or {}
