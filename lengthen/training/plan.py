@@ -42,9 +42,9 @@ def outline_of(
         check_rows(flags.model, model)
     if memory.embeddings == "host":
         embeddings_to_host(model)
-    kind = {"nf4": quantize == "nf4", "cuda": device.type == "cuda"}
-    lean = not lean_layer.stands_against(model, device, dtype)
-    return budget_of(lora, memory, adam_bits, model, dtype, lean=lean, **kind), context, dtype, quantize
+    nf4, cuda, lean = quantize == "nf4", device.type == "cuda", not lean_layer.stands_against(model, device, dtype)
+    budget = budget_of(lora, memory, adam_bits, model, dtype, nf4=nf4, cuda=cuda, lean=lean)
+    return budget, context, dtype, quantize
 
 
 def show_plan(training: Training) -> None:
