@@ -95,7 +95,7 @@ _SENTENCE_END = re.compile(
 def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
     """Return the first share of a text's paragraphs, verbatim, and the break after it; ("", "") for one sentence."""
     text = text.replace("\r\n", "\n")
-    parts, _ = split_paragraphs(text)
+    parts = split_paragraphs(text)
     one_paragraph = len(parts) < 2
     if one_paragraph:
         parts = [part for part in _SENTENCE_END.split(text) if part.strip()]

@@ -5,6 +5,7 @@ Everything for people goes to stderr; stdout's last line is one compact JSON sum
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
@@ -325,11 +326,13 @@ def spelt(text: str) -> str:
     return re.sub(r"--[a-z][a-z-]*[a-z]", lambda match: names.get(match[0], match[0]), text)
 
 
-def save_figure(path: Path, draw: Callable[[], bytes]) -> None:
-    """Draw a PNG and write it. Whatever goes wrong with a picture, hours of work do not fail for it: it is one line."""
+def save_figure(path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a matplotlib Figure and write it as PNG. What goes wrong with it is one line: hours of work do not fail."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not there in a script
     try:
-        replace_file(path, draw())
+        image = io.BytesIO()
+        draw().savefig(image, format="png")
+        replace_file(path, image.getvalue())
     except Exception as error:
         message = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         say(f"no {path.name}: {' '.join(message.split())}")

@@ -134,14 +134,18 @@ def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
     return found
 
 
+def sidecar_of(step: Step) -> dict[str, Any]:
+    """The sidecar of what a step writes, {} before it starts."""
+    return read_sidecar(f"{step.output}/outputs.jsonl" if step.name == "evaluate" else step.output)
+
+
 def stale(step: Step) -> str:
     """Why a step must be done afresh since it last ran: what of its inputs is another one; "" = it may go on.
 
     Only what other steps have written under the same name: another model, file or flag is the user's to decide, and the
     stage refuses it. An input that has only got more records is none: a stage that samples takes them up itself.
     """
-    output, own = Path(step.output), step.settings
-    meta = read_sidecar(output / "outputs.jsonl" if step.name == "evaluate" else output)
+    meta, own = sidecar_of(step), step.settings
     before, adapter, inputs = meta.get("settings", {}), own.get("adapter", ""), own.get("input", [])
     if not meta:
         return ""

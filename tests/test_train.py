@@ -548,7 +548,6 @@ def test_smollm2_packs_and_fuses():
     abilities = examine(loaded.model)
     assert abilities.packs and abilities.head is not None
     assert sum(p.numel() for p in parameters) == 2_442_240  # PEFT's count for rank 8 on all 210 linear layers
-    assert 0.8e6 < abilities.token_bytes < 2e6
 
 
 # ---- memory that runs out -------------------------------------------------------------------------------
