@@ -288,7 +288,7 @@ class _Driver(Generic[E, R]):
                 else:
                     self._apply(task, entry)
         if job.grown:
-            for id_ in noted & self.tasks.keys():
+            for id_ in [id_ for id_ in self.tasks if id_ in noted]:
                 task = self.tasks[id_]
                 if task.over and id_ not in stored:  # by the journal alone: killed before its record was stored
                     record, reason = task.outcome()
