@@ -59,7 +59,9 @@ def moved(step: Step, part: str, control: str = "", **changes: Any) -> Step:
     """A copy of a step in another folder of the run, with other settings: what controls and studies are made of."""
     root, _, file = step.output.rpartition(step.part)
     settings = {name: value for name, value in (step.settings | changes).items() if name != "output"}
-    return replace(step, part=part, control=control, settings={**settings, "output": f"{root}{part}{file}"})
+    copy = replace(step, part=part, control=control, settings={**settings, "output": f"{root}{part}{file}"})
+    # Hints that start it afresh name the copy, not the step that it was copied from.
+    return replace(copy, spelt={**step.spelt, "--overwrite": f"--redo {copy.label}"}) if step.spelt else copy
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -140,6 +140,13 @@ def test_hints_of_a_stage_name_the_flags_of_where_the_user_stands(monkeypatch):
         assert {spelt.split()[0] for spelt in step.spelt.values()} <= known, label
 
 
+def test_every_hint_that_starts_a_step_afresh_names_that_step():
+    """A control's, too: it named the method's stage that it was copied from, whose texts then went for nothing."""
+    steps = run.plan(run.parse_args(["--run", "r", "--iterations", "2", "--controls"]))
+    for step in steps:
+        assert run.chosen_by(step.spelt["--overwrite"].removeprefix("--redo "), steps) == [step]
+
+
 def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_path):
     source, part = tmp_path / "iter_1" / "responses.jsonl", tmp_path / "iter_1"
 
