@@ -45,10 +45,9 @@ from lengthen.evaluation.compare import read_run
 from lengthen.evaluation.growth import change, difference, ratio
 from lengthen.evaluation.measures import mean, median
 from lengthen.evaluation.scores import MEASURES, cell, values_of
-from lengthen.jobs import read_sidecar
 from lengthen.reading import read_jsonl
 from lengthen.records import UserError, replace_file, to_line
-from lengthen.steps import ROOT, Step, execute, moved
+from lengthen.steps import ROOT, Step, execute, moved, sidecar_of
 
 # Where run.py's demo is for minutes: breadth, by the table in docs/study.md. A flag overrides each.
 SMOLLM2: loop.Preset = {
@@ -262,11 +261,6 @@ def worse(base: dict, scores: dict) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------
 # The result: everything is read from the folder, so that --show and a finished run say the same
-
-
-def sidecar_of(step: Step) -> dict:
-    """The sidecar of what a step writes, {} before it starts."""
-    return read_sidecar(f"{step.output}/outputs.jsonl" if step.name == "evaluate" else step.output)
 
 
 def finished(step: Step) -> bool:

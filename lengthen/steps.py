@@ -136,14 +136,26 @@ def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
     return found
 
 
+def output_file(step: Step) -> Path:
+    """What a step's sidecar belongs to."""
+    return Path(step.output) / "outputs.jsonl" if step.name == "evaluate" else Path(step.output)
+
+
+def sidecar_of(step: Step) -> dict[str, Any]:
+    """The sidecar of what a step writes, {} before it starts."""
+    try:
+        return read_sidecar(output_file(step))
+    except UserError as error:
+        raise UserError(error.message, f"--redo {step.label} makes it afresh") from None
+
+
 def stale(step: Step) -> str:
     """Why a step must be done afresh since it last ran: what of its inputs is another one; "" = it may go on.
 
     Only what other steps have written under the same name: another model, file or flag is the user's to decide, and the
     stage refuses it. An input that has only got more records is none: a stage that samples takes them up itself.
     """
-    output, own = Path(step.output), step.settings
-    meta = read_sidecar(output / "outputs.jsonl" if step.name == "evaluate" else output)
+    meta, own = sidecar_of(step), step.settings
     before, adapter, inputs = meta.get("settings", {}), own.get("adapter", ""), own.get("input", [])
     if not meta:
         return ""
@@ -188,7 +200,8 @@ def execute(
             if step.control in ended:
                 continue
             cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-            why = stale(step)
+            # Of one that goes in any case nothing is read: its sidecar may be what is damaged.
+            why = "" if step in afresh else stale(step)
             if why:
                 cli.say(f"{why} is another one since this was made: it is made afresh")
             if why or step in afresh:

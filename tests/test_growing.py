@@ -5,18 +5,22 @@ python -m pytest tests/test_growing.py
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import in_process
 import pytest
+from scripted import ScriptedSampler, chat, prose
 from test_end_to_end import SMALL, files_of
 
 import run
-from lengthen import cli, jobs, records
+from lengthen import cli, jobs, records, steps
 from lengthen.jobs import Job, read_sidecar
 from lengthen.models.cards import memory_limits, physical_memory
 from lengthen.reading import numbered_lines
@@ -27,6 +31,47 @@ from lengthen.tasks import Redraw, run_tasks
 
 ROOT = Path(__file__).parents[1]
 MORE = ["--responses.max-attempts", "5", "--extend.samples", "2", "--extend.max-attempts", "5", "--evaluate.limit", "3"]
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """run.py in tmp_path/r with its stages in this process, a script in place of the model and of what is learnt.
+
+    Returns what was said. Half of the draws are cut; an adapter is the hash of what it was made of.
+    """
+
+    def write(request) -> tuple[str, str]:
+        return prose(request.seed, 20 + request.seed % 100), "length" if request.seed % 2 else "eos"
+
+    def learn(training, folder, processes) -> None:
+        made_of = json.dumps([folder.settings, training.inputs.input])
+        (folder.folder / "adapter_model.safetensors").write_text(made_of)
+        folder.save_meta("done", summary={"target_tokens": len(made_of)}, base=training.model.model)
+
+    sampler = ScriptedSampler(write)
+    monkeypatch.setattr("lengthen.stage.open_model", lambda stage, job: (SimpleNamespace(chat=chat()), sampler))
+    monkeypatch.setattr("train.train", learn)
+    monkeypatch.setattr(cli, "save_figure", lambda path, draw: None)
+    monkeypatch.setattr(steps, "run_command", in_process.run_command)
+    monkeypatch.setattr(run, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(run, "write_cards", lambda folder: None)
+
+    def call(*argv: str) -> str:
+        run.main(["--model", "m", "--run", str(tmp_path / "r"), *SMALL, "--evaluate.no-probes", *argv])
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_a_damaged_sidecar_is_repaired_by_the_redo_that_the_hint_names(loop, tmp_path):
+    loop()
+    sidecar = tmp_path / "r" / "iter_1" / "responses.meta.json"
+    sidecar.write_text(sidecar.read_text()[:40])
+    with pytest.raises(UserError, match="responses.meta.json is damaged") as caught:
+        loop()
+    assert caught.value.hint == "--redo iter_1/responses makes it afresh"
+    loop("--redo", "iter_1/responses")
+    assert read_sidecar(tmp_path / "r" / "iter_1" / "responses.jsonl")["status"] == "done"
 
 
 def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -19,8 +18,7 @@ from lengthen.costs import machine as machines
 from lengthen.costs import yields
 from lengthen.costs.machine import HERE, SHARES, Machine, ask
 from lengthen.costs.yields import Flow, Work, assumptions, measured, scenarios, work_of
-from lengthen.jobs import read_sidecar
-from lengthen.steps import Step
+from lengthen.steps import Step, sidecar_of
 
 WORTH_SAYING = 20.0  # seconds after which a run says how long it still takes
 NEXT_STAGE = (0.75, 1.35)  # how much slower or faster than the measured ones a stage may be
@@ -46,10 +44,9 @@ class Cost:
         return self.step.command[0] == "train.py"
 
 
-def sidecar_of(step: Step) -> dict[str, Any]:
+def finished(step: Step) -> dict[str, Any]:
     """The sidecar of a finished step, {} of any other."""
-    output = Path(step.output)
-    meta = read_sidecar(output / "outputs.jsonl" if step.name == "evaluate" else output)
+    meta = sidecar_of(step)
     return meta if meta.get("status") == "done" else {}
 
 
@@ -156,7 +153,7 @@ def total(costs: Sequence[Cost], left: bool = False) -> Three:
 
 def show_plan(steps: Sequence[Step], flags: Flags, machine: Machine) -> None:
     """run.py --plan: a table and the assumptions for people, one JSON record on stdout."""
-    costs = forecast(steps, flags, machine, [sidecar_of(step) for step in steps])
+    costs = forecast(steps, flags, machine, [finished(step) for step in steps])
     table = Table(
         title=f"What it takes on {machine.name}: likely (low-high)", box=None, padding=(0, 2, 0, 0), pad_edge=False
     )
@@ -240,7 +237,7 @@ class TimeLeft:
         if time.monotonic() - self.started < WORTH_SAYING or over == len(self.steps):
             return
         again = self.afresh
-        sidecars = [{} if n > over and s in again else sidecar_of(s) for n, s in enumerate(self.steps, start=1)]
+        sidecars = [{} if n > over and s in again else finished(s) for n, s in enumerate(self.steps, start=1)]
         try:
             self.machine = self.machine or ask(HERE, self.given)
             line = left_line(forecast(self.steps, self.flags, self.machine, sidecars))
