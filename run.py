@@ -90,7 +90,7 @@ class LoopFlags:
         const=HERE,
         metavar="CARD",
     )
-    redo: str = flag("", "start this stage afresh, and what stands on it: extend, iter_2/extend, final, ...")
+    redo: str = flag("", "start afresh, with what stands on it: extend, iter_2/extend, final, ...; several with commas")
     iterations: int = flag(3, "macro-iterations", at_least(1))
     instructions: int = flag(5000, "new instructions per macro-iteration", at_least(1))
     final_instructions: int = flag(0, "new instructions for the last stage; 0 = as --instructions", at_least(0))
@@ -289,10 +289,13 @@ def spellings(part: str, stage: str, name: str) -> dict[str, str]:
 
 def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
     """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
-    named = {"answers": "final/responses"}.get(redo, redo)
-    found = [s for s in steps if named in (s.label, s.part, s.name, s.name.partition(" ")[0], s.name.replace(" ", "-"))]
-    if redo and not found:
-        raise UserError(f"--redo: this run has no stage {redo!r}", f"one of {', '.join(s.label for s in steps)}")
+    found: list[Step] = []
+    for word in filter(None, redo.split(",")):
+        named = {"answers": "final/responses"}.get(word, word)
+        more = [s for s in steps if named in {s.label, s.part, s.name, s.name.split()[0], s.name.replace(" ", "-")}]
+        if not more:
+            raise UserError(f"--redo: this run has no stage {word!r}", f"one of {', '.join(s.label for s in steps)}")
+        found += more
     return found
 
 
@@ -472,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         there = "is made afresh" if Path(step.output).exists() else "is not there yet"
         cli.say(f"--redo: {step.output} {there} ({step.label})")
     if afresh:
-        cli.say("stopped in the middle, go on without --redo: what was made afresh is kept then")
+        cli.say("stopped in the middle, go on without --redo, or as the last line says: what is afresh then stays")
 
     # 2) do it, stage by stage
     started = time.monotonic()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lengthen import cli
-from lengthen.jobs import input_hashes, read_sidecar
+from lengthen.jobs import input_hashes, read_sidecar, sidecar_path
 from lengthen.records import UserError, fingerprint, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,10 +130,15 @@ def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
     """The chosen steps and those that read what these write, in order."""
     found: list[Step] = []
     for step in steps:
-        reads = {word for value in step.settings.values() for word in (value if isinstance(value, list) else [value])}
-        if step in chosen or any(before.output in reads for before in found):
+        if step in chosen or any(before.output in words_of(step) for before in found):
             found.append(step)
     return found
+
+
+def words_of(step: Step) -> set[Any]:
+    """The values of a step's settings but its output, those in lists one by one: what it reads is among them."""
+    values = (value for name, value in step.settings.items() if name != "output")
+    return {word for value in values for word in (value if isinstance(value, list) else [value])}
 
 
 def output_file(step: Step) -> Path:
@@ -163,8 +168,8 @@ def stale(step: Step) -> str:
     if adapter and same_adapter and before.get("adapter") and before["adapter"] != fingerprint(adapter):
         return adapter
     made = meta.get("inputs_created", {})
-    for path in inputs:
-        if path in made and made[path] != read_sidecar(path).get("created"):
+    for path in sorted(made.keys() & words_of(step)):  # what it must not repeat (--dedup-against) is among them
+        if made[path] != read_sidecar(path).get("created"):
             return path
     if step.command[0] == "train.py":
         now = input_hashes(inputs) if all(Path(path).exists() for path in inputs) else {}
@@ -188,6 +193,8 @@ def execute(
     """
     results: list[dict] = []
     ended: list[str] = []
+    # The others stand on these, and are found by what these write.
+    first = [step for step in afresh if not words_of(step) & {other.output for other in afresh}]
     path = Path(run) / "run.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,10 +211,19 @@ def execute(
             why = "" if step in afresh else stale(step)
             if why:
                 cli.say(f"{why} is another one since this was made: it is made afresh")
-            if why or step in afresh:
-                step = replace(step, settings={**step.settings, "overwrite": True})
-            cli.say(f"$ {step.launcher} {shlex.join(command_of(step))}")
-            if (result := run_step(step, log)) is None:
+            settings = {**step.settings, "overwrite": True} if why or step in afresh else step.settings
+            cli.say(f"$ {step.launcher} {shlex.join(command_of(replace(step, settings=settings)))}")
+            before = written_at(step)
+            try:
+                result = run_step(replace(step, settings=settings), log)
+            except SystemExit as failed:
+                waiting = [s for s in steps[number - 1 :] if s in first and written_at(s)]
+                left = [s.label for s in waiting if s is not step or written_at(s) == before]
+                # The same --redo would throw away what has just been made afresh.
+                how = f", but with --redo {','.join(left)}" if left else ", but without --redo"
+                say_how_to_go_on(step, failed.code, how if afresh else "")
+                raise
+            if result is None:
                 ended.append(step.control)
             else:
                 results.append({**result, "part": step.part, "stage": step.name})
@@ -215,8 +231,24 @@ def execute(
     return results, ended
 
 
+def written_at(step: Step) -> int:
+    """When a step's sidecar was written, ns; 0 = there is none."""
+    path = sidecar_path(output_file(step))
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def say_how_to_go_on(step: Step, code: Any, how: str) -> None:
+    """The last line of a run that a stage has ended; `how`: what must be different the next time."""
+    hints = {
+        3: "too few records came out: the lines above count the reasons, and name a flag to add to this command",
+        130: "to continue, run the same command again",
+    }
+    hint = hints.get(code, "what is finished is kept: fix that and run the same command again") + how
+    cli.console.print(f"[bold]run.py:[/] {step.part} {step.name} ended with exit code {code}; {hint}", highlight=False)
+
+
 def run_step(step: Step, log: BinaryIO) -> dict | None:
-    """Run one stage; its last line of stdout is the summary. Where it fails, so do we.
+    """Run one stage; its last line of stdout is the summary. Where it fails, so do we, with its exit code.
 
     None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
     """
@@ -235,12 +267,6 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
         return None
     if code:
-        hints = {
-            3: "too few records came out: the lines above count the reasons, and name a flag to add to this command",
-            130: "run the same command again to continue",
-        }
-        hint = hints.get(code, "fix that and run the same command again: what is finished is kept")
-        cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
         sys.exit(code)
     return json.loads(output.strip().splitlines()[-1])
 

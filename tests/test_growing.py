@@ -74,6 +74,30 @@ def test_a_damaged_sidecar_is_repaired_by_the_redo_that_the_hint_names(loop, tmp
     assert read_sidecar(tmp_path / "r" / "iter_1" / "responses.jsonl")["status"] == "done"
 
 
+def test_a_redo_that_was_stopped_goes_on_as_its_last_line_says(loop, tmp_path, monkeypatch, capsys):
+    """With other settings, too. The same command would throw away what had been made afresh."""
+
+    def full(training, folder, processes) -> None:
+        raise UserError("no space left on device")
+
+    loop()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", full)
+        with pytest.raises(SystemExit):
+            loop("--train.rank", "16", "--redo", "train")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("run the same command again, but with --redo iter_1/train-extender")
+    loop("--train.rank", "16", "--redo", "iter_1/train-extender")
+    for folder in ("iter_1/generator", "iter_1/extender", "final/generator"):
+        assert read_sidecar(tmp_path / "r" / folder)["settings"]["rank"] == 16
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", full)
+        with pytest.raises(SystemExit):
+            loop("--train.rank", "16", "--redo", "iter_1/extend,final/train-generator")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("run the same command again, but without --redo")  # what stands on iter_1/extend is found
+
+
 def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):
     """Killed while it grows, too. No near-duplicates here: one more instruction is the next one."""
     argv = [*SMALL, "--model", str(writer)]
@@ -207,6 +231,10 @@ def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_pat
     assert read_sidecar(source)["history"] == {"samples": [1, 2]} and stale(step) == ""
     write(str(source), [], overwrite=True)
     assert stale(step) == str(source)
+    # So is one that must not repeat it: --redo takes it along, and a start after an interruption must, too.
+    later = {"dedup_against": [str(source)], "output": step.output}
+    later = run.Step("iter_2", "instructions", ("generate.py", "instructions"), later)
+    assert stale(later) == str(source)
 
 
 # ---------------------------------------------------------------------------------------------------------
