@@ -52,7 +52,7 @@ from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.report.summary import show
 from lengthen.models.hub import write_cards
 from lengthen.records import UserError, replace_file
-from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, standing_on
+from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, outlook, standing_on
 from lengthen.text import languages
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
@@ -461,16 +461,19 @@ def main(argv: list[str] | None = None) -> None:
     if left_out := sorted(set(own.loop.controls) - {step.control for step in steps}):
         cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
     if own.loop.dry_run:
-        given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
         names = {"RUN": run, "MODEL": own.shared["model"]}
-        print(as_shell(steps, shlex.join(["python", "run.py", *given]), heading, names))
+        print(as_shell(steps, shlex.join(["python", "run.py", *words]), heading, names))
         return
     os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
+    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
+    fate, given = outlook(steps, all_settings, afresh), own.shared | own.stages["train"]
     if own.loop.plan:
-        show_plan(steps, all_settings, ask(own.loop.plan, own.shared | own.stages["train"]))
+        # What was measured here says nothing of a card.
+        again = fate if own.loop.plan == HERE else [step.output for step in steps]
+        show_plan(steps, all_settings, ask(own.loop.plan, given), again)
         return
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
-    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
     for step in afresh:
         there = "is made afresh" if Path(step.output).exists() else "is not there yet"
         cli.say(f"--redo: {step.output} {there} ({step.label})")
@@ -479,9 +482,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(
-        steps, run, afresh, TimeLeft(steps, all_settings, own.shared | own.stages["train"], afresh)
-    )
+    results, ended = execute(steps, run, afresh, TimeLeft(steps, all_settings, given, fate))
 
     # 3) say what came of it
     summary = summary_of(own, results, ended, time.monotonic() - started)

@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 import tty
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lengthen import cli
-from lengthen.jobs import input_hashes, read_sidecar, sidecar_path
+from lengthen.jobs import EARLIER, GROWING, input_hashes, read_sidecar, sidecar_path
 from lengthen.records import UserError, fingerprint, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +181,59 @@ def stale(step: Step) -> str:
             if tokens and before.get("target_tokens") not in (None, tokens):
                 return budget
     return ""
+
+
+AFRESH, MORE, OTHER = "made afresh", "goes on with more", "was made otherwise"  # what becomes of a step, see `outlook`
+APART = {"adapter", "inputs", "templates", "targets", "keep_lines"}  # recorded otherwise than as flags
+Flags = Callable[[Step], Mapping[str, Any]]  # a step's settings, with the stage's defaults
+
+
+def outlook(steps: Sequence[Step], flags: Flags, afresh: Sequence[Step] = ()) -> dict[str, str]:
+    """{output: what becomes of it when the steps are run}, of those that are not simply finished or gone on with.
+
+    afresh: those that are started over in any case. `stale` sees what has changed; this sees, before anything starts,
+    what will have changed when the turn of a step comes. Of OTHER, the stage itself will refuse to go on.
+    """
+    fate: dict[str, str] = {}
+    for step in steps:
+        meta = {} if step in afresh else sidecar_of(step)
+        touched, differing = words_of(step) & fate.keys(), differences(meta, flags(step))
+        learns, adapter = step.command[0] == "train.py", step.settings.get("adapter")
+        sources = touched & meta.get("inputs_created", {}).keys()
+        if not meta or stale(step) or any(fate[path] != MORE for path in sources):
+            fate[step.output] = AFRESH
+        elif other_inputs(step):
+            fate[step.output] = OTHER
+        elif adapter in touched or (learns and touched):
+            fate[step.output] = AFRESH
+        elif differing - GROWING.keys():
+            fate[step.output] = OTHER
+        elif touched or differing or (meta["status"] != "done" and not learns):
+            fate[step.output] = MORE
+    return fate
+
+
+def differences(meta: Mapping[str, Any], own: Mapping[str, Any]) -> set[str]:
+    """The names of the settings that a step has with other values than its sidecar."""
+    before = meta.get("settings", {}) | {"model": meta.get("base") or meta.get("info", {}).get("model")}
+    now = {name: own[name] for name in before.keys() & own.keys() - APART}
+    return {name for name, value in json.loads(json.dumps(now)).items() if before[name] != value}  # tuples are lists
+
+
+def other_inputs(step: Step) -> str:
+    """What a step was made with that other steps wrote and the plan no longer gives it; "" = nothing, it may go on."""
+
+    def tails(paths: Iterable[str]) -> set[str]:  # as sidecars name inputs: the run's folder may have got another name
+        return {"/".join(Path(path.split(EARLIER)[0]).parts[-2:]) for path in paths if path}
+
+    meta, own, learns = sidecar_of(step), step.settings, step.command[0] == "train.py"
+    if learns:
+        before, now = tails(meta.get("settings", {}).get("inputs", [])), tails(own["input"])
+    else:
+        before = tails([*meta.get("inputs_created", {}), meta.get("info", {}).get("adapter", "")])
+        now = tails([*own.get("input", []), *own.get("dedup_against", []), own.get("adapter", "")])
+    lost, more = sorted(before - now), sorted(now - before)
+    return f"{', '.join(lost)}, this command says {', '.join(more)}" if lost or (learns and more) else ""
 
 
 def execute(
