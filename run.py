@@ -52,7 +52,7 @@ from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.report.summary import show
 from lengthen.models.hub import write_cards
 from lengthen.records import UserError, replace_file
-from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, outlook, standing_on
+from lengthen.steps import ROOT, Step, announce, as_shell, chosen_by, execute, launched, moved, outlook, standing_on
 from lengthen.text import languages
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
@@ -287,18 +287,6 @@ def spellings(part: str, stage: str, name: str) -> dict[str, str]:
     }
 
 
-def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
-    found: list[Step] = []
-    for word in filter(None, redo.split(",")):
-        named = {"answers": "final/responses"}.get(word, word)
-        more = [s for s in steps if named in {s.label, s.part, s.name, s.name.split()[0], s.name.replace(" ", "-")}]
-        if not more:
-            raise UserError(f"--redo: this run has no stage {word!r}", f"one of {', '.join(s.label for s in steps)}")
-        found += more
-    return found
-
-
 def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
     """The steps of the controls: changed copies of the method's. A control that would change nothing has none."""
     by = {(step.part, step.name): step for step in steps}
@@ -474,11 +462,7 @@ def main(argv: list[str] | None = None) -> None:
         show_plan(steps, all_settings, ask(own.loop.plan, given), again)
         return
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
-    for step in afresh:
-        there = "is made afresh" if Path(step.output).exists() else "is not there yet"
-        cli.say(f"--redo: {step.output} {there} ({step.label})")
-    if afresh:
-        cli.say("stopped in the middle, go on without --redo, or as the last line says: what is afresh then stays")
+    announce(steps, fate, own.loop.redo, afresh)
 
     # 2) do it, stage by stage
     started = time.monotonic()

@@ -126,6 +126,18 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
 # Running them
 
 
+def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
+    found: list[Step] = []
+    for word in filter(None, redo.split(",")):
+        named = {"answers": "final/responses"}.get(word, word)
+        more = [s for s in steps if named in {s.label, s.part, s.name, s.name.split()[0], s.name.replace(" ", "-")}]
+        if not more:
+            raise UserError(f"--redo: this run has no stage {word!r}", f"one of {', '.join(s.label for s in steps)}")
+        found += more
+    return found
+
+
 def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
     """The chosen steps and those that read what these write, in order."""
     found: list[Step] = []
@@ -233,7 +245,23 @@ def other_inputs(step: Step) -> str:
         before = tails([*meta.get("inputs_created", {}), meta.get("info", {}).get("adapter", "")])
         now = tails([*own.get("input", []), *own.get("dedup_against", []), own.get("adapter", "")])
     lost, more = sorted(before - now), sorted(now - before)
-    return f"{', '.join(lost)}, this command says {', '.join(more)}" if lost or (learns and more) else ""
+    return f"{', '.join(lost) or 'less'}, this command says {', '.join(more)}" if lost or (learns and more) else ""
+
+
+def announce(steps: Sequence[Step], fate: Mapping[str, str], redo: str, afresh: Sequence[Step]) -> None:
+    """Say what goes, before anything starts; UserError for what a stage would refuse when its turn comes, hours later.
+
+    fate: by steps.outlook; afresh: what --redo starts over.
+    """
+    if refused := {s.label: why for s in steps if fate.get(s.output) == OTHER and (why := other_inputs(s))}:
+        found = "; ".join(f"{label} was made with {why}" for label, why in refused.items())
+        names = ",".join([*filter(None, [redo]), *refused])
+        raise UserError(found, f"--redo {names} starts that afresh, and what stands on it")
+    for step in afresh:
+        there = "is made afresh" if Path(step.output).exists() else "is not there yet"
+        cli.say(f"--redo: {step.output} {there} ({step.label})")
+    if afresh:
+        cli.say("stopped in the middle, go on without --redo, or as the last line says: what is afresh then stays")
 
 
 def execute(

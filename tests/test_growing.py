@@ -98,6 +98,22 @@ def test_a_redo_that_was_stopped_goes_on_as_its_last_line_says(loop, tmp_path, m
     assert said.endswith("run the same command again, but without --redo")  # what stands on iter_1/extend is found
 
 
+def test_more_iterations_say_at_once_what_was_made_with_fewer(loop, tmp_path, capsys):
+    """It was said by the stage, after hours of the new iteration."""
+    loop("--controls", "other-mode")  # one iteration: there is no such control
+    capsys.readouterr()
+    for count in ("2", "3"):
+        argv = ["--iterations", count, "--controls", "other-mode"]
+        with pytest.raises(UserError) as caught:
+            loop(*argv)
+        was, now = f"iter_{int(count) - 1}/generator", f"iter_{count}/generator"
+        assert f"final/responses was made with {was}, this command says {now}" in caught.value.message
+        assert ("controls/other-mode/train-generator was made with less" in caught.value.message) == (count == "3")
+        assert "$ python" not in capsys.readouterr().err
+        loop(*argv, *caught.value.hint.split()[:2])
+        assert read_sidecar(tmp_path / "r/final/responses.jsonl")["info"]["adapter"].endswith(now)
+
+
 def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):
     """Killed while it grows, too. No near-duplicates here: one more instruction is the next one."""
     argv = [*SMALL, "--model", str(writer)]
