@@ -16,7 +16,8 @@ The plan is data: a list of steps, each with the settings of one stage. A flag o
 stage's name, with a dot: --extend.rounds 1, --train.rank 16. `answers` is the drafting of the last stage. Killed at
 any point and started again with the same flags, the run continues where it was: every stage resumes, and a finished
 one loads no model. More may be asked of it: --instructions, --extend.max-attempts, --evaluate.samples and their like
-only add work, what is there is kept, and what was learned from it is learned again. Any other change needs --redo.
+only add work, but what was learned from it is learned again, and what the new models write replaces what the old ones
+wrote: of several iterations all after the first. It is listed before anything starts. Any other change needs --redo.
 Relative paths are below the repository, wherever run.py is started.
 
 Examples

@@ -262,6 +262,11 @@ def announce(steps: Sequence[Step], fate: Mapping[str, str], redo: str, afresh: 
         cli.say(f"--redo: {step.output} {there} ({step.label})")
     if afresh:
         cli.say("stopped in the middle, go on without --redo, or as the last line says: what is afresh then stays")
+    goes = [s for s in steps if fate.get(s.output) == AFRESH and s not in afresh and written_at(s)]
+    if goes:
+        cli.say("what these were made of has changed, or may by this command: then they are deleted and made afresh")
+    for step in goes:
+        cli.say(f"  {step.output} ({step.label})")
 
 
 def execute(

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,18 @@ def test_a_redo_that_was_stopped_goes_on_as_its_last_line_says(loop, tmp_path, m
             loop("--train.rank", "16", "--redo", "iter_1/extend,final/train-generator")
     said = " ".join(capsys.readouterr().err.split())
     assert said.endswith("run the same command again, but without --redo")  # what stands on iter_1/extend is found
+
+
+def test_what_a_larger_value_deletes_is_listed_before_anything_starts(loop, tmp_path):
+    """Later iterations were written by what is trained again: their texts went without a word."""
+    argv, folder = ["--iterations", "2"], tmp_path / "r"
+    loop(*argv)
+    assert "made afresh" not in loop(*argv)
+    before, _, after = loop(*argv, "--extend.max-attempts", "9").partition("$ python")
+    assert f"  {folder}/iter_2/responses.jsonl (iter_2/responses)" in before
+    listed = re.findall(r"^  (\S+) \(\S+\)$", before, re.M)
+    assert listed == re.findall(r"^\$ python .* --output (\S+) --overwrite$", after, re.M)
+    assert "made afresh" not in loop(*argv, "--extend.max-attempts", "9")
 
 
 def test_more_iterations_say_at_once_what_was_made_with_fewer(loop, tmp_path, capsys):
