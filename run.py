@@ -283,9 +283,13 @@ def spellings(part: str, stage: str, name: str) -> dict[str, str]:
     flags = {name: f"--{stage}.{name}" for name in own if name not in (*shared, *STAGES[stage].decided)}
     flags |= {"overwrite": f"--redo {part}/{name.replace(' ', '-')}", "output": "--run"}
     flags |= {"count": "--final-instructions" if part == "final" else "--instructions"}
-    return {f"--{name.replace('_', '-')}": spelt.replace("_", "-") for name, spelt in flags.items()} | {
-        "--overwrite": flags["overwrite"]  # a part's name keeps its _
-    }
+    spelt = {f"--{name.replace('_', '-')}": ours.replace("_", "-") for name, ours in flags.items()}
+    spelt["--overwrite"] = flags["overwrite"]  # a part's name keeps its _
+    if stage in ("instructions", "responses", "extend"):  # a flag of these holds in every iteration and control
+        spelt["(with --overwrite)"] = f"(with --redo {stage}: afresh in every iteration, as the flag holds in all)"
+        more = "it goes on from what is there, in every iteration: what has learned from that is made afresh"
+        spelt["(it goes on from what is there)"] = f"({more})"
+    return spelt
 
 
 def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:

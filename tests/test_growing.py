@@ -111,6 +111,24 @@ def test_what_a_larger_value_deletes_is_listed_before_anything_starts(loop, tmp_
     assert "made afresh" not in loop(*argv, "--extend.max-attempts", "9")
 
 
+def test_the_remedy_of_a_later_iteration_works_when_it_is_applied_literally(loop, monkeypatch, capsys):
+    """It named that iteration's --redo: then the first one refused the flag."""
+    loop("--iterations", "2")
+    real = jobs.Job.finish
+
+    def nothing(job, min_yield=1, **stats):  # the second iteration's extensions all fail
+        return real(job, 99 if "iter_2/extended" in str(job.output) else min_yield, **stats)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Job, "finish", nothing)
+        with pytest.raises(SystemExit):
+            loop("--iterations", "2", "--redo", "iter_2/extend")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(with --redo extend: afresh in every iteration, as the flag holds in all)" in said
+    assert "--extend.max-attempts 6 (it goes on from what is there, in every iteration: what has learned" in said
+    loop("--iterations", "2", "--extend.min-gain", "1.1", "--redo", "extend")
+
+
 def test_more_iterations_say_at_once_what_was_made_with_fewer(loop, tmp_path, capsys):
     """It was said by the stage, after hours of the new iteration."""
     loop("--controls", "other-mode")  # one iteration: there is no such control
@@ -235,7 +253,8 @@ def test_hints_of_a_stage_name_the_flags_of_where_the_user_stands(monkeypatch):
     assert cli.spelt(hint).startswith("--extend.max-attempts 40, another --model, --redo iter_1/extend, or")
     for label, step in steps.items():
         known = {action.option_strings[0] for action in run.make_parser()._actions}
-        assert {spelt.split()[0] for spelt in step.spelt.values()} <= known, label
+        named = {word for spelt in step.spelt.values() for word in spelt.split() if word.startswith("--")}
+        assert named <= known, label
 
 
 def test_every_hint_that_starts_a_step_afresh_names_that_step():
