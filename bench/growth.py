@@ -15,7 +15,7 @@ Four phases, each of which ends in a table that can be reported by itself. --unt
 Every fine-tune but those that are tried sees as many target tokens as the Generator of its iteration. Intervals are of
 95 %, over queries, paired. What the study reads from its folder it writes to growth.json there, with what every stage
 took. Killed and started again with the same flags, it continues; --show prints what there is and starts nothing. Flags
-not listed below go to run.py.
+not listed below go to run.py; --redo STAGE is as there.
 
     python bench/growth.py --until iter_1                            # SmolLM2: hours on 2 cores (docs/study.md)
     python bench/growth.py --show
@@ -30,7 +30,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ from lengthen.evaluation.measures import mean, median
 from lengthen.evaluation.scores import MEASURES, cell, values_of
 from lengthen.reading import read_jsonl
 from lengthen.records import UserError, replace_file, to_line
-from lengthen.steps import ROOT, Step, execute, moved, sidecar_of
+from lengthen.steps import ROOT, Step, announce, chosen_by, execute, moved, sidecar_of, standing_on
 
 # Where run.py's demo is for minutes: breadth, by the table in docs/study.md. A flag overrides each.
 SMOLLM2: loop.Preset = {
@@ -60,6 +62,7 @@ SMOLLM2: loop.Preset = {
 # 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same 62 pairs (docs/study.md).
 TRIES = ["rank=8,learning_rate=3e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
 PHASES = ("iter_1", "parts", "iter_2", "final")
+NOT_HERE = ("--plan", "--dry-run", "--iterations", "--controls")  # flags of run.py: the study's phases decide these
 OWN = 20  # of the instructions that iteration 1 was trained on, answered as well
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
 GROWTH = {"iter_1": 1.2, "iter_2": 1.5}  # bars: the lower end of the interval is above
@@ -152,8 +155,20 @@ class Study:
 
         return max(names, key=worth)
 
-    def phases(self) -> Iterator[tuple[str, list[Step]]]:
+    def begun(self, until: str) -> list[Step]:
+        """The steps of the phases up to the first list that is not finished: by what comes of it others are decided."""
+        there: list[Step] = []
+        for _, steps in self.phases(until):
+            there += steps
+            if not all(step.control or finished(step) for step in steps):
+                break
+        return there
+
+    def phases(self, until: str) -> Iterator[tuple[str, list[Step]]]:
         """(phase, steps) in order; a phase has several lists where a decision comes in between."""
+        return takewhile(lambda one: PHASES.index(one[0]) <= PHASES.index(until), self._phases())
+
+    def _phases(self) -> Iterator[tuple[str, list[Step]]]:
         texts = ("instructions", "responses", "extend")
         yield "iter_1", self.steps(*(f"iter_1 {name}" for name in texts))
         pairs = str(self.run / "iter_1/extended.jsonl")
@@ -264,7 +279,10 @@ def worse(base: dict, scores: dict) -> list[str]:
 
 
 def finished(step: Step) -> bool:
-    done = sidecar_of(step).get("status") == "done"
+    """Whether a step has nothing left to do; with a damaged sidecar it has."""
+    done = False
+    with suppress(UserError):
+        done = sidecar_of(step).get("status") == "done"
     return done and (step.name != "evaluate" or (Path(step.output) / "scores.json").exists())
 
 
@@ -478,6 +496,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
         setting_of(text)
+    if wrong := [word for word in more if word.partition("=")[0] in NOT_HERE]:
+        raise UserError(f"{wrong[0]} is run.py's, the study decides that itself", f"leave {wrong[0]} out")
     preset = {stage: {**loop.DEMO[stage], **SMOLLM2.get(stage, {})} for stage in loop.DEMO}
     # Before the user's flags, which win: what the phases need.
     fixed = ["--iterations=2", "--evaluate=all", "--evaluate.samples=3"]
@@ -488,15 +508,18 @@ def main(argv: list[str] | None = None) -> None:
     args, own = parse_args(argv)
     os.chdir(ROOT)  # where the stages run: relative paths are below the repository
     study, done = Study(args, own), list[Step]()
-    for phase, steps in study.phases():
-        if PHASES.index(phase) > PHASES.index(args.until):
-            break
-        if not args.show:
+    if args.show:
+        done = [step for step in study.begun(args.until) if finished(step)]
+    else:
+        # What stands on a step is looked for in all phases that are there, by a copy: decisions change a study.
+        there = Study(*parse_args(argv)).begun(args.until) if own.loop.redo else []
+        afresh = standing_on(there, chosen_by(own.loop.redo, there))
+        announce(there, {}, own.loop.redo, afresh)
+        again = {step.label for step in afresh}
+        for phase, steps in study.phases(args.until):
             cli.say(f"phase {phase}: {sum(map(finished, steps))} of {len(steps)} stages are there")
-            execute(steps, str(study.run))
-        done += [step for step in steps if finished(step)]
-        if args.show and not all(step.control or finished(step) for step in steps):
-            break
+            execute(steps, str(study.run), [step for step in steps if step.label in again])
+            done += [step for step in steps if finished(step)]
     if not done:
         raise UserError(f"{study.run} holds no finished stage", "the same command without --show")
     result = result_of(study, done)

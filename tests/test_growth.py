@@ -190,6 +190,30 @@ def test_show_starts_nothing_and_a_killed_study_can_be_read(tmp_path, monkeypatc
     assert result["setting"] == TRIES[1] and set(result["rows"]["eval"]) == {"base"} and result["bars"] == []
 
 
+def test_a_redo_reaches_what_stands_on_the_step_in_all_phases(tmp_path, monkeypatch, capsys):
+    """It was taken, and ignored: the hint of a stage that refused led back to the same error."""
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    study(tmp_path / "g", capsys, "--until", "iter_1")
+    again: list[Step] = []
+    monkeypatch.setattr(steps, "run_step", lambda step, log: again.append(step) or stage(step))
+    with pytest.raises(UserError, match="no stage 'iter_3/extend'"):
+        study(tmp_path / "g", capsys, "--until", "iter_1", "--redo", "iter_3/extend")
+    assert not again
+    study(tmp_path / "g", capsys, "--until", "iter_1", "--redo", "iter_1/extend")
+    redone = {step.label for step in again if step.settings.get("overwrite")}
+    tried = [f"search/{growth.folder_of(text)}" for text in TRIES]
+    expected = {"iter_1/extend", "iter_1/train-generator", "eval/iter_1/evaluate", "own/iter_1/evaluate"}
+    expected |= {f"{part}/{name}" for part in tried for name in ("train-generator", "eval/evaluate")}
+    # As many tokens as iteration 1.
+    assert redone == expected | {"controls/drafts_1/train-generator", "eval/control_drafts_1/evaluate"}
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], ["--plan"], ["--iterations", "1"], ["--controls=told"]])
+def test_flags_that_would_start_another_study_are_refused(flags):
+    with pytest.raises(UserError, match=f"{flags[0][:6]}.* is run.py's"):
+        growth.parse_args(flags)
+
+
 @pytest.mark.parametrize(
     ("eos", "loops", "bad"), [(0.9, 0.1, []), (0.84, 0.1, ["eos_share"]), (1, 0.16, ["loop_rate"])]
 )
