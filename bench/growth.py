@@ -73,13 +73,6 @@ OVER_DRAFTS = 1.15  # the same against a fine-tune on own drafts
 # Files that are made of others
 
 
-def write_rows(path: Path, rows: Sequence[dict]) -> str:
-    """The rows as a file that a stage reads; of the same rows the same bytes, so a finished stage stays finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, b"".join(map(to_line, rows)))
-    return str(path)
-
-
 def as_queries(rows: Sequence[dict]) -> list[dict]:
     """Instructions as a benchmark without demands; each prompt once."""
     prompts = {r["prompt"]: r["language"] for r in rows}
@@ -113,20 +106,37 @@ def with_dropped(file: str | Path) -> tuple[list[dict], list[dict]]:
 class Study:
     """The steps of each phase, for settings that grow by what the study finds: `setting`, then `mode`."""
 
-    def __init__(self, args: argparse.Namespace, own: loop.Settings):
-        self.run, self.own, self.tries = Path(own.loop.run), own, args.tries
+    def __init__(self, args: argparse.Namespace, own: loop.Settings, writes: bool = True):
+        self.run, self.own, self.tries, self.writes = Path(own.loop.run), own, args.tries, writes
         self.setting = self.mode = ""
         held_out = read_jsonl(args.held_out)
         if len(held_out) < args.search + 2:
             raise UserError(f"{args.held_out} has {len(held_out)} instructions", f"more than {args.search + 1}")
-        self.searched = write_rows(self.run / "queries" / "search.jsonl", as_queries(held_out[: args.search]))
-        reported = write_rows(self.run / "queries" / "report.jsonl", as_queries(held_out[args.search :]))
+        self.searched = self.write("queries/search.jsonl", as_queries(held_out[: args.search]), once=True)
+        reported = self.write("queries/report.jsonl", as_queries(held_out[args.search :]), once=True)
         files = [*find_benchmark("mini"), args.demands]
         demands = [row for file in files for row in read_jsonl(file, needs=("query",))]
-        self.demands = write_rows(self.run / "queries" / "demands.jsonl", [r for r in demands if r["language"] == "en"])
+        demands = [row for row in demands if row["language"] == "en"]
+        self.demands = self.write("queries/demands.jsonl", demands, once=True)
         own.stages["evaluate"]["benchmark"] = reported
         asked = own.stages["instructions"]
         asked["dedup_against"] = [*asked.get("dedup_against", []), args.held_out]  # nobody trains on what is reported
+
+    def write(self, name: str, rows: Sequence[dict], once: bool = False) -> str:
+        """The rows as a file that a stage reads; of the same rows the same bytes, so a finished stage stays finished.
+
+        once: not again with other rows; else instructions that chose the setting might be reported on later.
+        """
+        path, data = self.run / name, b"".join(map(to_line, rows))
+        before = path.read_bytes() if path.exists() else b""
+        if self.writes and before != data:
+            if once and before:
+                searched = (self.run / "queries/search.jsonl").read_bytes().count(b"\n")
+                hint = f"--search {searched}, --held-out and --demands as they were then; or another --run"
+                raise UserError(f"the study was begun with other queries than this command's: {path}", hint)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, data)
+        return str(path)
 
     def steps(self, *names: str, control: str = "") -> list[Step]:
         """The steps of run.py's plan whose part, or part and name, is one of the names, in the order of the names."""
@@ -179,8 +189,9 @@ class Study:
         found = self.winner("search", list(folders))
         self.setting = folders[found]
         self.own.stages["train"].update(setting_of(self.setting))
-        adopt(entrants[found].output, train.output)
-        own = write_rows(self.run / "queries/own.jsonl", as_queries(by_chance(read_jsonl(pairs)))[:OWN])
+        if self.writes:
+            adopt(entrants[found].output, train.output)
+        own = self.write("queries/own.jsonl", as_queries(by_chance(read_jsonl(pairs)))[:OWN])
         yield (
             "iter_1",
             [
@@ -198,7 +209,7 @@ class Study:
 
         yield "iter_2", self.steps("iter_1 train extender", *(f"iter_2 {name}" for name in texts))
         new = str(self.run / "iter_2/extended.jsonl")
-        half = write_rows(self.run / "half/extended.jsonl", half_of(read_jsonl(new)))
+        half = self.write("half/extended.jsonl", half_of(read_jsonl(new)))
         [before], [train] = self.steps("iter_1 train generator"), self.steps("iter_2 train generator")
         modes = {
             mode: moved(train, f"half/{mode}", **loop.train_settings(mode, [pairs, half], before.output))
@@ -235,9 +246,9 @@ class Study:
         missed = [r for r in with_dropped(drafts.output)[1] if r["prompt"] not in reached]
         inputs, steps = [extend.output], []
         if dropped:
-            inputs.append(write_rows(self.run / "controls/no-bias/dropped.jsonl", dropped))
+            inputs.append(self.write("controls/no-bias/dropped.jsonl", dropped))
         if missed:
-            file = write_rows(self.run / "controls/no-bias/drafts.jsonl", missed)
+            file = self.write("controls/no-bias/drafts.jsonl", missed)
             steps = [moved(extend, "controls/no-bias", "no-bias", input=[file], no_length_bias=True)]
             inputs.append(steps[0].output)
         learn = moved(train, "controls/no-bias", "no-bias", input=inputs, budget_of=train.output)
@@ -507,12 +518,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
 def main(argv: list[str] | None = None) -> None:
     args, own = parse_args(argv)
     os.chdir(ROOT)  # where the stages run: relative paths are below the repository
-    study, done = Study(args, own), list[Step]()
+    study, done = Study(args, own, writes=not args.show), list[Step]()
     if args.show:
         done = [step for step in study.begun(args.until) if finished(step)]
     else:
         # What stands on a step is looked for in all phases that are there, by a copy: decisions change a study.
-        there = Study(*parse_args(argv)).begun(args.until) if own.loop.redo else []
+        there = Study(*parse_args(argv), writes=False).begun(args.until) if own.loop.redo else []
         afresh = standing_on(there, chosen_by(own.loop.redo, there))
         announce(there, {}, own.loop.redo, afresh)
         again = {step.label for step in afresh}

@@ -208,6 +208,18 @@ def test_a_redo_reaches_what_stands_on_the_step_in_all_phases(tmp_path, monkeypa
     assert redone == expected | {"controls/drafts_1/train-generator", "eval/control_drafts_1/evaluate"}
 
 
+def test_what_is_chosen_on_and_reported_on_stays_as_it_was(tmp_path, monkeypatch, capsys):
+    """--show without the --search of then rewrote both: instructions that chose the setting were reported later."""
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    result = study(tmp_path / "g", capsys, "--until", "iter_1")
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "g" / "queries").iterdir())}
+    assert study(tmp_path / "g", capsys, "--until", "iter_1", "--show", "--search", "6") == result
+    with pytest.raises(UserError, match="begun with other queries .*search.jsonl") as caught:
+        study(tmp_path / "g", capsys, "--until", "iter_1", "--search", "3")
+    assert caught.value.hint.startswith("--search 4, ")
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "g" / "queries").iterdir())} == files
+
+
 @pytest.mark.parametrize("flags", [["--dry-run"], ["--plan"], ["--iterations", "1"], ["--controls=told"]])
 def test_flags_that_would_start_another_study_are_refused(flags):
     with pytest.raises(UserError, match=f"{flags[0][:6]}.* is run.py's"):
