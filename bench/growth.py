@@ -4,8 +4,9 @@ Four phases, each of which ends in a table that can be reported by itself. --unt
 
     iter_1  Instructions, drafts, extensions. Every setting of --try trains a Generator on them; the one that writes
             most on the first --search held-out instructions, at no worse EOS share and loop rate than the base model,
-            is taken, and these instructions are not reported on. Then the answers of base and iteration 1 to the other
-            held-out instructions and to some of its own, and the controls told, eos-ban and drafts (run.py --controls).
+            is taken (where all are worse, the result says so), and these instructions are not reported on. Then the
+            answers of base and iteration 1 to the other held-out instructions and to some of its own, and the controls
+            told, eos-ban and drafts (run.py --controls).
     parts   What one stage instead of two, and no length bias, would have made of iteration 1.
     iter_2  Its texts. Restarting on all pairs and continuing on the new ones are tried with half of the new
             instructions, the better one (chosen as above) is trained whole; its own drafts control.
@@ -109,6 +110,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, own: loop.Settings, writes: bool = True):
         self.run, self.own, self.tries, self.writes = Path(own.loop.run), own, args.tries, writes
         self.setting = self.mode = ""
+        self.worse: dict[str, list[str]] = {}  # contest -> at what its winner is worse than the base model
         held_out = read_jsonl(args.held_out)
         if len(held_out) < args.search + 2:
             raise UserError(f"{args.held_out} has {len(held_out)} instructions", f"more than {args.search + 1}")
@@ -163,7 +165,11 @@ class Study:
             scores = read_run(str(self.run / part / name / "eval"))
             return -1 if worse(base, scores) or scores["words_median"] is None else scores["words_median"]
 
-        return max(names, key=worth)
+        found = max(names, key=worth)
+        self.worse[part] = bad = worse(base, read_run(str(self.run / part / found / "eval")))
+        if bad:
+            cli.say(f"{part}: none is as good as the base model; {found} is taken, worse at {', '.join(bad)}")
+        return found
 
     def begun(self, until: str) -> list[Step]:
         """The steps of the phases up to the first list that is not finished: by what comes of it others are decided."""
@@ -384,7 +390,9 @@ def result_of(study: Study, steps: Sequence[Step]) -> dict:
         "bench": "growth",
         "model": study.own.shared["model"],
         "setting": study.setting,
+        "setting_worse": study.worse.get("search", []),
         "mode": study.mode,
+        "mode_worse": study.worse.get("half", []),
         "bars": bars(rows, over, runs),
         "rows": rows,
         "over": over,

@@ -40,11 +40,14 @@ def texts(step: Step, kind: str, rows: list[dict], dropped: int) -> None:
         job.finish(0, tokens=100)
 
 
+LOOPING = (180, "length")  # the longest, but it does not end
+
+
 def words_of(settings: dict) -> tuple[int, str]:
     """(words an answer has, how it ends), by what the model is, in the made-up study below."""
     adapter = settings["adapter"]
-    if "rank-64" in adapter:  # the longest, but it does not end
-        return 180, "length"
+    if "rank-64" in adapter:
+        return LOOPING
     if settings.get("at_least"):
         return 66, "eos"
     lengths = {"half/restart": 128, "half/continue": 124, "iter_2/": 120, "final/": 112, "rank-16": 90, "iter_1/": 90}
@@ -206,6 +209,14 @@ def test_a_redo_reaches_what_stands_on_the_step_in_all_phases(tmp_path, monkeypa
     expected |= {f"{part}/{name}" for part in tried for name in ("train-generator", "eval/evaluate")}
     # As many tokens as iteration 1.
     assert redone == expected | {"controls/drafts_1/train-generator", "eval/control_drafts_1/evaluate"}
+
+
+def test_a_setting_that_is_worse_because_all_are_is_reported_as_that(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    real = words_of
+    monkeypatch.setitem(globals(), "words_of", lambda own: LOOPING if "search/" in own["adapter"] else real(own))
+    result = study(tmp_path / "g", capsys, "--until", "iter_1")
+    assert result["setting"] == TRIES[0] and "eos_share" in result["setting_worse"] and result["mode_worse"] == []
 
 
 def test_what_is_chosen_on_and_reported_on_stays_as_it_was(tmp_path, monkeypatch, capsys):
