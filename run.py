@@ -397,7 +397,7 @@ def make_parser() -> argparse.ArgumentParser:
             title, left_out = f"{name}: {' '.join(spec.command)}", [*shared, *spec.decided]
             cli.add_flags(parser, title, kind, leave_out=left_out, prefix=f"{name}.", given_only=True)
     # What a preset switches on can be switched off: --evaluate.probes, --extend.no-one-pair.
-    hidden = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    hidden: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for dest in [action.dest for action in parser._actions if action.const is True and "." in action.dest]:
         stage, name = dest.split(".")
         off = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
