@@ -16,7 +16,8 @@ The plan is data: a list of steps, each with the settings of one stage. A flag o
 stage's name, with a dot: --extend.rounds 1, --train.rank 16. `answers` is the drafting of the last stage. Killed at
 any point and started again with the same flags, the run continues where it was: every stage resumes, and a finished
 one loads no model. More may be asked of it: --instructions, --extend.max-attempts, --evaluate.samples and their like
-only add work, what is there is kept, and what was learned from it is learned again. Any other change needs --redo.
+only add work, but what was learned from it is learned again, and what the new models write replaces what the old ones
+wrote: of several iterations all after the first. It is listed before anything starts. Any other change needs --redo.
 Relative paths are below the repository, wherever run.py is started.
 
 Examples
@@ -52,7 +53,7 @@ from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.report.summary import show
 from lengthen.models.hub import write_cards
 from lengthen.records import UserError, replace_file
-from lengthen.steps import ROOT, Step, as_shell, execute, launched, moved, standing_on
+from lengthen.steps import ROOT, Step, announce, as_shell, chosen_by, execute, launched, moved, outlook, standing_on
 from lengthen.text import languages
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags, PairFlags, RuntimeFlags
 
@@ -90,7 +91,7 @@ class LoopFlags:
         const=HERE,
         metavar="CARD",
     )
-    redo: str = flag("", "start this stage afresh, and what stands on it: extend, iter_2/extend, final, ...")
+    redo: str = flag("", "start afresh, with what stands on it: extend, iter_2/extend, final, ...; several with commas")
     iterations: int = flag(3, "macro-iterations", at_least(1))
     instructions: int = flag(5000, "new instructions per macro-iteration", at_least(1))
     final_instructions: int = flag(0, "new instructions for the last stage; 0 = as --instructions", at_least(0))
@@ -282,18 +283,13 @@ def spellings(part: str, stage: str, name: str) -> dict[str, str]:
     flags = {name: f"--{stage}.{name}" for name in own if name not in (*shared, *STAGES[stage].decided)}
     flags |= {"overwrite": f"--redo {part}/{name.replace(' ', '-')}", "output": "--run"}
     flags |= {"count": "--final-instructions" if part == "final" else "--instructions"}
-    return {f"--{name.replace('_', '-')}": spelt.replace("_", "-") for name, spelt in flags.items()} | {
-        "--overwrite": flags["overwrite"]  # a part's name keeps its _
-    }
-
-
-def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
-    named = {"answers": "final/responses"}.get(redo, redo)
-    found = [s for s in steps if named in (s.label, s.part, s.name, s.name.partition(" ")[0], s.name.replace(" ", "-"))]
-    if redo and not found:
-        raise UserError(f"--redo: this run has no stage {redo!r}", f"one of {', '.join(s.label for s in steps)}")
-    return found
+    spelt = {f"--{name.replace('_', '-')}": ours.replace("_", "-") for name, ours in flags.items()}
+    spelt["--overwrite"] = flags["overwrite"]  # a part's name keeps its _
+    if stage in ("instructions", "responses", "extend"):  # a flag of these holds in every iteration and control
+        spelt["(with --overwrite)"] = f"(with --redo {stage}: afresh in every iteration, as the flag holds in all)"
+        more = "it goes on from what is there, in every iteration: what has learned from that is made afresh"
+        spelt["(it goes on from what is there)"] = f"({more})"
+    return spelt
 
 
 def controls(own: Settings, steps: Sequence[Step]) -> list[Step]:
@@ -400,6 +396,12 @@ def make_parser() -> argparse.ArgumentParser:
         for kind in spec.flags:
             title, left_out = f"{name}: {' '.join(spec.command)}", [*shared, *spec.decided]
             cli.add_flags(parser, title, kind, leave_out=left_out, prefix=f"{name}.", given_only=True)
+    # What a preset switches on can be switched off: --evaluate.probes, --extend.no-one-pair.
+    hidden: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for dest in [action.dest for action in parser._actions if action.const is True and "." in action.dest]:
+        stage, name = dest.split(".")
+        off = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
+        parser.add_argument(f"--{stage}.{off}".replace("_", "-"), dest=dest, **hidden)
     return parser
 
 
@@ -458,27 +460,24 @@ def main(argv: list[str] | None = None) -> None:
     if left_out := sorted(set(own.loop.controls) - {step.control for step in steps}):
         cli.say(f"controls left out: {', '.join(left_out)}: the same as this run, or they need a second iteration")
     if own.loop.dry_run:
-        given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
         names = {"RUN": run, "MODEL": own.shared["model"]}
-        print(as_shell(steps, shlex.join(["python", "run.py", *given]), heading, names))
+        print(as_shell(steps, shlex.join(["python", "run.py", *words]), heading, names))
         return
     os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
+    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
+    fate, given = outlook(steps, all_settings, afresh), own.shared | own.stages["train"]
     if own.loop.plan:
-        show_plan(steps, all_settings, ask(own.loop.plan, own.shared | own.stages["train"]))
+        # What was measured here says nothing of a card.
+        again = fate if own.loop.plan == HERE else [step.output for step in steps]
+        show_plan(steps, all_settings, ask(own.loop.plan, given), again)
         return
     cli.say(f"{len(steps)} stages in {run}; stop and start again at any time")
-    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
-    for step in afresh:
-        there = "is made afresh" if Path(step.output).exists() else "is not there yet"
-        cli.say(f"--redo: {step.output} {there} ({step.label})")
-    if afresh:
-        cli.say("stopped in the middle, go on without --redo: what was made afresh is kept then")
+    announce(steps, fate, own.loop.redo, afresh)
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(
-        steps, run, afresh, TimeLeft(steps, all_settings, own.shared | own.stages["train"], afresh)
-    )
+    results, ended = execute(steps, run, afresh, TimeLeft(steps, all_settings, given, fate))
 
     # 3) say what came of it
     summary = summary_of(own, results, ended, time.monotonic() - started)

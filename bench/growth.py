@@ -4,8 +4,9 @@ Four phases, each of which ends in a table that can be reported by itself. --unt
 
     iter_1  Instructions, drafts, extensions. Every setting of --try trains a Generator on them; the one that writes
             most on the first --search held-out instructions, at no worse EOS share and loop rate than the base model,
-            is taken, and these instructions are not reported on. Then the answers of base and iteration 1 to the other
-            held-out instructions and to some of its own, and the controls told, eos-ban and drafts (run.py --controls).
+            is taken (where all are worse, the result says so), and these instructions are not reported on. Then the
+            answers of base and iteration 1 to the other held-out instructions and to some of its own, and the controls
+            told, eos-ban and drafts (run.py --controls).
     parts   What one stage instead of two, and no length bias, would have made of iteration 1.
     iter_2  Its texts. Restarting on all pairs and continuing on the new ones are tried with half of the new
             instructions, the better one (chosen as above) is trained whole; its own drafts control.
@@ -15,7 +16,7 @@ Four phases, each of which ends in a table that can be reported by itself. --unt
 Every fine-tune but those that are tried sees as many target tokens as the Generator of its iteration. Intervals are of
 95 %, over queries, paired. What the study reads from its folder it writes to growth.json there, with what every stage
 took. Killed and started again with the same flags, it continues; --show prints what there is and starts nothing. Flags
-not listed below go to run.py.
+not listed below go to run.py; --redo STAGE is as there.
 
     python bench/growth.py --until iter_1                            # SmolLM2: hours on 2 cores (docs/study.md)
     python bench/growth.py --show
@@ -29,7 +30,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ from lengthen.evaluation.measures import median
 from lengthen.evaluation.scores import cell
 from lengthen.reading import read_jsonl
 from lengthen.records import UserError, replace_file, to_line
-from lengthen.steps import ROOT, Step, execute, moved, sidecar_of
+from lengthen.steps import ROOT, Step, announce, chosen_by, execute, moved, sidecar_of, standing_on
 
 # Where run.py's demo is for minutes: breadth, by the table in docs/study.md. A flag overrides each.
 SMOLLM2: loop.Preset = {
@@ -58,6 +61,7 @@ SMOLLM2: loop.Preset = {
 # 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same 62 pairs (docs/study.md).
 TRIES = ["rank=8,learning_rate=3e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
 PHASES = ("iter_1", "parts", "iter_2", "final")
+NOT_HERE = ("--plan", "--dry-run", "--iterations", "--controls")  # flags of run.py: the study's phases decide these
 OWN = 20  # of the instructions that iteration 1 was trained on, answered as well
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
 GROWTH = {"iter_1": 1.2, "iter_2": 1.5}  # bars: the lower end of the interval is above
@@ -66,13 +70,6 @@ OVER_DRAFTS = 1.15  # the same against a fine-tune on own drafts
 
 # ---------------------------------------------------------------------------------------------------------
 # Files that are made of others
-
-
-def write_rows(path: Path, rows: Sequence[dict]) -> str:
-    """The rows as a file that a stage reads; of the same rows the same bytes, so a finished stage stays finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, b"".join(map(to_line, rows)))
-    return str(path)
 
 
 def as_queries(rows: Sequence[dict]) -> list[dict]:
@@ -108,20 +105,38 @@ def with_dropped(file: str | Path) -> tuple[list[dict], list[dict]]:
 class Study:
     """The steps of each phase, for settings that grow by what the study finds: `setting`, then `mode`."""
 
-    def __init__(self, args: argparse.Namespace, own: loop.Settings):
-        self.run, self.own, self.tries = Path(own.loop.run), own, args.tries
+    def __init__(self, args: argparse.Namespace, own: loop.Settings, writes: bool = True):
+        self.run, self.own, self.tries, self.writes = Path(own.loop.run), own, args.tries, writes
         self.setting = self.mode = ""
+        self.worse: dict[str, list[str]] = {}  # contest -> at what its winner is worse than the base model
         held_out = read_jsonl(args.held_out)
         if len(held_out) < args.search + 2:
             raise UserError(f"{args.held_out} has {len(held_out)} instructions", f"more than {args.search + 1}")
-        self.searched = write_rows(self.run / "queries" / "search.jsonl", as_queries(held_out[: args.search]))
-        reported = write_rows(self.run / "queries" / "report.jsonl", as_queries(held_out[args.search :]))
+        self.searched = self.write("queries/search.jsonl", as_queries(held_out[: args.search]), once=True)
+        reported = self.write("queries/report.jsonl", as_queries(held_out[args.search :]), once=True)
         files = [*find_benchmark("mini"), args.demands]
         demands = [row for file in files for row in read_jsonl(file, needs=("query",))]
-        self.demands = write_rows(self.run / "queries" / "demands.jsonl", [r for r in demands if r["language"] == "en"])
+        demands = [row for row in demands if row["language"] == "en"]
+        self.demands = self.write("queries/demands.jsonl", demands, once=True)
         own.stages["evaluate"]["benchmark"] = reported
         asked = own.stages["instructions"]
         asked["dedup_against"] = [*asked.get("dedup_against", []), args.held_out]  # nobody trains on what is reported
+
+    def write(self, name: str, rows: Sequence[dict], once: bool = False) -> str:
+        """The rows as a file that a stage reads; of the same rows the same bytes, so a finished stage stays finished.
+
+        once: not again with other rows; else instructions that chose the setting might be reported on later.
+        """
+        path, data = self.run / name, b"".join(map(to_line, rows))
+        before = path.read_bytes() if path.exists() else b""
+        if self.writes and before != data:
+            if once and before:
+                searched = (self.run / "queries/search.jsonl").read_bytes().count(b"\n")
+                hint = f"--search {searched}, --held-out and --demands as they were then; or another --run"
+                raise UserError(f"the study was begun with other queries than this command's: {path}", hint)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, data)
+        return str(path)
 
     def steps(self, *names: str, control: str = "") -> list[Step]:
         """The steps of run.py's plan whose part, or part and name, is one of the names, in the order of the names."""
@@ -148,10 +163,26 @@ class Study:
             scores = read_run(str(self.run / part / name / "eval"))
             return -1 if worse(base, scores) or scores["words_median"] is None else scores["words_median"]
 
-        return max(names, key=worth)
+        found = max(names, key=worth)
+        self.worse[part] = bad = worse(base, read_run(str(self.run / part / found / "eval")))
+        if bad:
+            cli.say(f"{part}: none is as good as the base model; {found} is taken, worse at {', '.join(bad)}")
+        return found
 
-    def phases(self) -> Iterator[tuple[str, list[Step]]]:
+    def begun(self, until: str) -> list[Step]:
+        """The steps of the phases up to the first list that is not finished: by what comes of it others are decided."""
+        there: list[Step] = []
+        for _, steps in self.phases(until):
+            there += steps
+            if not all(step.control or finished(step) for step in steps):
+                break
+        return there
+
+    def phases(self, until: str) -> Iterator[tuple[str, list[Step]]]:
         """(phase, steps) in order; a phase has several lists where a decision comes in between."""
+        return takewhile(lambda one: PHASES.index(one[0]) <= PHASES.index(until), self._phases())
+
+    def _phases(self) -> Iterator[tuple[str, list[Step]]]:
         texts = ("instructions", "responses", "extend")
         yield "iter_1", self.steps(*(f"iter_1 {name}" for name in texts))
         pairs = str(self.run / "iter_1/extended.jsonl")
@@ -162,8 +193,9 @@ class Study:
         found = self.winner("search", list(folders))
         self.setting = folders[found]
         self.own.stages["train"].update(setting_of(self.setting))
-        adopt(entrants[found].output, train.output)
-        own = write_rows(self.run / "queries/own.jsonl", as_queries(by_chance(read_jsonl(pairs)))[:OWN])
+        if self.writes:
+            adopt(entrants[found].output, train.output)
+        own = self.write("queries/own.jsonl", as_queries(by_chance(read_jsonl(pairs)))[:OWN])
         yield (
             "iter_1",
             [
@@ -181,7 +213,7 @@ class Study:
 
         yield "iter_2", self.steps("iter_1 train extender", *(f"iter_2 {name}" for name in texts))
         new = str(self.run / "iter_2/extended.jsonl")
-        half = write_rows(self.run / "half/extended.jsonl", half_of(read_jsonl(new)))
+        half = self.write("half/extended.jsonl", half_of(read_jsonl(new)))
         [before], [train] = self.steps("iter_1 train generator"), self.steps("iter_2 train generator")
         modes = {
             mode: moved(train, f"half/{mode}", **loop.train_settings(mode, [pairs, half], before.output))
@@ -218,9 +250,9 @@ class Study:
         missed = [r for r in with_dropped(drafts.output)[1] if r["prompt"] not in reached]
         inputs, steps = [extend.output], []
         if dropped:
-            inputs.append(write_rows(self.run / "controls/no-bias/dropped.jsonl", dropped))
+            inputs.append(self.write("controls/no-bias/dropped.jsonl", dropped))
         if missed:
-            file = write_rows(self.run / "controls/no-bias/drafts.jsonl", missed)
+            file = self.write("controls/no-bias/drafts.jsonl", missed)
             steps = [moved(extend, "controls/no-bias", "no-bias", input=[file], no_length_bias=True)]
             inputs.append(steps[0].output)
         learn = moved(train, "controls/no-bias", "no-bias", input=inputs, budget_of=train.output)
@@ -262,7 +294,10 @@ def worse(base: dict, scores: dict) -> list[str]:
 
 
 def finished(step: Step) -> bool:
-    done = sidecar_of(step).get("status") == "done"
+    """Whether a step has nothing left to do; with a damaged sidecar it has."""
+    done = False
+    with suppress(UserError):
+        done = sidecar_of(step).get("status") == "done"
     return done and (step.name != "evaluate" or (Path(step.output) / "scores.json").exists())
 
 
@@ -349,7 +384,9 @@ def result_of(study: Study, steps: Sequence[Step]) -> dict:
         "bench": "growth",
         "model": study.own.shared["model"],
         "setting": study.setting,
+        "setting_worse": study.worse.get("search", []),
         "mode": study.mode,
+        "mode_worse": study.worse.get("half", []),
         "bars": bars(rows, over, runs),
         "rows": rows,
         "over": over,
@@ -469,6 +506,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
         setting_of(text)
+    if wrong := [word for word in more if word.partition("=")[0] in NOT_HERE]:
+        raise UserError(f"{wrong[0]} is run.py's, the study decides that itself", f"leave {wrong[0]} out")
     preset = {stage: {**loop.DEMO[stage], **SMOLLM2.get(stage, {})} for stage in loop.DEMO}
     # Before the user's flags, which win: what the phases need.
     fixed = ["--iterations=2", "--evaluate=all", "--evaluate.samples=3"]
@@ -478,16 +517,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
 def main(argv: list[str] | None = None) -> None:
     args, own = parse_args(argv)
     os.chdir(ROOT)  # where the stages run: relative paths are below the repository
-    study, done = Study(args, own), list[Step]()
-    for phase, steps in study.phases():
-        if PHASES.index(phase) > PHASES.index(args.until):
-            break
-        if not args.show:
+    study, done = Study(args, own, writes=not args.show), list[Step]()
+    if args.show:
+        done = [step for step in study.begun(args.until) if finished(step)]
+    else:
+        # What stands on a step is looked for in all phases that are there, by a copy: decisions change a study.
+        there = Study(*parse_args(argv), writes=False).begun(args.until) if own.loop.redo else []
+        afresh = standing_on(there, chosen_by(own.loop.redo, there))
+        announce(there, {}, own.loop.redo, afresh)
+        again = {step.label for step in afresh}
+        for phase, steps in study.phases(args.until):
             cli.say(f"phase {phase}: {sum(map(finished, steps))} of {len(steps)} stages are there")
-            execute(steps, str(study.run))
-        done += [step for step in steps if finished(step)]
-        if args.show and not all(step.control or finished(step) for step in steps):
-            break
+            execute(steps, str(study.run), [step for step in steps if step.label in again])
+            done += [step for step in steps if finished(step)]
     if not done:
         raise UserError(f"{study.run} holds no finished stage", "the same command without --show")
     result = result_of(study, done)

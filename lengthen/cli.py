@@ -321,9 +321,13 @@ SPELLINGS = "SELF_LENGTHEN_SPELLINGS"  # {flag: what run.py calls it}, set by ru
 
 
 def spelt(text: str) -> str:
-    """The flags in a hint as they are spelt where the user stands: --rounds is --extend.rounds in run.py."""
+    """The flags in a hint as they are spelt where the user stands: --rounds is --extend.rounds in run.py.
+
+    So is a remark in brackets, where another one holds there.
+    """
     names = json.loads(os.environ.get(SPELLINGS, "{}"))
-    return re.sub(r"--[a-z][a-z-]*[a-z]", lambda match: names.get(match[0], match[0]), text)
+    remarks = "".join(f"{re.escape(name)}|" for name in names if name.startswith("("))
+    return re.sub(rf"{remarks}--[a-z][a-z-]*[a-z]", lambda match: names.get(match[0], match[0]), text)
 
 
 def save_figure(path: Path, draw: Callable[[], Any]) -> None:

@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 import tty
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lengthen import cli
-from lengthen.jobs import input_hashes, read_sidecar
+from lengthen.jobs import EARLIER, GROWING, input_hashes, read_sidecar, sidecar_path
 from lengthen.records import UserError, fingerprint, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,9 @@ def moved(step: Step, part: str, control: str = "", **changes: Any) -> Step:
     """A copy of a step in another folder of the run, with other settings: what controls and studies are made of."""
     root, _, file = step.output.rpartition(step.part)
     settings = {name: value for name, value in (step.settings | changes).items() if name != "output"}
-    return replace(step, part=part, control=control, settings={**settings, "output": f"{root}{part}{file}"})
+    copy = replace(step, part=part, control=control, settings={**settings, "output": f"{root}{part}{file}"})
+    # Hints that start it afresh name the copy, not the step that it was copied from.
+    return replace(copy, spelt={**step.spelt, "--overwrite": f"--redo {copy.label}"}) if step.spelt else copy
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -124,19 +126,44 @@ def as_shell(steps: Sequence[Step], made_by: str, heading: Callable[[Step], str]
 # Running them
 
 
+def chosen_by(redo: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps that --redo names: by label, by part, by name, or by the name of their flags."""
+    found: list[Step] = []
+    for word in filter(None, redo.split(",")):
+        named = {"answers": "final/responses"}.get(word, word)
+        more = [s for s in steps if named in {s.label, s.part, s.name, s.name.split()[0], s.name.replace(" ", "-")}]
+        if not more:
+            raise UserError(f"--redo: this run has no stage {word!r}", f"one of {', '.join(s.label for s in steps)}")
+        found += more
+    return found
+
+
 def standing_on(steps: Sequence[Step], chosen: Sequence[Step]) -> list[Step]:
     """The chosen steps and those that read what these write, in order."""
     found: list[Step] = []
     for step in steps:
-        reads = {word for value in step.settings.values() for word in (value if isinstance(value, list) else [value])}
-        if step in chosen or any(before.output in reads for before in found):
+        if step in chosen or any(before.output in words_of(step) for before in found):
             found.append(step)
     return found
 
 
+def words_of(step: Step) -> set[Any]:
+    """The values of a step's settings but its output, those in lists one by one: what it reads is among them."""
+    values = (value for name, value in step.settings.items() if name != "output")
+    return {word for value in values for word in (value if isinstance(value, list) else [value])}
+
+
+def output_file(step: Step) -> Path:
+    """What a step's sidecar belongs to."""
+    return Path(step.output) / "outputs.jsonl" if step.name == "evaluate" else Path(step.output)
+
+
 def sidecar_of(step: Step) -> dict[str, Any]:
     """The sidecar of what a step writes, {} before it starts."""
-    return read_sidecar(f"{step.output}/outputs.jsonl" if step.name == "evaluate" else step.output)
+    try:
+        return read_sidecar(output_file(step))
+    except UserError as error:
+        raise UserError(error.message, f"--redo {step.label} makes it afresh") from None
 
 
 def stale(step: Step) -> str:
@@ -153,8 +180,8 @@ def stale(step: Step) -> str:
     if adapter and same_adapter and before.get("adapter") and before["adapter"] != fingerprint(adapter):
         return adapter
     made = meta.get("inputs_created", {})
-    for path in inputs:
-        if path in made and made[path] != read_sidecar(path).get("created"):
+    for path in sorted(made.keys() & words_of(step)):  # what it must not repeat (--dedup-against) is among them
+        if made[path] != read_sidecar(path).get("created"):
             return path
     if step.command[0] == "train.py":
         now = input_hashes(inputs) if all(Path(path).exists() for path in inputs) else {}
@@ -168,6 +195,80 @@ def stale(step: Step) -> str:
     return ""
 
 
+AFRESH, MORE, OTHER = "made afresh", "goes on with more", "was made otherwise"  # what becomes of a step, see `outlook`
+APART = {"adapter", "inputs", "templates", "targets", "keep_lines"}  # recorded otherwise than as flags
+Flags = Callable[[Step], Mapping[str, Any]]  # a step's settings, with the stage's defaults
+
+
+def outlook(steps: Sequence[Step], flags: Flags, afresh: Sequence[Step] = ()) -> dict[str, str]:
+    """{output: what becomes of it when the steps are run}, of those that are not simply finished or gone on with.
+
+    afresh: those that are started over in any case. `stale` sees what has changed; this sees, before anything starts,
+    what will have changed when the turn of a step comes. Of OTHER, the stage itself will refuse to go on.
+    """
+    fate: dict[str, str] = {}
+    for step in steps:
+        meta = {} if step in afresh else sidecar_of(step)
+        touched, differing = words_of(step) & fate.keys(), differences(meta, flags(step))
+        learns, adapter = step.command[0] == "train.py", step.settings.get("adapter")
+        sources = touched & meta.get("inputs_created", {}).keys()
+        if not meta or stale(step) or any(fate[path] != MORE for path in sources):
+            fate[step.output] = AFRESH
+        elif other_inputs(step):
+            fate[step.output] = OTHER
+        elif adapter in touched or (learns and touched):
+            fate[step.output] = AFRESH
+        elif differing - GROWING.keys():
+            fate[step.output] = OTHER
+        elif touched or differing or (meta["status"] != "done" and not learns):
+            fate[step.output] = MORE
+    return fate
+
+
+def differences(meta: Mapping[str, Any], own: Mapping[str, Any]) -> set[str]:
+    """The names of the settings that a step has with other values than its sidecar."""
+    before = meta.get("settings", {}) | {"model": meta.get("base") or meta.get("info", {}).get("model")}
+    now = {name: own[name] for name in before.keys() & own.keys() - APART}
+    return {name for name, value in json.loads(json.dumps(now)).items() if before[name] != value}  # tuples are lists
+
+
+def other_inputs(step: Step) -> str:
+    """What a step was made with that other steps wrote and the plan no longer gives it; "" = nothing, it may go on."""
+
+    def tails(paths: Iterable[str]) -> set[str]:  # as sidecars name inputs: the run's folder may have got another name
+        return {"/".join(Path(path.split(EARLIER)[0]).parts[-2:]) for path in paths if path}
+
+    meta, own, learns = sidecar_of(step), step.settings, step.command[0] == "train.py"
+    if learns:
+        before, now = tails(meta.get("settings", {}).get("inputs", [])), tails(own["input"])
+    else:
+        before = tails([*meta.get("inputs_created", {}), meta.get("info", {}).get("adapter", "")])
+        now = tails([*own.get("input", []), *own.get("dedup_against", []), own.get("adapter", "")])
+    lost, more = sorted(before - now), sorted(now - before)
+    return f"{', '.join(lost) or 'less'}, this command says {', '.join(more)}" if lost or (learns and more) else ""
+
+
+def announce(steps: Sequence[Step], fate: Mapping[str, str], redo: str, afresh: Sequence[Step]) -> None:
+    """Say what goes, before anything starts; UserError for what a stage would refuse when its turn comes, hours later.
+
+    fate: by steps.outlook; afresh: what --redo starts over.
+    """
+    if refused := {s.label: why for s in steps if fate.get(s.output) == OTHER and (why := other_inputs(s))}:
+        found = "; ".join(f"{label} was made with {why}" for label, why in refused.items())
+        names = ",".join([*filter(None, [redo]), *refused])
+        raise UserError(found, f"--redo {names} starts that afresh, and what stands on it")
+    for step in afresh:
+        there = "is made afresh" if Path(step.output).exists() else "is not there yet"
+        cli.say(f"--redo: {step.output} {there} ({step.label})")
+    if afresh:
+        cli.say("stopped in the middle, go on without --redo, or as the last line says: what is afresh then stays")
+    goes = [s for s in steps if fate.get(s.output) == AFRESH and s not in afresh and written_at(s)]
+    if goes:
+        cli.say("what these were made of has changed, or may by this command: then they are deleted and made afresh")
+    for step in goes:
+        cli.say(f"  {step.output} ({step.label})")
+
+
 def execute(
     steps: Sequence[Step], run: str, afresh: Sequence[Step] = (), told: Callable[[int], None] = lambda number: None
 ) -> tuple[list[dict], list[str]]:
@@ -178,6 +279,8 @@ def execute(
     """
     results: list[dict] = []
     ended: list[str] = []
+    # The others stand on these, and are found by what these write.
+    first = [step for step in afresh if not words_of(step) & {other.output for other in afresh}]
     path = Path(run) / "run.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +293,23 @@ def execute(
             if step.control in ended:
                 continue
             cli.console.rule(f"{number}/{len(steps)}  {step.part}  {step.name}", align="left")
-            why = stale(step)
+            # Of one that goes in any case nothing is read: its sidecar may be what is damaged.
+            why = "" if step in afresh else stale(step)
             if why:
                 cli.say(f"{why} is another one since this was made: it is made afresh")
-            if why or step in afresh:
-                step = replace(step, settings={**step.settings, "overwrite": True})
-            cli.say(f"$ {step.launcher} {shlex.join(command_of(step))}")
-            if (result := run_step(step, log)) is None:
+            settings = {**step.settings, "overwrite": True} if why or step in afresh else step.settings
+            cli.say(f"$ {step.launcher} {shlex.join(command_of(replace(step, settings=settings)))}")
+            before = written_at(step)
+            try:
+                result = run_step(replace(step, settings=settings), log)
+            except SystemExit as failed:
+                waiting = [s for s in steps[number - 1 :] if s in first and written_at(s)]
+                left = [s.label for s in waiting if s is not step or written_at(s) == before]
+                # The same --redo would throw away what has just been made afresh.
+                how = f", but with --redo {','.join(left)}" if left else ", but without --redo"
+                say_how_to_go_on(step, failed.code, how if afresh else "")
+                raise
+            if result is None:
                 ended.append(step.control)
             else:
                 results.append({**result, "part": step.part, "stage": step.name})
@@ -204,8 +317,24 @@ def execute(
     return results, ended
 
 
+def written_at(step: Step) -> int:
+    """When a step's sidecar was written, ns; 0 = there is none."""
+    path = sidecar_path(output_file(step))
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def say_how_to_go_on(step: Step, code: Any, how: str) -> None:
+    """The last line of a run that a stage has ended; `how`: what must be different the next time."""
+    hints = {
+        3: "too few records came out: the lines above count the reasons, and name a flag to add to this command",
+        130: "to continue, run the same command again",
+    }
+    hint = hints.get(code, "what is finished is kept: fix that and run the same command again") + how
+    cli.console.print(f"[bold]run.py:[/] {step.part} {step.name} ended with exit code {code}; {hint}", highlight=False)
+
+
 def run_step(step: Step, log: BinaryIO) -> dict | None:
-    """Run one stage; its last line of stdout is the summary. Where it fails, so do we.
+    """Run one stage; its last line of stdout is the summary. Where it fails, so do we, with its exit code.
 
     None = a control came out with nothing (exit code 3): that is its result, and no reason to stop the others.
     """
@@ -224,12 +353,6 @@ def run_step(step: Step, log: BinaryIO) -> dict | None:
         cli.say(f"the control {step.control} ends here: nothing came out of {step.name}")
         return None
     if code:
-        hints = {
-            3: "too few records came out: the lines above count the reasons, and name a flag to add to this command",
-            130: "run the same command again to continue",
-        }
-        hint = hints.get(code, "fix that and run the same command again: what is finished is kept")
-        cli.console.print(f"[bold]run.py:[/] {name} ended with exit code {code}; {hint}", highlight=False)
         sys.exit(code)
     return json.loads(output.strip().splitlines()[-1])
 

@@ -26,7 +26,7 @@ def run_command(command: Sequence[str], log: BinaryIO) -> tuple[int, str]:
         try:
             importlib.import_module(command[0].removesuffix(".py")).main(list(command[1:]))
         except UserError as error:
-            cli.say(f"error: {error.message}")
+            cli.say(f"error: {error.message}\nhint: {cli.spelt(error.hint)}")
             return (3 if isinstance(error, LowYield) else 2), stdout.getvalue()
     return 0, stdout.getvalue()
 

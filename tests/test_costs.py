@@ -232,12 +232,13 @@ def test_an_assumption_is_read_from_what_the_step_did():
 # ---- as it is printed -----------------------------------------------------------------------------------
 
 
-def test_the_plan_is_printed_with_every_assumption_and_as_json(capsys, monkeypatch):
+def test_the_plan_is_printed_with_every_assumption_and_as_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lengthen.cli.console.width", 160)
-    show_plan(steps_of(), run.all_settings, XEON)
+    steps = steps_of("--run", str(tmp_path))
+    show_plan(steps, run.all_settings, XEON)
     out, err = capsys.readouterr()
     record = json.loads(out.strip().splitlines()[-1])
-    assert [s["stage"] for s in record["stages"]] == [s.name for s in steps_of()]
+    assert [s["stage"] for s in record["stages"]] == [s.name for s in steps]
     assert record["tokens"][1] == pytest.approx(sum(s["tokens"][1] for s in record["stages"]), abs=20)
     for value in [*assumptions(XEON.parameters).values(), *machines.SHARES.values()]:
         assert value.text in err and value.source in err
@@ -256,14 +257,36 @@ def test_run_py_asks_for_the_plan_and_starts_nothing(tmp_path, monkeypatch, caps
     assert asked[1][0] == machines.HERE
 
 
+def test_what_was_made_otherwise_or_elsewhere_is_not_measured(tmp_path, monkeypatch, capsys):
+    """A finished demo was taken for a plan of 500 instructions, and for an RTX 4090's: 0 s were left."""
+    monkeypatch.setattr(run, "ask", lambda card, given: XEON)
+    made = tmp_path / "iter_1" / "instructions.meta.json"
+
+    def planned(*flags: str) -> tuple[list[str], list[int]]:
+        run.main(["--run", str(tmp_path), *flags])
+        record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        return [f"{s['part']}/{s['stage']}" for s in record["stages"] if s["measured"]], record["tokens"]
+
+    changes = [["--plan", "--instructions", "500"], ["--plan", "--instructions.long-words", "200"]]
+    changes += [["--plan", "RTX 4090"], ["--plan", "--redo", "instructions"]]
+    changes += [["--plan", "--scale", "demo", "--model", "other"]]
+    before = [planned(*flags) for flags in changes]
+    made.parent.mkdir()
+    meta = sidecar(RECORDED["runs"][RUNS[0]]["stages"][0], "instructions")
+    settings = {"count": 12, "long_words": 300, "model": "its hash", "inputs": {"en/seeds.jsonl": "its hash"}}
+    made.write_text(json.dumps({**meta, "settings": settings, "info": {"model": "smollm2", "adapter": ""}}))
+    assert planned("--plan")[0] == ["iter_1/instructions"]
+    assert [planned(*flags) for flags in changes] == before and not any(measured for measured, _ in before)
+
+
 def test_a_card_that_nobody_knows_is_refused():
     with pytest.raises(UserError, match="knows no card 'GTX 480'") as error:
         machines.ask("GTX 480", {"model": "m"})
     assert "RTX 4090" in error.value.hint
 
 
-def test_the_time_left_is_said_after_a_stage_that_took_a_while(monkeypatch, capsys):
-    steps, asked = steps_of(), []
+def test_the_time_left_is_said_after_a_stage_that_took_a_while(tmp_path, monkeypatch, capsys):
+    steps, asked = steps_of("--run", str(tmp_path)), []
     monkeypatch.setattr(costs, "ask", lambda card, given: asked.append(card) or XEON)
     left = TimeLeft(steps, run.all_settings, {})
     left(1)
@@ -286,12 +309,12 @@ def test_the_time_left_is_said_after_a_stage_that_took_a_while(monkeypatch, caps
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyError("seconds")])
-def test_a_forecast_that_fails_ends_no_run(error, monkeypatch, capsys):
+def test_a_forecast_that_fails_ends_no_run(error, tmp_path, monkeypatch, capsys):
     def fails(card: str, given: dict) -> Machine:
         raise error
 
     monkeypatch.setattr(costs, "ask", fails)
-    left = TimeLeft(steps_of(), run.all_settings, {})
+    left = TimeLeft(steps_of("--run", str(tmp_path)), run.all_settings, {})
     left.started -= 60
     left(1)
     left(2)

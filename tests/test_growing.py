@@ -5,18 +5,23 @@ python -m pytest tests/test_growing.py
 
 import errno
 import fcntl
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import in_process
 import pytest
+from scripted import ScriptedSampler, chat, prose
 from test_end_to_end import SMALL, files_of
 
 import run
-from lengthen import cli, jobs, records
+from lengthen import cli, jobs, records, steps
 from lengthen.jobs import Job, read_sidecar
 from lengthen.models.cards import memory_limits, physical_memory
 from lengthen.reading import numbered_lines
@@ -27,6 +32,117 @@ from lengthen.tasks import Redraw, run_tasks
 
 ROOT = Path(__file__).parents[1]
 MORE = ["--responses.max-attempts", "5", "--extend.samples", "2", "--extend.max-attempts", "5", "--evaluate.limit", "3"]
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """run.py in tmp_path/r with its stages in this process, a script in place of the model and of what is learnt.
+
+    Returns what was said. Half of the draws are cut; an adapter is the hash of what it was made of.
+    """
+
+    def write(request) -> tuple[str, str]:
+        return prose(request.seed, 20 + request.seed % 100), "length" if request.seed % 2 else "eos"
+
+    def learn(training, folder, processes) -> None:
+        made_of = json.dumps([folder.settings, training.inputs.input])
+        (folder.folder / "adapter_model.safetensors").write_text(made_of)
+        folder.save_meta("done", summary={"target_tokens": len(made_of)}, base=training.model.model)
+
+    sampler = ScriptedSampler(write)
+    monkeypatch.setattr("lengthen.stage.open_model", lambda stage, job: (SimpleNamespace(chat=chat()), sampler))
+    monkeypatch.setattr("train.train", learn)
+    monkeypatch.setattr(cli, "save_figure", lambda path, draw: None)
+    monkeypatch.setattr(steps, "run_command", in_process.run_command)
+    monkeypatch.setattr(run, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(run, "write_cards", lambda folder: None)
+
+    def call(*argv: str) -> str:
+        run.main(["--model", "m", "--run", str(tmp_path / "r"), *SMALL, "--evaluate.no-probes", *argv])
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_a_damaged_sidecar_is_repaired_by_the_redo_that_the_hint_names(loop, tmp_path):
+    loop()
+    sidecar = tmp_path / "r" / "iter_1" / "responses.meta.json"
+    sidecar.write_text(sidecar.read_text()[:40])
+    with pytest.raises(UserError, match="responses.meta.json is damaged") as caught:
+        loop()
+    assert caught.value.hint == "--redo iter_1/responses makes it afresh"
+    loop("--redo", "iter_1/responses")
+    assert read_sidecar(tmp_path / "r" / "iter_1" / "responses.jsonl")["status"] == "done"
+
+
+def test_a_redo_that_was_stopped_goes_on_as_its_last_line_says(loop, tmp_path, monkeypatch, capsys):
+    """With other settings, too. The same command would throw away what had been made afresh."""
+
+    def full(training, folder, processes) -> None:
+        raise UserError("no space left on device")
+
+    loop()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", full)
+        with pytest.raises(SystemExit):
+            loop("--train.rank", "16", "--redo", "train")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("run the same command again, but with --redo iter_1/train-extender")
+    loop("--train.rank", "16", "--redo", "iter_1/train-extender")
+    for folder in ("iter_1/generator", "iter_1/extender", "final/generator"):
+        assert read_sidecar(tmp_path / "r" / folder)["settings"]["rank"] == 16
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", full)
+        with pytest.raises(SystemExit):
+            loop("--train.rank", "16", "--redo", "iter_1/extend,final/train-generator")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("run the same command again, but without --redo")  # what stands on iter_1/extend is found
+
+
+def test_what_a_larger_value_deletes_is_listed_before_anything_starts(loop, tmp_path):
+    """Later iterations were written by what is trained again: their texts went without a word."""
+    argv, folder = ["--iterations", "2"], tmp_path / "r"
+    loop(*argv)
+    assert "made afresh" not in loop(*argv)
+    before, _, after = loop(*argv, "--extend.max-attempts", "9").partition("$ python")
+    assert f"  {folder}/iter_2/responses.jsonl (iter_2/responses)" in before
+    listed = re.findall(r"^  (\S+) \(\S+\)$", before, re.M)
+    assert listed == re.findall(r"^\$ python .* --output (\S+) --overwrite$", after, re.M)
+    assert "made afresh" not in loop(*argv, "--extend.max-attempts", "9")
+
+
+def test_the_remedy_of_a_later_iteration_works_when_it_is_applied_literally(loop, monkeypatch, capsys):
+    """It named that iteration's --redo: then the first one refused the flag."""
+    loop("--iterations", "2")
+    real = jobs.Job.finish
+
+    def nothing(job, min_yield=1, **stats):  # the second iteration's extensions all fail
+        return real(job, 99 if "iter_2/extended" in str(job.output) else min_yield, **stats)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Job, "finish", nothing)
+        with pytest.raises(SystemExit):
+            loop("--iterations", "2", "--redo", "iter_2/extend")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(with --redo extend: afresh in every iteration, as the flag holds in all)" in said
+    assert "--extend.max-attempts 6 (it goes on from what is there, in every iteration: what has learned" in said
+    loop("--iterations", "2", "--extend.min-gain", "1.1", "--redo", "extend")
+
+
+def test_more_iterations_say_at_once_what_was_made_with_fewer(loop, tmp_path, capsys):
+    """It was said by the stage, after hours of the new iteration."""
+    loop("--controls", "other-mode")  # one iteration: there is no such control
+    capsys.readouterr()
+    for count in ("2", "3"):
+        argv = ["--iterations", count, "--controls", "other-mode"]
+        with pytest.raises(UserError) as caught:
+            loop(*argv)
+        was, now = f"iter_{int(count) - 1}/generator", f"iter_{count}/generator"
+        assert f"final/responses was made with {was}, this command says {now}" in caught.value.message
+        assert ("controls/other-mode/train-generator was made with less" in caught.value.message) == (count == "3")
+        assert "$ python" not in capsys.readouterr().err
+        loop(*argv, *caught.value.hint.split()[:2])
+        assert read_sidecar(tmp_path / "r/final/responses.jsonl")["info"]["adapter"].endswith(now)
 
 
 def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):
@@ -135,7 +251,15 @@ def test_hints_of_a_stage_name_the_flags_of_where_the_user_stands(monkeypatch):
     assert cli.spelt(hint).startswith("--extend.max-attempts 40, another --model, --redo iter_1/extend, or")
     for label, step in steps.items():
         known = {action.option_strings[0] for action in run.make_parser()._actions}
-        assert {spelt.split()[0] for spelt in step.spelt.values()} <= known, label
+        named = {word for spelt in step.spelt.values() for word in spelt.split() if word.startswith("--")}
+        assert named <= known, label
+
+
+def test_every_hint_that_starts_a_step_afresh_names_that_step():
+    """A control's, too: it named the method's stage that it was copied from, whose texts then went for nothing."""
+    steps = run.plan(run.parse_args(["--run", "r", "--iterations", "2", "--controls"]))
+    for step in steps:
+        assert run.chosen_by(step.spelt["--overwrite"].removeprefix("--redo "), steps) == [step]
 
 
 def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_path):
@@ -153,6 +277,10 @@ def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_pat
     assert read_sidecar(source)["history"] == {"samples": [1, 2]} and stale(step) == ""
     write(str(source), [], overwrite=True)
     assert stale(step) == str(source)
+    # So is one that must not repeat it: --redo takes it along, and a start after an interruption must, too.
+    later = {"dedup_against": [str(source)], "output": step.output}
+    later = run.Step("iter_2", "instructions", ("generate.py", "instructions"), later)
+    assert stale(later) == str(source)
 
 
 # ---------------------------------------------------------------------------------------------------------

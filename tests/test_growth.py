@@ -40,11 +40,14 @@ def texts(step: Step, kind: str, rows: list[dict], dropped: int) -> None:
         job.finish(0, tokens=100)
 
 
+LOOPING = (180, "length")  # the longest, but it does not end
+
+
 def words_of(settings: dict) -> tuple[int, str]:
     """(words an answer has, how it ends), by what the model is, in the made-up study below."""
     adapter = settings["adapter"]
-    if "rank-64" in adapter:  # the longest, but it does not end
-        return 180, "length"
+    if "rank-64" in adapter:
+        return LOOPING
     if settings.get("at_least"):
         return 66, "eos"
     lengths = {"half/restart": 128, "half/continue": 124, "iter_2/": 120, "final/": 112, "rank-16": 90, "iter_1/": 90}
@@ -187,6 +190,50 @@ def test_show_starts_nothing_and_a_killed_study_can_be_read(tmp_path, monkeypatc
     monkeypatch.setattr(steps, "run_step", lambda step, log: pytest.fail(f"{step.part} {step.name} was started"))
     result = study(tmp_path / "g", capsys, "--show")
     assert result["setting"] == TRIES[1] and set(result["rows"]["eval"]) == {"base"} and result["bars"] == []
+
+
+def test_a_redo_reaches_what_stands_on_the_step_in_all_phases(tmp_path, monkeypatch, capsys):
+    """It was taken, and ignored: the hint of a stage that refused led back to the same error."""
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    study(tmp_path / "g", capsys, "--until", "iter_1")
+    again: list[Step] = []
+    monkeypatch.setattr(steps, "run_step", lambda step, log: again.append(step) or stage(step))
+    with pytest.raises(UserError, match="no stage 'iter_3/extend'"):
+        study(tmp_path / "g", capsys, "--until", "iter_1", "--redo", "iter_3/extend")
+    assert not again
+    study(tmp_path / "g", capsys, "--until", "iter_1", "--redo", "iter_1/extend")
+    redone = {step.label for step in again if step.settings.get("overwrite")}
+    tried = [f"search/{growth.folder_of(text)}" for text in TRIES]
+    expected = {"iter_1/extend", "iter_1/train-generator", "eval/iter_1/evaluate", "own/iter_1/evaluate"}
+    expected |= {f"{part}/{name}" for part in tried for name in ("train-generator", "eval/evaluate")}
+    # As many tokens as iteration 1.
+    assert redone == expected | {"controls/drafts_1/train-generator", "eval/control_drafts_1/evaluate"}
+
+
+def test_a_setting_that_is_worse_because_all_are_is_reported_as_that(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    real = words_of
+    monkeypatch.setitem(globals(), "words_of", lambda own: LOOPING if "search/" in own["adapter"] else real(own))
+    result = study(tmp_path / "g", capsys, "--until", "iter_1")
+    assert result["setting"] == TRIES[0] and "eos_share" in result["setting_worse"] and result["mode_worse"] == []
+
+
+def test_what_is_chosen_on_and_reported_on_stays_as_it_was(tmp_path, monkeypatch, capsys):
+    """--show without the --search of then rewrote both: instructions that chose the setting were reported later."""
+    monkeypatch.setattr(steps, "run_step", lambda step, log: stage(step))
+    result = study(tmp_path / "g", capsys, "--until", "iter_1")
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "g" / "queries").iterdir())}
+    assert study(tmp_path / "g", capsys, "--until", "iter_1", "--show", "--search", "6") == result
+    with pytest.raises(UserError, match="begun with other queries .*search.jsonl") as caught:
+        study(tmp_path / "g", capsys, "--until", "iter_1", "--search", "3")
+    assert caught.value.hint.startswith("--search 4, ")
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "g" / "queries").iterdir())} == files
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], ["--plan"], ["--iterations", "1"], ["--controls=told"]])
+def test_flags_that_would_start_another_study_are_refused(flags):
+    with pytest.raises(UserError, match=f"{flags[0][:6]}.* is run.py's"):
+        growth.parse_args(flags)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,13 @@ def test_a_scale_is_a_preset_that_flags_still_override(capsys):
         run.parse_args(["--scale", "huge"])
 
 
+def test_what_a_preset_switches_on_can_be_switched_off():
+    assert all("--no-probes" in command_of(s) for s in steps_of() if s.name == "evaluate")
+    assert not any("--no-probes" in command_of(s) for s in steps_of("--evaluate.probes"))
+    assert run.parse_args(["--extend.one-pair", "--extend.no-one-pair"]).stages["extend"]["one_pair"] is False
+    assert not any("--one-pair" in command_of(s) for s in steps_of("--extend.no-one-pair"))
+
+
 def test_a_stages_flag_reaches_that_stage_alone():
     steps = steps_of("--extend.stages", "3", "--train.no-line-removal", "--responses.temperature", "0.5")
     has = {flag: {s.name for s in steps if flag in command_of(s)} for flag in ("--stages", "--no-line-removal")}

@@ -7,7 +7,7 @@ like it that follow, how far the assumptions were off.
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,12 @@ from lengthen.costs import machine as machines
 from lengthen.costs import yields
 from lengthen.costs.machine import HERE, SHARES, Machine, ask
 from lengthen.costs.yields import Flow, Work, assumptions, measured, scenarios, work_of
-from lengthen.steps import Step, sidecar_of
+from lengthen.steps import Flags, Step, sidecar_of
 
 WORTH_SAYING = 20.0  # seconds after which a run says how long it still takes
 NEXT_STAGE = (0.75, 1.35)  # how much slower or faster than the measured ones a stage may be
 SLOW = 1e9  # parameters above which a CPU is not what one wants
 Three = tuple[float, float, float]  # low, likely, high
-Flags = Callable[[Step], Mapping[str, Any]]  # a step's settings, with the stage's defaults
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Cost:
         return self.step.command[0] == "train.py"
 
 
-def finished(step: Step) -> dict[str, Any]:
-    """The sidecar of a finished step, {} of any other."""
-    meta = sidecar_of(step)
+def finished(step: Step, again: Container[str]) -> dict[str, Any]:
+    """The sidecar of a finished step, {} of any other. again: outputs that are made again, or go on with more."""
+    meta = {} if step.output in again else sidecar_of(step)
     return meta if meta.get("status") == "done" else {}
 
 
@@ -151,9 +150,12 @@ def total(costs: Sequence[Cost], left: bool = False) -> Three:
     return tuple(sum(three[i] for three in known) for i in range(3))  # type: ignore[return-value]
 
 
-def show_plan(steps: Sequence[Step], flags: Flags, machine: Machine) -> None:
-    """run.py --plan: a table and the assumptions for people, one JSON record on stdout."""
-    costs = forecast(steps, flags, machine, [finished(step) for step in steps])
+def show_plan(steps: Sequence[Step], flags: Flags, machine: Machine, again: Container[str] = ()) -> None:
+    """run.py --plan: a table and the assumptions for people, one JSON record on stdout.
+
+    again: the outputs that count as not there, whatever is there.
+    """
+    costs = forecast(steps, flags, machine, [finished(step, again) for step in steps])
     table = Table(
         title=f"What it takes on {machine.name}: likely (low-high)", box=None, padding=(0, 2, 0, 0), pad_edge=False
     )
@@ -228,16 +230,15 @@ def left_line(costs: Sequence[Cost]) -> str:
 class TimeLeft:
     """What steps.execute calls after each step: says how long the rest takes, by what was measured so far."""
 
-    def __init__(self, steps: Sequence[Step], flags: Flags, given: Mapping[str, Any], afresh: Sequence[Step] = ()):
-        self.steps, self.flags, self.given, self.afresh = steps, flags, given, afresh
+    def __init__(self, steps: Sequence[Step], flags: Flags, given: Mapping[str, Any], again: Container[str] = ()):
+        self.steps, self.flags, self.given, self.again = steps, flags, given, again
         self.started, self.machine = time.monotonic(), None  # type: tuple[float, Machine | None]
 
     def __call__(self, over: int) -> None:
         # A run of seconds, or one that finds all its stages finished, has nobody who waits.
         if time.monotonic() - self.started < WORTH_SAYING or over == len(self.steps):
             return
-        again = self.afresh
-        sidecars = [{} if n > over and s in again else finished(s) for n, s in enumerate(self.steps, start=1)]
+        sidecars = [finished(s, self.again if n > over else ()) for n, s in enumerate(self.steps, start=1)]
         try:
             self.machine = self.machine or ask(HERE, self.given)
             line = left_line(forecast(self.steps, self.flags, self.machine, sidecars))
