@@ -1,4 +1,4 @@
-"""A mistake that the user can mend, as every part raises it; and how running out of memory is known. Imports nothing."""
+"""A mistake that the user can mend, as every part raises it; how running out of memory is known. Imports nothing."""
 
 
 class UserError(Exception):
