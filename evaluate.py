@@ -133,7 +133,7 @@ class Answer(Redraw[Writer, Sample]):
         # By another forward pass, at temperature 1 and without top-p: of the model's own distribution, not of the one
         # that was sampled from. The answer's EOS is one of its tokens.
         [logprobs] = writer.logprobs([(sample.request.prompt_ids, sample.token_ids)])  # nats [answer tokens]
-        perplexity = math.exp(-logprobs.mean().item())
+        perplexity = math.exp(-logprobs.mean().item()) if len(logprobs) else -1.0  # only a thought: no answer's tokens
         return measured(self.record, sample.text, sample.finish, sample.num_tokens, perplexity), ""
 
 
@@ -168,7 +168,7 @@ def answer(stage: Stage, asked: BenchmarkFlags, controls: ControlFlags, judges: 
         if not job.complete:
             probes = ask_model(job, rows, writes, asked, controls)
         elif not asked.no_probes and all(r["base_tokens"] < 0 for r in map(complete, job.records)):
-            cli.say("these answers were made without the probes; --overwrite makes them again, with probes")
+            cli.say(cli.spelt("these answers were made without the probes; --overwrite makes them again, with probes"))
         summary = job.finish(**probes)
         # 4) the scores, computed again each time: they cost seconds, and a new measure reaches old runs
         sampling = {**stage.sampling.recipe(), **drawn, "seed": stage.out.seed, "kv_cache": stage.sampling.kv_cache}

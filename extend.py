@@ -54,7 +54,7 @@ from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, length_bias_drops, open_job, open_writer
 from lengthen.tasks import Draw, Entry, Tally, Task, run_tasks
 from lengthen.text import languages
-from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_loop, strip_chatter
+from lengthen.text.filters import clean_answer, finish_reason, has_chatter, is_loop, is_refusal, strip_chatter
 from lengthen.text.words import count_words, detect_language, split_paragraphs
 
 KEPT = (2, 3)  # share of the paragraphs that a stage returns: what the next one continues
@@ -95,7 +95,7 @@ _SENTENCE_END = re.compile(
 def first_share(text: str, share: tuple[int, int]) -> tuple[str, str]:
     """Return the first share of a text's paragraphs, verbatim, and the break after it; ("", "") for one sentence."""
     text = text.replace("\r\n", "\n")
-    parts, _ = split_paragraphs(text)
+    parts = split_paragraphs(text)
     one_paragraph = len(parts) < 2
     if one_paragraph:
         parts = [part for part in _SENTENCE_END.split(text) if part.strip()]
@@ -137,6 +137,8 @@ def examine_prefix(prefix: str, text: str, finish: str, language: str) -> tuple[
     """
     if reason := finish_reason(finish):
         return "", reason
+    if not prefix and is_refusal(text, language):
+        return "", "refusal"
     # Only a beginning can have an opening ("Here is the text:"); after a prefix, the break is there already.
     text = text.lstrip() if prefix else strip_chatter(text, language)[0]
     kept = prefix + "".join(first_share(text, KEPT))
@@ -297,7 +299,7 @@ class Extension(Task[Writer, Sample]):
         if self.spared:
             return {**self.record, **changes}, "has-pair"
         # Also when the tries were used up: a job with one good round of three is worth keeping.
-        accepted = self.words > self.rules.min_gain * self.record["initial_words"]
+        accepted = bool(self.round_words) and self.words > self.rules.min_gain * self.record["initial_words"]
         return {**self.record, **changes}, "" if accepted else self.reason
 
     def to_show(self) -> list[tuple[str, str]]:

@@ -283,8 +283,6 @@ class NewInstruction(Task[Writer, Sample]):
 def instructions(stage: Stage, rules: InstructionsFlags) -> None:
     # 1) seeds, and one task per wanted instruction
     seeds = filter_language(read_prompts(rules.seeds, source="seed"), stage.out.language)
-    if not seeds:
-        raise UserError(f"no seed is of language {stage.out.language!r}", "--language all, or other --seeds")
     # The run's name and iteration are part of the ids, so each iteration asks for instructions of its own.
     run_id, distinct, tasks = run_id_of(stage.out.output), NearDuplicates(), []
     for sample, language in enumerate(split_count(rules.count, seeds, smaller_values(stage, "count", rules.count))):

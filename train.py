@@ -218,12 +218,7 @@ def row_loss(model: Any, abilities: "Abilities", pairs: list[Pair]) -> "tuple[Te
     # Only hidden states that predict a target go through the head: no logits of the prompt, none held of the answer.
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
     loss, stats = linear_cross_entropy(
-        hidden.index_select(0, index),
-        targets=targets,
-        reduction="sum",
-        valid_rows=torch.arange(len(targets), device=targets.device),  # known: no host read to find them
-        return_stats=True,
-        **abilities.head._asdict(),
+        hidden.index_select(0, index), targets=targets, return_stats=True, **abilities.head._asdict()
     )
     return loss, stats.top1.sum()
 
@@ -415,7 +410,7 @@ def run_steps(
             if skips > SKIPS_ALLOWED:
                 raise UserError(
                     f"{skips} steps in a row were skipped: {result.skipped} (last: step {step + 1})",
-                    "a lower --learning-rate, or --dtype float32; the last checkpoint is kept",
+                    "a lower --learning-rate with --overwrite, or --dtype float32 with --overwrite",
                 )
             # Not after the last step: the adapter follows at once. A kill costs at most save_every steps.
             if (step + 1) % training.runtime.save_every == 0 and step + 1 < total:

@@ -21,8 +21,8 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,31 +32,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import harness
+from models import SHAPES, Shape
 
 from kernels.attention import Pages, paged_attention, quantise
 from lengthen.models.flash import attend_backward, attend_saving_lse
 
-# name: (query heads, key heads, head size)
-SHAPES = {"Qwen2.5-7B": (28, 4, 128), "Llama-3.1-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 S = 256  # tokens in a page
 TIMES = ("ms", "new_ms", "tflops")
 
 
-def make_case(shape: tuple, lengths: list[int], dtype: torch.dtype, device: str) -> tuple[Pages, Tensor, Tensor]:
+def make_case(shape: Shape, lengths: list[int], dtype: torch.dtype, device: str) -> tuple[Pages, Tensor, Tensor]:
     """-> (pages, table, lengths); the pages of a text lie scattered over the pool."""
-    _, heads, dim = shape
     counts = [-(-n // S) for n in lengths]
     order = torch.randperm(sum(counts)).int().split(counts)
     table = torch.nn.utils.rnn.pad_sequence(order, batch_first=True, padding_value=-1)
-    pools = [torch.randn(sum(counts), heads, S, dim, dtype=dtype, device=device) for _ in range(2)]
+    pools = [torch.randn(sum(counts), shape.keys, S, shape.head_dim, dtype=dtype, device=device) for _ in range(2)]
     return Pages(*pools), table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
-def methods(shape: tuple, case: tuple[Pages, Tensor, Tensor]) -> dict[str, tuple[Callable, int]]:
+def methods(shape: Shape, case: tuple[Pages, Tensor, Tensor]) -> dict[str, tuple[Callable, int]]:
     """name -> (a call, bytes of keys and values that it must read)."""
-    (pages, table, lengths), (hq, heads, dim) = case, shape
+    (pages, table, lengths), heads, dim = case, shape.keys, shape.head_dim
     dtype, device, B = pages.keys.dtype, pages.keys.device, len(lengths)
-    q = torch.randn(B, 4, hq, dim, dtype=dtype, device=device)
+    q = torch.randn(B, 4, shape.heads, dim, dtype=dtype, device=device)
     bytes_ = 2 * int(lengths.sum()) * heads * dim * dtype.itemsize
     parts = [quantise(x) for x in pages[:2]]
     fp8 = Pages(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
@@ -98,9 +96,7 @@ def seconds(work: Callable, cuda: bool, repeats: int, graph: bool = True) -> flo
             stop.synchronize()
             took = start.elapsed_time(stop) / 1000
         else:
-            began = time.perf_counter()
-            replay()
-            took = time.perf_counter() - began
+            took = harness.seconds(replay, False)
         if i >= 2:
             times.append(took)
     return statistics.median(times)
@@ -129,7 +125,7 @@ def ceiling(device: str, repeats: int) -> float:
 
 def training_row(name: str, tokens: int, cuda: bool, repeats: int) -> list[dict]:
     """Forward and backward over one sample of so many tokens, and first over one of a few less."""
-    heads, keys, dim = SHAPES[name]
+    heads, keys, dim = SHAPES[name].heads, SHAPES[name].keys, SHAPES[name].head_dim
     kind = {"dtype": torch.bfloat16 if cuda else torch.float32, "device": "cuda" if cuda else "cpu"}
 
     def inputs(count: int) -> list[Tensor]:
@@ -150,13 +146,9 @@ def training_row(name: str, tokens: int, cuda: bool, repeats: int) -> list[dict]
         row = {"shape": name, "method": method, "tokens": tokens}
         try:
             for count in (tokens - 72, tokens - 8):
-                given, began = inputs(count), time.perf_counter()
-                call(*given)
-                if cuda:
-                    torch.cuda.synchronize()
-                row["new_ms"] = 1000 * (time.perf_counter() - began)  # the second: whatever is made once is there
-            given = inputs(tokens)
-            row["ms"] = 1000 * seconds(lambda call=call, given=given: call(*given), cuda, repeats, graph=False)
+                work = partial(call, *inputs(count))
+                row["new_ms"] = 1000 * harness.seconds(work, cuda)  # the second: whatever is made once is there
+            row["ms"] = 1000 * seconds(partial(call, *inputs(tokens)), cuda, repeats, graph=False)
         except RuntimeError as error:  # cuDNN refuses what its version cannot do
             print(f"{method}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue

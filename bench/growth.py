@@ -25,7 +25,6 @@ not listed below go to run.py; --redo STAGE is as there.
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -44,10 +43,9 @@ from rich.table import Table
 import run as loop
 from lengthen import cli
 from lengthen.evaluation.benchmark import find_benchmark
-from lengthen.evaluation.compare import read_run
-from lengthen.evaluation.growth import change, difference, ratio
-from lengthen.evaluation.measures import mean, median
-from lengthen.evaluation.scores import MEASURES, cell, values_of
+from lengthen.evaluation.compare import change_of, read_run, signed
+from lengthen.evaluation.measures import median
+from lengthen.evaluation.scores import cell
 from lengthen.reading import read_jsonl
 from lengthen.records import UserError, replace_file, to_line
 from lengthen.steps import ROOT, Step, announce, chosen_by, execute, moved, sidecar_of, standing_on
@@ -328,11 +326,7 @@ def texts_of(step: Step) -> dict:
 
 def changed(key: str, before: dict, after: dict) -> dict:
     """How a measure differs between two runs (words as a multiple), with the paired interval."""
-    if key == "short_loss":
-        values, total = [{i: [x] for i, x in enumerate(run["short_losses"])} for run in (before, after)], mean
-    else:
-        values, total = [values_of(key, run["measured"]) for run in (before, after)], MEASURES[key][1]
-    found = change(*values, total, ratio if key.startswith("words") else difference)
+    found = change_of(key, before, after)
     return {"value": found.value, "interval": found.interval}
 
 
@@ -444,9 +438,8 @@ def show(result: dict) -> None:
             cells = []
             for key in columns:
                 form, one = COLUMNS[key][1], row.get(key, {"value": None, "interval": None, "change": {}})
-                change = one["change"] if model != "base" else {}
-                signed = "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
-                more = "" if change.get("value") is None else "\n" + cell(change["value"], signed, change["interval"])
+                change, sign = one["change"] if model != "base" else {}, signed(key, form)
+                more = "" if change.get("value") is None else "\n" + cell(change["value"], sign, change["interval"])
                 cells.append(cell(one["value"], form, one["interval"]) + more)
             table.add_row(model, *map(cli.shown, cells))
         if rows:
@@ -471,11 +464,12 @@ def show(result: dict) -> None:
         cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
-def draw(folders: dict[str, str], title: str) -> bytes:
+def draw(folders: dict[str, str], title: str) -> Any:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
+    figure = Figure(figsize=(7.5, 0.55 * len(folders) + 1.4), dpi=110)
+    axis = figure.subplots()
     for y, run in enumerate(read_run(folder) for folder in folders.values()):
         for ended in (True, False):
             some = [a["words_median_all"] for a in run["measured"] if (a["words_median"] is not None) == ended]
@@ -493,10 +487,7 @@ def draw(folders: dict[str, str], title: str) -> bytes:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    plt.close(figure)
-    return image.getvalue()
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------

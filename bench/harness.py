@@ -4,9 +4,11 @@ a document.
 1. `machine()` names the CPU, its widest instruction sets, the cores and the commit: a figure is one of them all.
 2. An `Engine` is a process that answers requests. It inherits the user's environment and nothing that we set: our own
    waiting policy comes with `import lengthen`, which only our engine does. A bench imports this file before lengthen.
-3. `finish` prints the tables to stderr and everything as one JSON line to stdout. --save NAME also writes it to
+3. What is compared runs in turns (`in_turns`); where one must not meet what another left, it is `measured` in a process
+   of its own, with the same environment.
+4. `finish` prints the tables to stderr and everything as one JSON line to stdout. --save NAME also writes it to
    bench/results/NAME.json.
-4. Documents quote these files: the lines between `<!-- bench/results/NAME.json: TABLE -->` and `<!-- end -->` are made
+5. Documents quote these files: the lines between `<!-- bench/results/NAME.json: TABLE -->` and `<!-- end -->` are made
    from them, and tests/test_results.py fails where they differ. After a new run:
 
     python bench/harness.py                     # rewrite the tables of README.md and docs/
@@ -22,8 +24,10 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,6 +141,57 @@ def busy_neighbour():
     finally:
         process.kill()
         process.wait()
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def in_turns(runs: int, names: Sequence, work: Callable) -> dict:
+    """{name: [work(name, turn) of each turn]}, each turn in the reverse order of the last."""
+    done: dict = {name: [] for name in names}
+    for turn in range(runs):
+        for name in list(names)[:: -1 if turn % 2 else 1]:
+            done[name].append(work(name, turn))
+    return done
+
+
+def ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:
+    """Turn by turn: what slows a shared machine for minutes slows both of a turn."""
+    return [a / b for a, b in zip(these, those, strict=True)]
+
+
+def clock(cuda: bool) -> float:
+    """Now, in seconds, with nothing left to compute."""
+    if cuda:
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Callable, cuda: bool) -> float:
+    start = clock(cuda)
+    work()
+    return clock(cuda) - start
+
+
+def measured(command: Sequence[str], failed: str) -> Iterator[dict]:
+    """What a process prints as JSON lines, as soon as it does; where it fails, last {failed: why}."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            assert process.stdout
+            try:
+                for line in process.stdout:
+                    if line.startswith('{"'):  # libraries print there, too
+                        yield json.loads(line)
+            except BaseException:  # also where nobody asks for more
+                process.kill()
+                raise
+        said.seek(0)
+        text = said.read()
+    print(text, end="", file=sys.stderr)
+    if process.returncode:
+        yield {failed: f"failed: {' '.join(text.strip().splitlines()[-1:])[:100]}"}
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,23 +39,17 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import harness
+from models import SHAPES, Shape
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 
-# name: (vocabulary, hidden size, softcap)
-SHAPES = {
-    "Qwen2.5-7B": (152_064, 3584, None),
-    "Llama-3.1-8B": (128_256, 4096, None),
-    "Gemma-2-9B": (256_000, 3584, 30.0),
-    "SmolLM2-135M": (49_152, 576, None),
-}
 GPU_SHAPES = ["Qwen2.5-7B", "Llama-3.1-8B"]
 GPU_TOKENS = [4096, 16_384]
 
 
-def realistic(tokens: int, shape: tuple, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def realistic(tokens: int, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """The recipe of the docstring -> (hidden [T, H], weight [V, H], targets [T])."""
-    vocab, dim, softcap = shape
+    vocab, dim, softcap = shape.vocab, shape.hidden, shape.softcap
     g = torch.Generator(device).manual_seed(0)
     weight = (torch.randn(vocab, dim, generator=g, device=device) / dim**0.5).to(dtype)
     hidden = torch.empty(tokens, dim, dtype=dtype, device=device)
@@ -111,7 +104,7 @@ def methods(device: str, dtype: torch.dtype, softcap: float | None) -> tuple[dic
     """-> (what can run here, why the rest cannot)."""
 
     def ours(path):
-        return lambda h, w, t, cap: linear_cross_entropy(h, w, t, softcap=cap, path=path)
+        return lambda h, w, t, cap: linear_cross_entropy(h, w, t, softcap=cap, path=path) / len(t)
 
     have, missing = {}, {}
     if device == "cuda" and dtype == torch.bfloat16:
@@ -212,17 +205,8 @@ def run_once(method: Callable, hidden: Tensor, weight: Tensor, targets: Tensor, 
 
 def milliseconds(work: Callable, device: str, repeats: int) -> list[float]:
     """[first quartile, median, third quartile] after two warm-up runs."""
-    times = []
-    for i in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.quantiles(times, n=4)
+    times = [1000 * harness.seconds(work, device == "cuda") for _ in range(repeats + 2)]
+    return statistics.quantiles(times[2:], n=4)
 
 
 def peak_bytes(work: Callable, device: str) -> int:
@@ -296,7 +280,7 @@ def cells(row: dict) -> list[str]:
 
 
 def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats: int) -> list[dict]:
-    device, (_, dim, softcap), rows = args.device, SHAPES[name], []
+    device, softcap, rows = args.device, SHAPES[name].softcap, []
     lengths = args.tokens or (GPU_TOKENS if device == "cuda" else [512, 2048])
     hidden, weight, targets = realistic(max(lengths), SHAPES[name], dtype, device)
     have, missing = methods(device, dtype, softcap)
@@ -329,7 +313,7 @@ def bench_shape(name: str, dtype: torch.dtype, args: argparse.Namespace, repeats
             try:
                 low, row["ms"], high = milliseconds(work, device, repeats)
                 row["quartiles_ms"] = [low, high]
-                row["extra_gb"] = (peak_bytes(work, device) - length * dim * h.element_size()) / 1e9
+                row["extra_gb"] = (peak_bytes(work, device) - h.nbytes) / 1e9
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
             rows.append(row)

@@ -138,15 +138,8 @@ def machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device, size = torch.device("cuda" if cuda else "cpu"), 8192 if cuda else 512
 
-    def best(work: Any, repeats: int = 10) -> float:
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            work()
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return min(times)
+    def best(work: Any) -> float:
+        return min(harness.seconds(work, cuda) for _ in range(10))
 
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.ones(1 << 28 if cuda else 1 << 22, device=device)

@@ -16,7 +16,6 @@ import json
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -106,17 +105,17 @@ def main(argv: list[str] | None = None) -> None:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(json.dumps({**found, "grown_gb": grown * 1024 / 1e9}))
         return
-    rows: dict[str, list[dict]] = {"ours": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "extended.jsonl"
         write_records(path, args)
-        for _ in range(args.repeats):
-            for who, found in rows.items():
-                command = [sys.executable, __file__, "--model", args.model, "--worker", who, str(path)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found.append(json.loads(done.stdout.splitlines()[-1]))
-    # turn by turn: what slows a shared machine for minutes slows both of a turn
-    ratios = [a["seconds"] / b["seconds"] for a, b in zip(*rows.values(), strict=True)]
+
+        def run(who: str, turn: int) -> dict:
+            command = [sys.executable, __file__, "--model", args.model, "--worker", who, str(path)]
+            [one] = harness.measured(command, "failed")
+            return one if "failed" not in one else sys.exit(f"error: {who} {one['failed']}")
+
+        rows = harness.in_turns(args.repeats, ("ours", "bare"), run)
+    ratios = harness.ratios(*([one["seconds"] for one in found] for found in rows.values()))
     lines = []
     for who, found in rows.items():
         middle, memory = statistics.median(r["seconds"] for r in found), max(r["grown_gb"] for r in found)

@@ -110,20 +110,6 @@ def runnable(args: argparse.Namespace, gguf: bool) -> dict[str, str]:
     return found
 
 
-def in_turns(runs: int, names: Sequence, work: Callable) -> dict:
-    """{name: [work(name, turn) of each turn]}"""
-    done: dict = {name: [] for name in names}
-    for turn in range(runs):
-        for name in list(names)[:: -1 if turn % 2 else 1]:
-            done[name].append(work(name, turn))
-    return done
-
-
-def faster(peer: list[float], own: list[float]) -> list[float]:
-    """Turn by turn, how many times as long the peer takes."""
-    return [theirs / ours for theirs, ours in zip(peer, own, strict=True)]
-
-
 def bench_jobs(args: argparse.Namespace, engines: dict, prompts: dict) -> tuple[list[dict], dict]:
     batches, tried = dict.fromkeys(engines, 0), {}
     job = {"ragged": {"limit": args.max_new_tokens, "exact": False}, "even": {"limit": args.even, "exact": True}}
@@ -144,14 +130,14 @@ def bench_jobs(args: argparse.Namespace, engines: dict, prompts: dict) -> tuple[
         batches[name] = max(tried[name], key=tried[name].__getitem__) if name in tried else sizes[0]
     tables, figures = [], {"tokens_per_second_by_batch": tried}
     for which in job:
-        runs = in_turns(args.runs, list(engines), lambda name, turn: run(name, which, turn + 1, batches[name]))  # noqa: B023
+        runs = harness.in_turns(args.runs, list(engines), lambda name, turn: run(name, which, turn + 1, batches[name]))  # noqa: B023
         pace = {name: [one["seconds"] / one["tokens"] for one in done] for name, done in runs.items()}  # s per token
         rows = []
         for name, done in runs.items():
             middle = {key: statistics.median(one[key] for one in done) for key in ("tokens", "seconds", "eos")}
             cells = [f"{middle['tokens']:,.0f}", f"{middle['eos']:.0%}", f"{middle['seconds']:.1f}"]
             cells.append(f"{1 / statistics.median(pace[name]):.1f}")
-            cells.append("" if name == "ours" else harness.spread(faster(pace[name], pace["ours"])))
+            cells.append("" if name == "ours" else harness.spread(harness.ratios(pace[name], pace["ours"])))
             rows.append([f"{name}, {batches[name]} at once" if batches[name] else name, *cells])
         columns = ["", "tokens", "ended by EOS", "seconds", "tokens/s", "ours is faster by"]
         tables.append(harness.table(which, columns, rows))
@@ -176,7 +162,7 @@ def bench_steps(args: argparse.Namespace, start: Callable, names: Sequence[str],
         engine(prompts=same[:2], limit=WARM, seed=0, rows=2, exact=True)
     for rows in args.rows:
         keys = [(name, place, rows) for place in args.places for name in names]
-        milliseconds |= in_turns(args.runs, keys, step)
+        milliseconds |= harness.in_turns(args.runs, keys, step)
         found = ", ".join(f"{name} {statistics.median(milliseconds[name, place, n]):.1f}" for name, place, n in keys)
         say(f"a step of {rows} rows, ms: {found}")
     lines, spelt = [], {place: word for word, place in PLACES.items()}
@@ -185,7 +171,7 @@ def bench_steps(args: argparse.Namespace, start: Callable, names: Sequence[str],
             line = [f"{name}, {spelt[place]}"]
             for rows in args.rows:
                 own, these = milliseconds["ours", place, rows], milliseconds[name, place, rows]
-                ratio = "" if name == "ours" else f" ({statistics.median(faster(these, own)):.2f})"
+                ratio = "" if name == "ours" else f" ({statistics.median(harness.ratios(these, own)):.2f})"
                 line.append(f"{statistics.median(these):.1f}{ratio}")
             lines.append(line)
     columns = ["ms per step (times ours)", *(f"{rows} row{'s' * (rows > 1)}" for rows in args.rows)]
@@ -298,19 +284,19 @@ def bench_lookup(args: argparse.Namespace, loaded: LoadedModel) -> tuple[list[di
     columns = ["", "right guesses", "tokens", "without, tokens/s", "with, tokens/s", "steps saved", "speed-up"]
     lines, figures = [], {"rows": rows, "prompts": count}
     for name, (prompts, sampling) in sets.items():
-        runs = {False: [], True: []}
-        for seed in range(args.runs):
-            # The same texts with and without, each first in turn: what a machine does to both is no difference.
-            for lookup in (False, True) if seed % 2 == 0 else (True, False):
-                one = run_sampler(loaded, prompts, args.max_new_tokens, rows, seed, lookup, **sampling)
-                runs[lookup].append(one)
-                how = "with" if lookup else "without"
-                say(f"{name}, run {seed + 1}, {how}: {one['tokens'] / one['seconds']:.1f}/s")
+
+        def run(lookup: bool, seed: int, name=name, prompts=prompts, sampling=sampling) -> dict:
+            one = run_sampler(loaded, prompts, args.max_new_tokens, rows, seed, lookup, **sampling)
+            how = "with" if lookup else "without"
+            say(f"{name}, run {seed + 1}, {how}: {one['tokens'] / one['seconds']:.1f}/s")
+            return one
+
+        runs = harness.in_turns(args.runs, (False, True), run)  # the same texts with and without
         same = [a["texts"] == b["texts"] for a, b in zip(runs[False], runs[True], strict=True)]
         rate = {key: statistics.median(one["tokens"] / one["seconds"] for one in done) for key, done in runs.items()}
         steps = {key: sum(one["stats"]["steps"] for one in done) for key, done in runs.items()}
         share = statistics.mean(hit_share(prompts, one["texts"]) for one in runs[True])
-        speedups = [a["seconds"] / b["seconds"] for a, b in zip(runs[False], runs[True], strict=True)]
+        speedups = harness.ratios(*([one["seconds"] for one in runs[key]] for key in (False, True)))
         saved = 1 - steps[True] / steps[False]
         tokens = f"{statistics.median(one['tokens'] for one in runs[True]):,.0f}"
         cells = (f"{share:.0%}", tokens, f"{rate[False]:.1f}", f"{rate[True]:.1f}", f"{saved:.0%}")

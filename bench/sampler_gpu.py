@@ -34,7 +34,6 @@ import argparse
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,49 +51,18 @@ import lengthen  # noqa: F401  before torch
 # isort: split
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from models import SHAPES, config_of, random_model
+from transformers import GenerationConfig
 
 from lengthen.sampling.engine import Sampler
 from lengthen.sampling.meter import Meter
 from lengthen.sampling.request import Request, Sampling
 
-SHAPES = {
-    "0.6B": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7B": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "tiny": {
-        "model_type": "qwen2",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-        "tie_word_embeddings": False,
-    },
-}
 PLAIN = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 RECIPE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 ENGINES = ("ours", "ours, no graphs", "ours, fp8 pages", "ours, no lookup", "generate", "generate_batch", "vllm")
-DECODE = tuple(f"decode-{shape}-{rows}" for shape in ("7B", "0.6B") for rows in (1, 64, 256))
+NAMES = {"7B": "Qwen2.5-7B", "0.6B": "Qwen3-0.6B"}
+DECODE = tuple(f"decode-{shape}-{rows}" for shape in NAMES for rows in (1, 64, 256))
 CASES = (*DECODE, "a", "b", "b-nf4", "c", "d")
 WARM = 16  # decode: tokens of each text before the clock starts; by then everything is compiled and captured
 PEAK = 40.0  # d: the logit of the token that follows; those of all others stay below half of it
@@ -117,7 +85,7 @@ class Work:
 
 def make_work(case: str, args: argparse.Namespace) -> Work:
     rng, scale = random.Random(0), 64 if args.tiny else 1  # tiny: lengths and counts by so much less
-    vocab = 4096 if args.tiny else 150_000
+    vocab = SHAPES["tiny"].vocab if args.tiny else 150_000
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(vocab) for _ in range(count)]
@@ -125,7 +93,7 @@ def make_work(case: str, args: argparse.Namespace) -> Work:
     def less(count: int) -> int:
         return max(4, count // scale)
 
-    small, large = ("tiny", "tiny") if args.tiny else ("0.6B", "7B")
+    large, small = ["tiny"] * 2 if args.tiny else NAMES.values()
     if case in DECODE:
         _, shape, rows = case.split("-")
         prompts = [tokens(less(2048)) for _ in range(less(int(rows)))]
@@ -133,7 +101,7 @@ def make_work(case: str, args: argparse.Namespace) -> Work:
         beside = 8 * -(-len(prompts) * less(2048) // 8192)
         clocked = max(2 * WARM, less(256))
         lengths = [clocked + beside + WARM] * len(prompts)
-        return Work("tiny" if args.tiny else shape, prompts, lengths, RECIPE, decode_only=True, clocked=clocked)
+        return Work("tiny" if args.tiny else NAMES[shape], prompts, lengths, RECIPE, decode_only=True, clocked=clocked)
     if case == "a":
         sizes = [(less(rng.randint(100, 1024)), less(rng.randint(100, 1024))) for _ in range(less(256))]
         return Work(small, [tokens(a) for a, _ in sizes], [b for _, b in sizes], PLAIN)
@@ -196,32 +164,12 @@ class Ids:
         return ""
 
 
-def make_config(work: Work) -> PretrainedConfig:
-    sizes = dict(SHAPES[work.shape])
-    longest = max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True))
-    return AutoConfig.for_model(sizes.pop("model_type"), **sizes, max_position_embeddings=max(1024, longest + 1))
+def context_of(work: Work) -> int:
+    return max(1024, 1 + max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True)))
 
 
 def make_model(work: Work, device: torch.device) -> torch.nn.Module:
-    """Random weights, bf16 on CUDA (fp32 on a CPU), linear layers in NF4 where the work says so."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(make_config(work), dtype=dtype).eval().requires_grad_(False)
-    with torch.no_grad():  # as large as Qwen2.5's are: what makes bf16 differ from bf16 on a real model
-        for name, parameter in model.named_parameters():
-            if name.endswith("k_proj.bias"):
-                parameter.normal_(std=60)
-    if work.quantize:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-
-        for name, old in list(model.named_modules()):
-            if type(old) is torch.nn.Linear and old is not model.get_output_embeddings():
-                new = Linear4bit(old.in_features, old.out_features, old.bias is not None, dtype, quant_type="nf4")
-                new.weight = Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                new.bias = old.bias
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, new.to(device))
+    model = random_model(work.shape, device, work.quantize, context_of(work))
     if work.script:
         make_it_follow(model, work)
     return model
@@ -296,7 +244,7 @@ def run_generate(work: Work, device: torch.device, batches: list[int]) -> dict:
                 model.generate(
                     torch.tensor(ids, device=device),
                     attention_mask=torch.tensor(mask, device=device),
-                    generation_config=config_of(work, longest),
+                    generation_config=generation_of(work, longest),
                 )
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -310,7 +258,7 @@ def run_generate(work: Work, device: torch.device, batches: list[int]) -> dict:
 def run_generate_batch(work: Work, device: torch.device) -> dict:
     """Each text with its own limit, as a caller of its manager would."""
     model, made = make_model(work, device), 0
-    with model.continuous_batching_context_manager(config_of(work, max(work.lengths))) as manager:
+    with model.continuous_batching_context_manager(generation_of(work, max(work.lengths))) as manager:
         began = time.perf_counter()
         for prompt, length in zip(work.prompts, work.lengths, strict=True):
             manager.add_request(prompt, max_new_tokens=length)
@@ -324,7 +272,7 @@ def run_generate_batch(work: Work, device: torch.device) -> dict:
     return {"tokens": made, "seconds": seconds, "notes": drops}
 
 
-def config_of(work: Work, length: int) -> GenerationConfig:
+def generation_of(work: Work, length: int) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True, **work.sampling, max_new_tokens=length, min_new_tokens=length, eos_token_id=-1, pad_token_id=0
     )
@@ -334,7 +282,7 @@ def run_vllm(work: Work, device: torch.device) -> dict:
     from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config(work)
+        config = config_of(work.shape, context_of(work))
         config.architectures = ["Qwen3ForCausalLM" if config.model_type == "qwen3" else "Qwen2ForCausalLM"]
         config.save_pretrained(folder)
         options = {"quantization": "bitsandbytes"} if work.quantize else {}
@@ -415,10 +363,7 @@ def main(argv: list[str] | None = None) -> None:
             options = [*(["--tiny"] if args.tiny else []), "--copied", str(args.copied)]
             options += ["--batches", *map(str, args.batches)]
             command = [sys.executable, __file__, "--one", case, engine, *options]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(done.stderr, file=sys.stderr)
-            last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:] or ["no output"]
-            one = json.loads(last[0]) if not done.returncode else {"notes": f"failed: {last[0][:80]}"}
+            *_, one = harness.measured(command, "notes")
             rate = one["tokens"] / one["seconds"] if one.get("tokens") else 0.0
             shown = [f"{one[key]:{form}}" if key in one else "" for key, form in FORMS.items()]
             lines.append([case, engine, *shown[:2], f"{rate:,.0f}" if rate else "", *shown[2:], one.get("notes", "")])

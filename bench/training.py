@@ -27,11 +27,9 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +45,9 @@ import lengthen  # noqa: F401  before torch
 
 # isort: split
 import torch
+from models import CONTEXT, random_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import train
 from lengthen.models import lora
@@ -62,70 +61,14 @@ from lengthen.training.parallel import Processes
 from lengthen.training.plan import peak_flops
 from lengthen.training.policy import memory_of
 from lengthen.training.settings import LoraFlags, MemoryFlags
-from lengthen.training.shapes import meta_model
 
-SHAPES = {  # name: (family, rank, sizes)
-    "Qwen2.5-7B": ("qwen2", 16, (152_064, 3584, 18_944, 28, 28, 4)),
-    "Llama-3.1-8B": ("llama", 32, (128_256, 4096, 14_336, 32, 32, 8)),
-    "tiny": ("llama", 8, (512, 128, 256, 2, 4, 2)),
-}
+RANKS = {"Qwen2.5-7B": 16, "Llama-3.1-8B": 32, "SmolLM2-135M": 8, "tiny": 8}  # of LoRA, by the model
 METHODS = ("ours", "TRL", "transformers + PEFT", "Unsloth")
 LENGTHS = [4096, 16_384]
 COLUMNS = ["method", "shape", "tokens", "tokens_per_second"]  # of what a method's process says
 COLUMNS += ["of_peak", "peak_gb", "plan_gb", "lean", "longest", "settings"]
-CONTEXT = 1 << 20  # tokens: no method stops at a length of its own
-KEY_BIAS = 60.0  # standard deviation: the largest of a model is then about 240, as in Qwen2.5 (211 in the 0.5B)
 
 Run = Callable[[int, int], tuple[list[float], dict]]  # tokens of a row, steps -> (seconds of each, what is to be said)
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def random_model(shape: str, device: torch.device, nf4: bool) -> PreTrainedModel:
-    """The shape with random weights: linear layers quantised one by one, so that no second copy is ever held."""
-    family, _, (vocab, hidden, inner, layers, heads, keys) = SHAPES[shape]
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = meta_model(config, dtype)
-    if nf4:
-        for name, linear in lora.decoder_linears(model).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantised(linear, device, dtype))
-    torch.manual_seed(0)
-    for place, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                scale = KEY_BIAS if name == "bias" and place.endswith("k_proj") else 0.02
-                value = torch.randn(parameter.shape, device=device, dtype=dtype) * scale
-                ones = parameter.dim() == 1 and name == "weight"  # norms
-                setattr(module, name, nn.Parameter(torch.ones_like(value) if ones else value, requires_grad=False))
-    decoder = model.get_decoder()
-    with device:
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # its buffers were on meta, too
-    return model.eval().requires_grad_(False)
-
-
-def quantised(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    bias = linear.bias is not None
-    layer = Linear4bit(
-        linear.in_features, linear.out_features, bias, dtype, compress_statistics=True, quant_type="nf4", device="meta"
-    )
-    weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=dtype) * 0.02
-    layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
-    return layer
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------------
@@ -139,11 +82,11 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Run
     flags = MemoryFlags(vram=vram_gb, auto_shrink=True)
     memory = memory_of(LoraFlags(rank=rank), flags, 32, model, abilities, longest, Processes(), nf4=nf4)
     learner = Learner(model, abilities, memory, adamw(parameters, 1e-5, 32))
-    peak, vocab = peak_flops(model.device)[0], model.config.vocab_size
+    peak, vocab, cuda = peak_flops(model.device)[0], model.config.vocab_size, model.device.type == "cuda"
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair = sample(tokens, vocab)
-        times = [seconds(lambda: train.train_step(learner, [pair], 1), model.device) for _ in range(count)]
+        times = [harness.seconds(lambda: train.train_step(learner, [pair], 1), cuda) for _ in range(count)]
         how = memory.choice(tokens)
         plan, flops = memory.budget.card_bytes(how, tokens), memory.budget.flops([tokens], [pair.num_targets], how)
         facts = {"settings": str(how), "lean": memory.budget.traced is None, "plan_gb": round(plan / 1e9, 2)}
@@ -193,10 +136,10 @@ def with_trl(model: PreTrainedModel, rank: int) -> Run:
             self.began, self.times = 0.0, list[float]()
 
         def on_step_begin(self, *args: object, **more: object) -> None:
-            self.began = clock(cuda)
+            self.began = harness.clock(cuda)
 
         def on_step_end(self, *args: object, **more: object) -> None:
-            self.times.append(clock(cuda) - self.began)
+            self.times.append(harness.clock(cuda) - self.began)
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair, watch = sample(tokens, vocab), Clock()
@@ -259,14 +202,15 @@ def by_steps(model: nn.Module, vocab: int, settings: str) -> Run:
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair = sample(tokens, vocab)
-        return [seconds(lambda: step(pair), device) for _ in range(count)], {"settings": settings}
+        times = [harness.seconds(lambda: step(pair), device.type == "cuda") for _ in range(count)]
+        return times, {"settings": settings}
 
     return run
 
 
 def method_of(args: argparse.Namespace) -> Run:
     """args.worker, on its model."""
-    device, rank = torch.device("cuda" if torch.cuda.is_available() else "cpu"), SHAPES[args.shapes[0]][1]
+    device, rank = torch.device("cuda" if torch.cuda.is_available() else "cpu"), RANKS[args.shapes[0]]
     if args.worker == "Unsloth":
         return with_unsloth(args.unsloth_model, rank, max(args.tokens))
     model = random_model(args.shapes[0], device, nf4=device.type == "cuda")
@@ -282,20 +226,6 @@ def method_of(args: argparse.Namespace) -> Run:
 def sample(tokens: int, vocab: int) -> Pair:
     ids = torch.randint(3, vocab, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
     return Pair(ids, max(1, tokens // 20))
-
-
-def clock(cuda: bool) -> float:
-    """Now, in seconds, with nothing left to compute."""
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(work: Callable, device: torch.device) -> float:
-    cuda = device.type == "cuda"
-    start = clock(cuda)
-    work()
-    return clock(cuda) - start
 
 
 def fits(run: Run, tokens: int) -> bool:
@@ -349,7 +279,7 @@ def one_by_one(args: argparse.Namespace, report: Callable[[list[dict]], object])
     """
     rows = []
     for shape in args.shapes:
-        print(f"\n{shape}, NF4, rank {SHAPES[shape][1]}, {args.vram or 'all'} GB", file=sys.stderr)
+        print(f"\n{shape}, NF4, rank {RANKS[shape]}, {args.vram or 'all'} GB", file=sys.stderr)
         for method in args.methods:
             if why := missing(method, args):
                 print(f"{method:20}  not measured: {why}", file=sys.stderr)
@@ -357,30 +287,11 @@ def one_by_one(args: argparse.Namespace, report: Callable[[list[dict]], object])
             command = [sys.executable, __file__, "--worker", method, "--shapes", shape, "--vram", str(args.vram)]
             command += ["--tokens", *map(str, args.tokens), "--longest" if args.longest else "--no-longest"]
             command += ["--unsloth-model", args.unsloth_model]
-            for row in measured(command):
+            for row in harness.measured(command, "settings"):
                 rows.append({"shape": shape, "method": method, "vram_gb": args.vram, **row})
                 print(f"{method:20} {row}", file=sys.stderr, flush=True)
                 report(rows)
     return rows
-
-
-def measured(command: list[str]) -> Iterator[dict]:
-    """What a process measures, as soon as it says so; last, why it failed."""
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
-            assert process.stdout
-            try:
-                for line in process.stdout:
-                    if line.startswith('{"'):  # Trainer prints dicts, too
-                        yield json.loads(line)
-            except BaseException:  # also where nobody asks for more
-                process.kill()
-                raise
-        said.seek(0)
-        text = said.read()
-    print(text, file=sys.stderr)
-    if process.returncode:
-        yield {"settings": f"failed: {' '.join(text.strip().splitlines()[-1:])[:100]}"}
 
 
 def missing(method: str, args: argparse.Namespace) -> str:
@@ -413,13 +324,13 @@ def in_turns(args: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
         names = ("ours", "transformers + PEFT")
         engines = {name: harness.Engine([*command, "--worker", name]) for name in names}
         for tokens in args.tokens:
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for repeat in range(args.repeats + 1):
-                for name, engine in list(engines.items())[:: -1 if repeat % 2 else 1]:
-                    took = engine(tokens=tokens)["seconds"]
-                    if repeat:  # the first is a warm-up
-                        times[name].append(took)
-            ratios = [theirs / own for own, theirs in zip(*times.values(), strict=True)]
+
+            def took(name: str, turn: int, engines=engines, tokens=tokens) -> float:
+                return engines[name](tokens=tokens)["seconds"]
+
+            turns = harness.in_turns(args.repeats + 1, names, took)
+            times = {name: some[1:] for name, some in turns.items()}  # the first is a warm-up
+            ratios = harness.ratios(times["transformers + PEFT"], times["ours"])
             for name, some in times.items():
                 quartiles = statistics.quantiles(some, n=4) if len(some) > 1 else [some[0]] * 3
                 low, middle, high = (tokens / t for t in quartiles[::-1])
@@ -435,7 +346,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     p.add_argument("--vram", type=float, default=0.0, help="GB that the allocator may take; 0 = all of the card")
-    p.add_argument("--shapes", nargs="+", choices=[*SHAPES, "SmolLM2-135M"], help="default: the 7B; SmolLM2 on a CPU")
+    p.add_argument("--shapes", nargs="+", choices=RANKS, help="default: the 7B; SmolLM2 on a CPU")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on a GPU")
     p.add_argument("--tokens", nargs="+", type=int, help="lengths; default 4K and 16K, on a CPU 1024")
     p.add_argument("--repeats", type=int, default=10, help="steps of each, on a CPU")

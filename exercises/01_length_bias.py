@@ -8,8 +8,8 @@ of their places: with `longer` texts above them and `equal` texts of that length
 
 1. On paper first: which share always goes? How many go on average? What happens to 1,000 texts of one length?
 2. Write `chances`. Better to sort once than to compare every text with every other one.
-3. Write `length_bias`. The draw behind each decision must depend on the key and the seed only, so that a resumed run
-   decides the same whatever finished first: that is what `uniform` is for.
+3. Write `length_bias`: a text is dropped if its `uniform(seed, key)` is below its probability. This number depends on
+   nothing else, so a run that was killed and is resumed decides the same, in whatever order its texts finish.
 
 Leads to: `length_bias` in lengthen/text/selection.py, and `length_bias_drops` in lengthen/stage.py, which calls it.
 
@@ -29,7 +29,7 @@ def uniform(seed: int, key: str) -> float:
 
 
 def chances(words: list[int]) -> list[float]:
-    """The probability with which each text is dropped; words: of each text."""
+    """The probability with which each text is dropped. words: the length of each text, in any order."""
     raise NotImplementedError
 
 

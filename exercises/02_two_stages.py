@@ -9,9 +9,10 @@ HABIT words it gives HABIT words back. Two calls get around it:
     stage 2   enrich the whole draft, with the answer prefilled by what stage 1 left; the text is prefix + continuation
 
 1. On paper: a draft of 4 paragraphs and HABIT words. How many words after one call, how many after two stages?
-2. Write `first_share` for texts whose paragraphs are divided by blank lines. Round down, but take at least one
-   paragraph, so that neither half nor prefix is empty.
-3. Write `extend`. Where is the paragraph break between prefix and continuation?
+2. Write `first_share` for texts whose paragraphs are divided by one blank line. Round down, but take at least one
+   paragraph, so that neither half nor prefix is empty. What it returns does not end with a blank line.
+3. Write `extend`. The text is prefix + continuation, with nothing put between them, and a continuation never begins
+   with a blank line. So what must the second call be given as its prefix?
 
 Leads to: `Extension` in extend.py. It does the same for real, with filters, retries, rounds and a journal.
 

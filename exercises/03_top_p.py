@@ -1,8 +1,9 @@
 """Exercise 3, 60 minutes: from logits to a token.
 
-The recipe of the method: repetition penalty 1.1, temperature 0.7, top-k 20, top-p 0.8, in this order.
+The recipe of the method: repetition penalty 1.1, temperature 0.7, top-k 20, top-p 0.8, in this order. Each step works
+on what the one before has left: top-p takes the probabilities among the tokens that top-k keeps.
 
-    penalty       logits of ids that the text has are divided by it where positive, else multiplied; each id once
+    penalty       logits of ids that the text has are divided by it where positive, else multiplied by it; each once
     temperature   logits / temperature
     top-k         all below the k-th highest are out; 0 = off
     top-p         the smallest set of likeliest tokens stays whose probability reaches p; at least one stays
@@ -11,9 +12,11 @@ The recipe of the method: repetition penalty 1.1, temperature 0.7, top-k 20, top
 The draw needs no cumulative sum, and each token has noise of its own, which can be a hash of (seed, position, id): then
 a text does not depend on its neighbours in a batch.
 
-1. Write `penalise` and `probabilities`. Use cumulative sums from the least likely token up, as Hugging Face does: with
-   sums from the top the last bits differ, and so does what is kept at the edge.
-2. Write `draw`. Why is the argmax distributed as the softmax? (Look up "Gumbel-max"; the proof has five lines.)
+1. Write `penalise` and `probabilities`. For top-p sort upwards and sum from the least likely token, as Hugging Face
+   does. From which sum on is a token kept? (Sums from the likeliest token down differ in their last bits, and may keep
+   another set.)
+2. Write `draw`. Why is the argmax distributed as the softmax? The proof is short; docs/kernels.md has it under "The
+   draw".
 
 Leads to: `keep` and `race` in lengthen/sampling/draw.py, which do this for many rows at once.
 

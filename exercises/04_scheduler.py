@@ -8,17 +8,21 @@ to the next at once. Keys and values lie in pages, so that a text takes memory a
     running   [a b]            oldest first; at most max_rows
     pages     a: 4 0 7   b: 2  a text of t tokens holds ceil(t / page_tokens) of them
 
-A step computes every running text: in its first step its whole prompt, later its newest token; and each draws a token.
+A step computes every running text: in its first step its whole prompt (and what it had written, if it was preempted),
+later its newest token; and each draws a token.
 
-1. `schedule` admits the next waiting text while a row is free and so are the pages of all it has computed or drawn, and
-   of one token more; pages promised to texts admitted just now are not free. Then every running text, oldest first,
-   gets the pages that its tokens need in this step.
-2. Where none is free, the youngest text is preempted: its pages are free again, it keeps what it has written, and it
-   goes to the front of the queue. That may be the very text that asked. The oldest never is, so all come to an end.
-3. What goes wrong if the oldest text is preempted instead? If the preempted text goes to the end of the queue?
+1. `schedule` first admits. It looks at the text at the front of the queue: is a row free, and are there free pages for
+   its prompt, for what it has written, and for one token more? If so it runs, and the next one is looked at; if not,
+   nothing more is admitted in this step. Pages promised to a text in this step are not free for the next one.
+2. Then every running text, oldest first, gets the pages that its tokens need in this step: those for prompt + written.
+3. Where no page is free, the youngest running text is preempted: its pages are free again, it keeps what it has
+   written, and it goes to the front of the queue. It may be the very text that asked for a page. The oldest never is,
+   as long as the pool can hold any one text: so all come to an end.
+4. On paper: what goes wrong if the oldest text is preempted instead? And if a preempted text goes to the end of the
+   queue?
 
-Leads to: `Scheduler` in lengthen/sampling/scheduler.py, which also cuts prompts into chunks, orders the queue by
-expected length, shares prefixes and hands out draft tokens.
+Leads to: `Scheduler` in lengthen/sampling/scheduler.py, which also cuts prompts into chunks, orders the queue and
+admits by expected length, shares prefixes and hands out draft tokens.
 
     python -m pytest -q exercises/04_scheduler.py
 """
@@ -41,7 +45,7 @@ class Text:
 
 
 class Scheduler:
-    """waiting, running: lists of Text; free: a list of page numbers."""
+    """waiting, running: lists of Text; free: a list of page numbers. The tests look at `waiting` and `free`."""
 
     def __init__(self, max_rows: int, num_pages: int, page_tokens: int):
         raise NotImplementedError
@@ -69,12 +73,13 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
     scheduler = Scheduler(max_rows, num_pages, PAGE_TOKENS)
     for key, prompt in enumerate(prompts):
         scheduler.add(Text(key, prompt))
-    steps, preemptions, finished, last, room = 0, 0, [], [], num_pages
+    steps, preemptions, finished, last, room, drawn = 0, 0, [], [], num_pages, [0] * len(lengths)
     while texts := scheduler.schedule():
         steps += 1
         held = [page for text in texts for page in text.pages]
         assert len(texts) <= max_rows and len(held) == len(set(held)) and set(held) <= set(range(num_pages))
         assert sorted(held + list(scheduler.free)) == list(range(num_pages)), "a page is lost"
+        assert all(text.written == drawn[text.key] for text in texts), "what it has written is lost"
         assert all(len(text.pages) == -(-(text.prompt + text.written) // PAGE_TOKENS) for text in texts)
         if last:
             assert last[0].key in finished or texts[0] is last[0], "the oldest was preempted"
@@ -86,6 +91,7 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
         last = list(texts)
         for text in last:
             text.written += 1
+            drawn[text.key] += 1
             if text.written == lengths[text.key]:
                 finished.append(text.key)
                 scheduler.finish(text)
@@ -116,6 +122,34 @@ def steps_of_the_project(lengths: list[int], prompts: list[int], max_rows: int) 
 def example(count: int) -> tuple[list[int], list[int]]:
     rng = random.Random(0)
     return [rng.randrange(1, 120) for _ in range(count)], [rng.randrange(1, 60) for _ in range(count)]
+
+
+def keys(texts) -> list[int]:
+    return [text.key for text in texts]
+
+
+def test_one_token_more_must_fit():
+    """Two prompts of a page each: with the token that each will draw, both need two pages."""
+    for num_pages, admitted in ((3, [0]), (4, [0, 1])):
+        scheduler = Scheduler(2, num_pages, PAGE_TOKENS)
+        scheduler.add(Text(0, PAGE_TOKENS))
+        scheduler.add(Text(1, PAGE_TOKENS))
+        assert keys(scheduler.schedule()) == admitted
+
+
+def test_no_more_are_preempted_than_must_be():
+    """In the third step the first text needs a second page, which the last one gives."""
+    scheduler = Scheduler(3, 3, PAGE_TOKENS)
+    texts = [Text(0, PAGE_TOKENS - 1), Text(1, 1), Text(2, 1)]
+    for text in texts:
+        scheduler.add(text)
+    for running in ([0, 1, 2], [0, 1, 2], [0, 1]):
+        assert keys(scheduler.schedule()) == running
+        for key in running:
+            texts[key].written += 1
+    assert keys(scheduler.waiting) == [2] and texts[2].written == 2
+    scheduler.finish(texts[0])
+    assert keys(scheduler.schedule()) == [1, 2]
 
 
 def test_it_takes_as_many_steps_as_the_project():

@@ -8,13 +8,14 @@ read and write everything once more. So go through the pages one by one and keep
     acc     the sum of e^(score - top) * value
 
 When a page brings a larger score, what has been summed is multiplied by e^(old top - new top). At the end the output
-is acc / total. Nothing overflows, because no exponent is above 0, and no page has to stay. (The tests see the result
-only, not whether you gather.)
+is acc / total. Nothing overflows, because no exponent is above 0, and each page is read only once. (The tests see the
+result only, not whether you gather.)
 
-1. Write `partial` for any run of pages. Hq query heads share Hkv key heads: heads 0 to G - 1 read key head 0, and so
-   on. What of a page lies at or after `length` is undefined and may be nan.
+1. Write `partial` for any run of pages. Hq query heads share Hkv key heads, G = Hq / Hkv to each: query heads 0 to
+   G - 1 read key head 0, the next G read key head 1, and so on. Positions at or after `length` hold no key: what
+   is in the page there is undefined, and may be nan.
 2. Write `join`: a long text can be divided among several processors, each with some of its pages. How are their
-   (acc, top, total) put together? Mind a part without any key.
+   (acc, top, total) put together? One part may have no key at all: what are its three?
 
 Leads to: kernels/attention.py (the mathematics), `_decode_kernel` and `_join_kernel` in kernels/attention_triton.py.
 
@@ -90,6 +91,8 @@ def test_several_runs_join_to_the_same():
 
 
 def test_large_scores_do_not_overflow():
+    """Nor do scores that are far below 0 leave 0 / 0."""
     q, keys, values, table = example(100, size=1e4)
-    got = join([partial(q, keys, values, table, 0, 100, D**-0.5)])
-    torch.testing.assert_close(got, reference(q, keys, values, table, 100))
+    for query, pool in ((q, keys), (q.abs(), -keys.abs())):
+        got = join([partial(query, pool, values, table, 0, 100, D**-0.5)])
+        torch.testing.assert_close(got, reference(query, pool, values, table, 100))

@@ -2,9 +2,10 @@
 
     y = x W^T + scale * (x A^T) B^T        W [out, in] is frozen; A [rank, in] and B [out, rank] are trained
 
-1. Write `forward`. In which order are the products cheap? Count for 4,096 tokens, in = out = 3,584 and rank 8.
-2. Derive dx, dA and dB from dy = dL/dy, and write `backward` without autograd. Which of the three products with a
-   large matrix that a full fine-tune needs has gone?
+1. Write `forward`. In which order is the product of x, A^T and B^T cheap? Count the multiplications for 4,096 tokens,
+   in = out = 3,584 and rank 8.
+2. Derive dx, dA and dB from dy = dL/dy, and write `backward` without autograd. Full fine-tuning takes three products
+   for each layer that are as large as x W^T. Which of them does LoRA not need?
 3. Write `merge`. Why does the project never merge into 4-bit weights?
 
 Leads to: `LoraLinear` in lengthen/models/lora.py, and `Linears` in lengthen/training/lean_linears.py, where the same

@@ -7,14 +7,16 @@ queries as there are, with replacement, all answers of a query together, compute
 1. Why are queries drawn and not answers? Write `replicates`.
 2. The percentile interval takes the quantiles (1 - level) / 2 and (1 + level) / 2 of the replicates. Write
    `percentile`.
-3. With few queries it is too narrow. The project's takes the same quantiles moved and widened:
+3. With few queries it is too narrow. The project's interval takes other quantiles, moved and further apart:
 
        bias = 2 Phi^-1(share of replicates below the number; those equal to it count half)
        tail = sqrt(n / (n - 1)) * t                    t: the (1 + level) / 2 quantile of Student's t, n - 1 degrees
        ends = the quantiles Phi(bias - tail) and Phi(bias + tail) of the replicates
 
-   The share is kept between 1 / (R + 1) and R / (R + 1) for R replicates. Write `corrected`.
-4. Read the table of coverages in lengthen/evaluation/intervals.py. For which number do eight queries not do?
+   Phi is the normal distribution function (`statistics.NormalDist`); a quantile of the replicates is
+   `numpy.quantile`'s. The share is kept between 1 / (R + 1) and R / (R + 1) for R replicates. Write `corrected`.
+4. Read the table of coverages in lengthen/evaluation/intervals.py (afterwards: below it stands the answer to step 3).
+   For which number are eight queries too few?
 
 Leads to: lengthen/evaluation/intervals.py, where `paired` draws the same queries for two runs.
 
@@ -88,7 +90,8 @@ def test_the_corrected_interval_is_the_projects():
         made = replicates(groups, statistics.median, draws(queries))
         want = intervals.bootstrap(groups, statistics.median)
         numpy.testing.assert_allclose(corrected(value, made, queries, 0.95), want)
-        assert corrected(min(made) - 1, made, queries, 0.95)  # a share of 0 is no error
+        for outside in (min(made) - 1, max(made) + 1):  # a share of 0 or of 1 is no error
+            assert numpy.isfinite(corrected(outside, made, queries, 0.95)).all()
 
 
 def test_it_covers_the_truth_about_as_often_as_it_says():

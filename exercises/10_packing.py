@@ -11,10 +11,10 @@ The loss counts the answers only: the hidden state at position i predicts token 
 predicts the answer's first, and the EOS predicts nothing.
 
 1. Write `pack` and `may_see`.
-2. Write `targets_of`, by position. Why not by id, as trainers do that set the labels of PAD to -100? (In
-   SmolLM2 PAD is EOS.)
-3. A kernel never builds the mask of `may_see`. How many numbers does it have for a row of 16,384 tokens, and what does
-   FlashAttention take instead?
+2. Write `targets_of`, by position. Why not by id? Some trainers find the padding by its id and take no PAD as a target;
+   in SmolLM2 PAD and EOS are one token.
+3. FlashAttention never builds the mask of `may_see`. How many numbers would it have for a row of 16,384 tokens, and
+   what is FlashAttention given instead?
 
 Leads to: lengthen/training/packed.py, and `targets_of` and `row_loss` in train.py.
 
@@ -32,7 +32,7 @@ from lengthen.training.pairs import Pair
 
 
 def pack(samples: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of N samples -> (ids [T], positions [T], number of the sample that each token belongs to [T])."""
+    """Token ids of N samples -> (ids [T], positions [T], the sample of each token, counted from 0 [T])."""
     raise NotImplementedError
 
 

@@ -7,9 +7,11 @@ handed out when somebody asks for one. Until then nothing of it runs, and nothin
 
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def _find_namesake() -> ModuleSpec | None:

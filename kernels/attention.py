@@ -30,12 +30,12 @@ dtypes: q in fp16, bf16 or fp32; pages in q's dtype or e4m3; scores, exponential
 Not supported: gradients, more than 8 queries per text, key heads with different page tables.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import HAS_TRITON
 from .layer_passes import rms_norm, rotate_
 
 MAX_QUERIES = 8
@@ -191,7 +191,7 @@ def _on_kernels(path: str, device: torch.device) -> bool:
     if path == "torch":
         return False
     _need(path in ("auto", "triton"), f"path must be auto, torch or triton, not {path!r}")
-    if importlib.util.find_spec("triton") is not None:
+    if HAS_TRITON:
         if device.type == "cuda":
             return True
         if path == "triton":

@@ -19,7 +19,7 @@ Programs whose split is empty return at once, and their partial results are neit
 fp8 pages hold e4m3 bytes. From sm_89 on the hardware converts; before, the bits are moved into place by hand, which is
 also what the interpreter runs. Every e4m3 number is exact in bf16.
 
-No GPU has run this yet: it is checked in Triton's interpreter and by compiling for sm_80, 86, 89 and 90.
+No GPU has run this yet: it is checked in Triton's interpreter and by compiling for sm_80, 86, 89, 90 and 120.
 """
 
 from functools import cache

@@ -22,13 +22,11 @@ Shapes: x, n, dn, dx [..., N]; weight [N]; gate, up, da [T, I]; heads [T, heads,
 one device. Not supported: trained norm weights, other activations.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from . import HAS_TRITON
 
 
 def _fast(x: Tensor) -> bool:

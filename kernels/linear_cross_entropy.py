@@ -3,7 +3,7 @@
 It replaces
     z = logit_scale * F.linear(hidden, weight, bias)              # [T, V]
     z = softcap * torch.tanh(z / softcap)                         # Gemma-2
-    loss = F.cross_entropy(z.float(), targets)
+    loss = F.cross_entropy(z.float(), targets, reduction="sum")
 and never holds z: at T = 16,384 tokens and V = 152,064 (Qwen2.5) z is 4.98 GB in bf16, 9.97 GB in fp32, and training
 wants it three times over (logits, softmax, gradient). Here the extra memory is at most 0.35 GB at any T.
 
@@ -18,23 +18,24 @@ The last line is the usual sum_j (p_j - [j = t]) W_j, with p_t - 1 = -S / (1 + S
 dh is known as soon as its S is, so it is finished in the forward pass: two matrix products (z and E W), the floor for
 an exact gradient. Bias, scale and softcap enter through z; dz/d(h.W) = logit_scale * (1 - (z / softcap)^2) multiplies
 E_j and the target's term of dh.
-exp overflows in fp32 where another logit lies 88 above the target's. Rows with S >= e^60 are flagged on the device, the
+exp overflows in fp32 where another logit lies 89 above the target's. Rows with S >= e^60 are flagged on the device, the
 flag is read once after all work is queued, and those rows are computed again relative to their largest logit.
 
 Shapes: hidden [T, H], weight [V, H], targets [T], all on one device; bf16, fp16, fp32 or fp64; the loss is fp32 (fp64
 for fp64). Two Triton paths for bf16 on CUDA (linear_cross_entropy_triton.py), plain torch in cache-sized tiles
-elsewhere, one contract. Ignored rows cost no matrix product. Sums run in a fixed order: the same bits every run.
-Not supported: a trained head (refused), weights of tokens or classes, label smoothing, z-loss, double backward; a
-second backward through the same loss (dh is scaled in place, so as not to hold it twice; fp64 keeps a copy, for
-gradcheck) raises.
+elsewhere, one contract. Sums run in a fixed order: the same bits every run.
+Not supported: a trained head (refused), ignored rows (leave them out: hidden[rows]), weights of tokens or classes,
+label smoothing, z-loss, double backward; a second backward through the same loss (dh is scaled in place, so as not to
+hold it twice; fp64 keeps a copy, for gradcheck) raises.
 """
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import HAS_TRITON
 
 MAX_EXPONENT = 60.0  # S >= e^60 is redone; far below fp32's e^88, so that E W cannot overflow either
 WORKSPACE_BYTES = 340_000_000  # on a GPU, per call: everything but the inputs and the returned dh
@@ -52,7 +53,7 @@ class Head(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """Per token, [T]; 0 and False in ignored rows. No gradient flows through them."""
+    """Per token, [T]. No gradient flows through them."""
 
     logprob: Tensor  # log p of the target, in nats
     top1: Tensor  # bool: no other logit is larger than the target's
@@ -61,18 +62,16 @@ class LossStats(NamedTuple):
 # ---- the specification -----------------------------------------------------------------------------------------------
 
 
-def linear_cross_entropy_reference(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int = -100):
-    """The definition in plain torch, with all logits in memory -> (loss [T], LossStats); 0 in ignored rows."""
-    valid = targets != ignore_index
-    t = targets.where(valid, 0)[:, None]
+def linear_cross_entropy_reference(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, LossStats]:
+    """The definition in plain torch, with all logits in memory -> (loss [T], LossStats)."""
+    t = targets[:, None]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden.to(dtype) @ head.weight.to(dtype).T  # [T, V]
     z = head.logit_scale * (z if head.bias is None else z + head.bias.to(dtype))
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
-    logp = z.log_softmax(dim=1)
-    target_logp = logp.gather(1, t)[:, 0] * valid
-    top1 = (z <= z.gather(1, t)).all(dim=1) & valid
+    target_logp = z.log_softmax(dim=1).gather(1, t)[:, 0]
+    top1 = (z <= z.gather(1, t)).all(dim=1)
     return -target_logp, LossStats(target_logp.detach(), top1)
 
 
@@ -130,12 +129,12 @@ def _zero_target(x: Tensor, t: Tensor, start: int) -> None:
     x.scatter_(1, column, x.gather(1, column).masked_fill(inside[:, None], 0))
 
 
-def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, from_max: bool = False):
+def _torch_chunk(h: Tensor, head: Head, t: Tensor, grad: bool, from_max: bool = False):
     """Rows h [n, H] with targets t [n] -> (sums [3, n], dh [n, H] or None), fp32 (fp64).
 
     The exponentials are relative to r: the target's logit, or with from_max the largest one, which cannot overflow but
     takes one more matrix product. sums = S, max_{j != t} E_j, z_t - r.
-    dh = coef * (sum_j E_j W_j - S W_t) / (e^(z_t - r) + S): for r = z_t the text on top.
+    dh = (sum_j E_j W_j - S W_t) / (e^(z_t - r) + S): for r = z_t the text on top.
     """
     vocab = len(head.weight)
     tiles = _tiles(h, vocab)
@@ -162,7 +161,7 @@ def _torch_chunk(h: Tensor, head: Head, t: Tensor, coef: Tensor, grad: bool, fro
             u.addmm_(e, head.weight[start:stop].to(e.dtype))
 
     if grad:
-        scale = coef / (offset.exp() + total)
+        scale = 1 / (offset.exp() + total)
         slope_t = _slope(zt, head)
         if head.softcap is None:
             scale, slope_t = scale * slope_t, 1.0  # a constant, not yet in u either
@@ -177,8 +176,7 @@ def _choose_path(path: str, hidden: Tensor, weight: Tensor) -> str:
     """What "auto" means here: "fused" or "split" (Triton) for bf16 on CUDA, else "torch". A named path, or an error."""
     if path == "torch":
         return path
-    has_triton = importlib.util.find_spec("triton") is not None
-    if has_triton and hidden.dtype == torch.bfloat16 and weight.stride(1) == 1:
+    if HAS_TRITON and hidden.dtype == torch.bfloat16 and weight.stride(1) == 1:
         from . import linear_cross_entropy_triton as fast
 
         if path != "auto" and (hidden.is_cuda or fast.INTERPRET):
@@ -203,75 +201,50 @@ def _rows_per_chunk(num_rows: int, vocab: int, dim: int, path: str) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head: Head, targets, rows, options):
-        ignore_index, reduction, want_grad, path = options
+    def forward(ctx, hidden, head: Head, targets, want_grad: bool, path: str):
         hidden = hidden.detach() if hidden.stride(1) == 1 else hidden.detach().contiguous()
-        num_tokens, vocab, dtype = len(hidden), len(head.weight), _acc(hidden)
-        num_rows = num_tokens if rows is None else len(rows)
+        num_tokens, vocab = len(hidden), len(head.weight)
 
-        # 1) compact to the rows that count; a target out of range is clamped (an index error on a GPU kills the whole
-        #    process) and reported in 3)
-        given = targets if rows is None else targets[rows]
-        t = given.clamp(0, vocab - 1).long()
-        bad_targets = ((given != t) | (given == ignore_index)).any()
-        bad_rows = (targets != ignore_index).sum() != num_rows
-        if rows is not None:
-            bad_rows |= (rows[1:] <= rows[:-1]).any()
-        coef = torch.ones(num_rows, dtype=dtype, device=hidden.device)  # d(returned value) / d(loss of the row)
-        if reduction == "mean":
-            coef /= max(1, num_rows)
+        # 1) a target out of range is clamped (an index error on a GPU kills the whole process) and reported in 3)
+        t = targets.clamp(0, vocab - 1).long()
+        bad_targets = (targets != t).any()
 
         # 2) chunks of rows; everything of a row is final when its chunk is done
-        sums = torch.zeros(3, num_rows, dtype=dtype, device=hidden.device)
-        dh = None
-        if want_grad:
-            dh = (torch.empty if rows is None else torch.zeros)(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        sums = torch.zeros(3, num_tokens, dtype=_acc(hidden), device=hidden.device)
+        dh = torch.empty_like(hidden) if want_grad else None
 
-        def by_torch(where, source, **options):
-            chunk, grad = _torch_chunk(hidden[source], head, t[where], coef[where], want_grad, **options)
-            sums[:, where] = chunk
+        def by_torch(rows, **options):
+            sums[:, rows], grad = _torch_chunk(hidden[rows], head, t[rows], want_grad, **options)
             if dh is not None:
-                dh[source] = grad.to(dh.dtype)
+                dh[rows] = grad.to(dh.dtype)
 
         if path != "torch":
             from .linear_cross_entropy_triton import run_chunk
-        step = _rows_per_chunk(num_rows, vocab, hidden.shape[1], path)
-        for start in range(0, num_rows, step):
-            where = slice(start, min(start + step, num_rows))
-            source = where if rows is None else rows[where]
+        step = _rows_per_chunk(num_tokens, vocab, hidden.shape[1], path)
+        for start in range(0, num_tokens, step):
+            rows = slice(start, min(start + step, num_tokens))
             if path == "torch":
-                by_torch(where, source)
+                by_torch(rows)
             else:
-                target = dh[where] if dh is not None and rows is None else dh
-                to = None if rows is None else source
-                run_chunk(path, hidden[source], head, t[where], coef[where], sums[:2, where], target, to)
+                run_chunk(path, hidden[rows], head, t[rows], sums[:2, rows], None if dh is None else dh[rows])
 
         # 3) the one host read
         overflow = ~(sums[0] < math.exp(MAX_EXPONENT))  # also catches NaN
-        bad_targets, bad_rows, any_overflow = torch.stack([bad_targets, bad_rows, overflow.any()]).tolist()
-        if bad_rows:
-            raise ValueError(
-                "linear_cross_entropy: valid_rows must be ascending and name every row whose target is not ignore_index"
-            )
+        bad_targets, any_overflow = torch.stack([bad_targets, overflow.any()]).tolist()
         if bad_targets:
-            raise ValueError(
-                f"linear_cross_entropy: targets must lie in [0, {vocab}) or be ignore_index ({ignore_index})"
-            )
+            raise ValueError(f"linear_cross_entropy: targets must lie in [0, {vocab})")
         if any_overflow:
-            for where in overflow.nonzero()[:, 0].split(256):
-                by_torch(where, where if rows is None else rows[where], from_max=True)
+            for rows in overflow.nonzero()[:, 0].split(256):
+                by_torch(rows, from_max=True)
 
         # 4) what is returned; kept for the backward pass is dh alone
         total, largest, offset = sums  # offset = z_t - r is 0 but in redone rows
         log_d = torch.log1p(torch.expm1(offset) + total)  # expm1(0) = 0: confident tokens keep every digit
         loss = log_d - offset
-        value, top1 = (loss * coef).sum(), largest <= offset.exp()
-        if rows is not None:  # ignored rows have 0 and False
-            loss, top1 = (x.new_zeros(num_tokens).index_copy_(0, rows, x) for x in (loss, top1))
-        stats = LossStats(-loss, top1)
+        stats = LossStats(-loss, largest <= offset.exp())
         ctx.dh = dh
         ctx.mark_non_differentiable(*stats)
-        return value, *stats
+        return loss.sum(), *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -290,7 +263,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # ---- the public function ---------------------------------------------------------------------------------------------
 
 
-def _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path) -> None:
+def _check(hidden, weight, targets, softcap, bias, path) -> None:
     def need(ok, what):
         if not ok:
             raise ValueError(f"linear_cross_entropy: {what}")
@@ -319,16 +292,7 @@ def _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path) 
         trained = x is not None and x.requires_grad and torch.is_grad_enabled()
         need(not trained, f"{name} must be frozen: only the hidden states get a gradient")
     need(path in ("auto", "torch", "fused", "split"), f"path must be auto, torch, fused or split, not {path!r}")
-    need(reduction in ("mean", "sum"), f"reduction must be mean or sum, not {reduction!r}")
     need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
-    if valid_rows is not None:
-        need(
-            valid_rows.ndim == 1 and valid_rows.dtype == torch.int64,
-            "valid_rows must be a one-dimensional int64 tensor",
-        )
-        if valid_rows.device.type == "cpu" and len(valid_rows):
-            low, high = valid_rows.aminmax()
-            need(0 <= low and high < num_tokens, f"valid_rows must lie in [0, {num_tokens})")
 
 
 def linear_cross_entropy(
@@ -336,37 +300,25 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
-    valid_rows: Tensor | None = None,
     return_stats: bool = False,
     path: str = "auto",
 ) -> Any:  # Tensor, or (Tensor, LossStats)
     """Cross-entropy of hidden [T, H] against targets [T] (int64) through the head `weight` [V, H], without its logits.
 
-    -> the mean or the sum over the tokens that are not ignored, a scalar in fp32 (fp64 for fp64); with return_stats
-    (loss, LossStats). Without any valid token the mean is 0 with a zero gradient (torch: nan): an empty batch must not
-    poison a run.
-    valid_rows: ascending int64 index of the rows whose target is not ignore_index, best from the host that built the
-    batch; without it, finding them is one host read. It is checked against the targets.
+    -> the sum over the tokens, a scalar in fp32 (fp64 for fp64); with return_stats (loss, LossStats).
     path: "auto", or for tests and benches "torch", "fused", "split".
     ValueError, one line naming the argument, for wrong shapes, dtypes, devices and targets, and for a head that is
     trained.
     """
-    _check(hidden, weight, targets, reduction, softcap, bias, valid_rows, path)
-    if valid_rows is None:
-        valid_rows = (targets != ignore_index).nonzero()[:, 0]
-    # all rows valid: no gather and no scatter
-    rows = None if len(valid_rows) == len(targets) else valid_rows.to(targets.device, non_blocking=True)
+    _check(hidden, weight, targets, softcap, bias, path)
     path = _choose_path(path, hidden, weight)
     want_grad = torch.is_grad_enabled() and hidden.requires_grad
     head = Head(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
-        options = (ignore_index, reduction, want_grad, path)
-        value, *stats = _LinearCrossEntropy.apply(hidden, head, targets, rows, options)
+        value, *stats = _LinearCrossEntropy.apply(hidden, head, targets, want_grad, path)
     return (value, LossStats(*stats)) if return_stats else value
 
 

@@ -6,13 +6,13 @@ The mathematics and the contract are in linear_cross_entropy.py. Per chunk of R 
                                                "split": cuBLAS h W^T with fp32 output, then _exp_kernel writes the
                                                bf16 E over the bytes of the fp32 logits it has just read
     3  U = E W                                 cuBLAS with fp32 output: few output tiles, V-long sums, its split-K case
-    4  dh = coef (U - S W_t) / (1 + S)         _finish_kernel, which also adds up the partial sums in a fixed order
+    4  dh = (U - S W_t) / (1 + S)              _finish_kernel, which also adds up the partial sums in a fixed order
 "fused" touches E twice (2 bytes out, 2 in) and no logit ever; "split" moves 8 bytes more per logit and holds half the
 rows, but its first product is cuBLAS's. E keeps bf16's relative precision at any magnitude, so the reference z_t need
 not be the maximum; S is summed from the fp32 values before they are rounded.
 
-Memory, Qwen2.5-7B (V = 152,064, H = 3,584): fused 1024 rows: E 311 MB + U 15 MB + gathered h 7 MB; split 512 rows:
-z/E 311 MB + U 7 MB + h 4 MB. V <= 160K stays below 0.35 GB; the rows per chunk shrink for larger vocabularies.
+Memory, Qwen2.5-7B (V = 152,064, H = 3,584): fused 1024 rows: E 311 MB + U 15 MB; split 512 rows: z/E 311 MB +
+U 7 MB. V <= 160K stays below 0.35 GB; the rows per chunk shrink for larger vocabularies.
 
 No GPU has run this yet: it is checked in Triton's interpreter and by compiling for sm_80, 86, 89, 90 and 120.
 """
@@ -265,10 +265,8 @@ def _finish_kernel(
     t_ptr,  # int64 [R]
     zt_ptr,  # fp32 [R]
     part_ptr,  # fp32 [2, R, P]
-    coef_ptr,  # fp32 [R]
-    rows_ptr,  # int64 [R]: where each row goes in dh
     sums_ptr,  # fp32 [2, stride_sums], out: S, largest
-    dh_ptr,  # bf16 [., H], out
+    dh_ptr,  # bf16 [R, H], out
     # shapes
     R,
     H,
@@ -281,13 +279,12 @@ def _finish_kernel(
     scale,
     softcap,
     HAS_CAP: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
     GRAD: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Row sums, then dh = coef * scale * (U - S slope_t W_t) / (1 + S), to its place: one program per row."""
+    """Row sums, then dh = scale * (U - S slope_t W_t) / (1 + S): one program per row."""
     row = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
     part = part_ptr + row * parts + p
@@ -301,16 +298,13 @@ def _finish_kernel(
         if HAS_CAP:
             x = tl.load(zt_ptr + row) / softcap
             target = total * (1 - x * x)
-        factor = tl.load(coef_ptr + row) * scale / (1 + total)
-        place = row
-        if HAS_ROWS:
-            place = tl.load(rows_ptr + row)
+        factor = scale / (1 + total)
         for start in range(0, H, BLOCK_H):
             k = start + tl.arange(0, BLOCK_H)
             u = tl.load(u_ptr + row * H + k, mask=k < H, other=0.0)
             w = tl.load(w_ptr + t * stride_w + k, mask=k < H, other=0.0).to(tl.float32)
             dh = factor * (u - target * w)
-            tl.store(dh_ptr + place * stride_dh + k, _to_bf16(dh, EMULATE), mask=k < H)
+            tl.store(dh_ptr + row * stride_dh + k, _to_bf16(dh, EMULATE), mask=k < H)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -346,8 +340,8 @@ def tile_for(arch: int, small: bool) -> Tile:
 
 
 def bytes_per_row(path: str, vocab: int, dim: int) -> int:
-    """Workspace of one row of a chunk: E (fp32 logits), U fp32, the gathered row bf16, partial sums."""
-    return (2 * _padded(vocab) + 8 * -(-vocab // 128) if path == "fused" else 4 * vocab + 8) + 6 * dim
+    """Workspace of one row of a chunk: E (fp32 logits), U fp32, partial sums."""
+    return (2 * _padded(vocab) + 8 * -(-vocab // 128) if path == "fused" else 4 * vocab + 8) + 4 * dim
 
 
 def _padded(vocab: int) -> int:
@@ -359,17 +353,16 @@ def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor, dh: Tensor | None, rows):
-    """One chunk: h bf16 [R, H] (last stride 1), t int64 [R], coef fp32 [R]; head as in linear_cross_entropy.Head.
+def run_chunk(path: str, h: Tensor, head, t: Tensor, sums: Tensor, dh: Tensor | None):
+    """One chunk: h bf16 [R, H] (last stride 1), t int64 [R]; head as in linear_cross_entropy.Head.
 
-    Writes sums fp32 [2, R] (a slice of columns: S, max E) and, unless dh is None, the rows of dh bf16: row i to rows[i]
-    (int64 [R]), or to i where rows is None.
+    Writes sums fp32 [2, R] (a slice of columns: S, max E) and, unless it is None, dh bf16 [R, H].
     """
     weight, bias, softcap, scale = head
     (num_rows, dim), vocab = h.shape, len(weight)
     assert h.dtype == weight.dtype == torch.bfloat16, (h.dtype, weight.dtype)
     assert h.stride(1) == 1 and weight.stride(1) == 1, (h.stride(), weight.stride())
-    assert t.dtype == torch.int64 and t.is_contiguous() and coef.is_contiguous(), "targets and coef must be contiguous"
+    assert t.dtype == torch.int64 and t.is_contiguous(), (t.dtype, t.stride())
     grad = dh is not None
     scale, cap = float(scale), float(softcap or 1.0)
     flags = dict(HAS_BIAS=bias is not None, HAS_CAP=softcap is not None)
@@ -415,12 +408,11 @@ def run_chunk(path: str, h: Tensor, head, t: Tensor, coef: Tensor, sums: Tensor,
             )
         u = _mm_fp32(e[:, :vocab], weight) if grad else part
         _finish_kernel[(num_rows,)](
-            *(u, weight, t, zt, part, coef, t if rows is None else rows, sums, dh if grad else part),
+            *(u, weight, t, zt, part, sums, dh if grad else part),
             *(num_rows, dim, parts),
             *(weight.stride(0), 0 if dh is None else dh.stride(0), sums.stride(0)),
             *(scale, cap),
             HAS_CAP=softcap is not None,
-            HAS_ROWS=rows is not None,
             GRAD=grad,
             EMULATE=INTERPRET,
             BLOCK_P=triton.next_power_of_2(parts),

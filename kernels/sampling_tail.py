@@ -22,18 +22,17 @@ that a row that has one is seen not to be finite. The Triton kernels (sampling_t
 plain-torch references below elsewhere, one contract.
 """
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import HAS_TRITON
+
 PLAIN, NEVER, END = 0, 1, 2  # of an id: may be drawn; may not; may where a text may end
 COLUMN = 64  # ids that share a maximum: column c of an output of W numbers has ids c, c + W / 64, c + 2 W / 64, ...
 COLDEST = 1e-5  # a temperature is never taken for less
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # n draws, V vocabulary, W = V or V rounded up to whole columns, L lines of the table of ids, Q draws of a text in a
 # pass.

@@ -9,8 +9,8 @@ cache while a batch's rows fit (50 MB on an H100: 80 rows of 152,064). A sort of
 longer.
 
 fp64 for the noise: a fp32 uniform number has 24 bits, and its largest Gumbel, 17, would be too small a surprise among
-152,064 tokens. No GPU has run this yet: it is checked in Triton's interpreter and by compiling for sm_80, 86, 89 and
-90.
+152,064 tokens. No GPU has run this yet: it is checked in Triton's interpreter and by compiling for sm_80, 86, 89, 90
+and 120.
 """
 
 from typing import Any

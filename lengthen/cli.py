@@ -5,6 +5,7 @@ Everything for people goes to stderr; stdout's last line is one compact JSON sum
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
@@ -106,6 +107,11 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def name_or_path(text: str) -> str:
+    """An argparse type: a shell leaves the ~ of --model=~/m as it is."""
+    return os.path.expanduser(not_empty(text))
 
 
 def device(text: str) -> str:
@@ -225,8 +231,8 @@ class InputFlags:
 class ModelFlags:
     """Which model a stage loads, and how."""
 
-    model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)")
-    adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model")
+    model: str = flag(REQUIRED, "hub id, local folder, .gguf file, or smollm2 (the demo's model)", name_or_path)
+    adapter: str = flag("", "LoRA folder in PEFT's format; empty = the base model", os.path.expanduser)
     device: str = flag("auto", "auto = cuda where there is one, else cpu", device)
     dtype: str = flag("auto", "auto = bf16 on CUDA, else fp32", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str = flag("auto", "auto = nf4 on CUDA below 40 GB, else none", choices=("auto", "none", "nf4"))
@@ -324,11 +330,13 @@ def spelt(text: str) -> str:
     return re.sub(rf"{remarks}--[a-z][a-z-]*[a-z]", lambda match: names.get(match[0], match[0]), text)
 
 
-def save_figure(path: Path, draw: Callable[[], bytes]) -> None:
-    """Draw a PNG and write it. Whatever goes wrong with a picture, hours of work do not fail for it: it is one line."""
+def save_figure(path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a matplotlib Figure and write it as PNG. What goes wrong with it is one line: hours of work do not fail."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not there in a script
     try:
-        replace_file(path, draw())
+        image = io.BytesIO()
+        draw().savefig(image, format="png")
+        replace_file(path, image.getvalue())
     except Exception as error:
         message = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         say(f"no {path.name}: {' '.join(message.split())}")
@@ -414,12 +422,13 @@ def cache_elsewhere() -> None:
         cache = Path.home() / ".cache"
     except RuntimeError:  # a user without a home
         cache = Path("/dev/null")
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if there.is_dir() and os.access(there, os.W_OK):
+    # os.path's, not pathlib's: a folder that may not be looked into is not there, and no PermissionError.
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
+    if os.path.isdir(there) and os.access(there, os.W_OK):
         return
     elsewhere = Path(tempfile.gettempdir()) / f"self-lengthen-{os.getuid()}"
     say_once(f"{cache} cannot be written: caches are in {elsewhere}; XDG_CACHE_HOME names another folder")
-    if (cache / "huggingface").is_dir():  # models that are there already are still found
+    if os.path.isdir(cache / "huggingface"):  # models that are there already are still found
         os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
     os.environ["XDG_CACHE_HOME"] = str(elsewhere)
     os.environ.setdefault("TRITON_CACHE_DIR", str(elsewhere / "triton"))

@@ -367,8 +367,14 @@ class Servers:
                 raise
 
     async def _greet(self, server: Server) -> None:
-        if self.greet:
-            await self._try(Call(server), self.greet)
+        try:
+            if self.greet:
+                await self._try(Call(server), self.greet)
+        except (Unanswered, AttributeError, LookupError, TypeError) as error:  # refused, or no answer to the question
+            raise UserError(
+                f"{server.url} does not answer what every server is asked first: {type(error).__name__}: {error}",
+                "is it a server with OpenAI's interface? curl " + server.url + "/models shows what it serves",
+            ) from None
 
     async def _meet(self) -> list[str]:
         async def one(server: Server) -> str:

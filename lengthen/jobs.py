@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -29,10 +30,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lengthen.reading import numbered_lines
+from lengthen.reading import numbered_lines, readable
 from lengthen.records import Appender, LowYield, UserError, no_room, replace_file, say_once, to_line
 from lengthen.text.words import quantile
 
+DISCARDED = "discarded"  # the status of an output that --overwrite is about to delete
 LAYOUT = 2  # of journals: one that was begun in another layout cannot be continued
 EARLIER = " #-"  # of inputs with equal names: "iter_1/extended.jsonl #-1" is the one before the last
 # Decided over the finished file, not record by record. input-gone: the input no longer has what it was made of.
@@ -53,6 +55,7 @@ REMEDIES = {
     "repetition": "a higher --repetition-penalty or --temperature",
     "gain": "a smaller --min-gain, or shorter drafts",
     "not-longer": "shorter drafts, or a larger --max-new-tokens",
+    "refusal": "other --seeds or prompts, or another --model",
     "judge": "a smaller --judge-margin or --long-words",
     "duplicate": "more --seeds, or a smaller --count",
     "language": "a --model that writes this language, or another --language",
@@ -85,12 +88,26 @@ def sidecar_path(output: str | Path) -> Path:
 def read_sidecar(output: str | Path) -> dict:
     """The sidecar of an output, {} where there is none. UserError when it is damaged."""
     path = sidecar_path(output)
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    try:
+        with readable(path):
+            meta = json.loads(path.read_text("utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError("an object is needed")
+        return meta
+    except ValueError as error:  # of json, too
         raise UserError(f"{path} is damaged: {error}", "run the stage that wrote it again with --overwrite") from None
+
+
+def discard(output: Path, files: Iterable[Path]) -> None:
+    """Delete an output. Its sidecar says so first and goes last: killed in between, nothing looks finished."""
+    sidecar = sidecar_path(output)
+    if os.path.exists(sidecar):
+        replace_file(sidecar, json.dumps({"status": DISCARDED}) + "\n")
+    for path in files:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    sidecar.unlink(missing_ok=True)
 
 
 def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
@@ -103,17 +120,10 @@ def input_hashes(inputs: Sequence[str | Path]) -> dict[str, str]:
 
 
 def _file_hash(path: Path) -> str:
-    try:
-        with open(path, "rb") as handle:
-            return (
-                hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-                if hasattr(hashlib, "file_digest")
-                else (hashlib.sha256(handle.read()).hexdigest()[:16])
-            )
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
+    with readable(path), open(path, "rb") as handle:
+        if hasattr(hashlib, "file_digest"):  # from Python 3.11 on
+            return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+        return hashlib.sha256(handle.read()).hexdigest()[:16]
 
 
 def check_inputs(inputs: Sequence[str | Path], allow_partial: bool) -> None:
@@ -134,11 +144,10 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
     """
     before = meta.get("settings", {})
     now = json.loads(json.dumps(settings))  # as JSON would give it back: tuples are lists
-    if before.get("inputs") and now.get("inputs"):  # older sidecars hold only the last of several equal names
-        earlier = {k: v for k, v in now["inputs"].items() if EARLIER in k and k.split(EARLIER)[0] in before["inputs"]}
+    if before.get("inputs") and now.get("inputs"):
         names = {digest: name for name, digest in now["inputs"].items()}  # a file that was only renamed is the same
         renamed = {k if k in now["inputs"] else names.get(v, k): v for k, v in before["inputs"].items()}
-        before = {**before, "inputs": {**earlier, **renamed}}
+        before = {**before, "inputs": renamed}
     # Templates are compared in the languages that both know of: another folder in prompts/ changes no text.
     before, now = _common_templates(before, now), _common_templates(now, before)
     grown = {}
@@ -163,6 +172,17 @@ def check_settings(meta: dict, settings: dict, output: Path, growing: Iterable[s
             "--overwrite starts it afresh, another --output keeps both",
         )
     return grown
+
+
+def check_precision(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What "auto" became when the output was begun is what it is now: a file half in NF4, half in bf16 is neither."""
+    for name in ("dtype", "quantize"):
+        was, is_ = (str(some.get(name) or "").removeprefix("torch.") for some in (before, now))
+        if was and is_ and was != is_:
+            raise UserError(
+                f"{output} was begun with {name} {was}, this command or machine takes {is_}",
+                f"--{name} {was} goes on as before, --overwrite starts it afresh",
+            )
 
 
 def _common_templates(settings: dict, other: dict) -> dict:
@@ -220,7 +240,7 @@ class Lock:
 
 
 class OneWriter(ABC):
-    """What `Job` and checkpoint.TrainingFolder share: complete inputs, one writer, a lock that a failed start releases.
+    """What `Job` and folder.TrainingFolder share: complete inputs, one writer, a lock that a failed start releases.
 
     A subclass sets the three attributes below.
     """
@@ -276,6 +296,7 @@ class Job(OneWriter):
         self.allow_partial, self.use_journal = allow_partial, journal
         self.counts: Counter[str] = Counter()
         self.min_yield, self.before = 1, ""
+        self.places: dict[str, int] = {}  # id -> its place in the finished files; set by run_tasks
         self.grown: dict[str, Any] = {}  # settings that got larger since what is there was made: their values then
         self.started = self.saved = time.monotonic()
 
@@ -288,10 +309,10 @@ class Job(OneWriter):
         return self
 
     def _open(self) -> None:
-        files = (self.output, self.rejected_path, self.work_path, sidecar_path(self.output))
-        for path in files:
-            if self.overwrite:
-                path.unlink(missing_ok=True)
+        files = (self.output, self.rejected_path, self.work_path)
+        if self.overwrite or read_sidecar(self.output).get("status") == DISCARDED:
+            discard(self.output, files)
+        for path in (*files, sidecar_path(self.output)):
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 # Left by a process that was killed before its rename; nobody else can be writing, we hold the lock.
                 leftover.unlink(missing_ok=True)
@@ -312,6 +333,7 @@ class Job(OneWriter):
                 f"{self.output} was begun by another version of this program and is not finished",
                 "--overwrite starts it afresh, another --output keeps both; the version that began it can finish it",
             )
+        self.info = {**meta.get("info", {}), **self.info}
         self.meta = meta or {"stage": self.stage, "layout": LAYOUT, "created": _now("microseconds"), "seconds": 0.0}
         # By these run.py knows whether an input has grown, or was made afresh.
         self.meta["inputs_created"] = {p: c for p in map(str, self.inputs) if (c := read_sidecar(p).get("created"))}
@@ -329,9 +351,9 @@ class Job(OneWriter):
         self.journal = [r for _, r in numbered_lines(self.work_path)] if self.work_path in self.writers else []
         if not self.complete:
             self._undo_whole_file_decisions()
-            if "judge_attempts" in self.grown:  # without a journal: given-up ones are asked again from the start
-                self.rejected = []
-                self._rewrite(self.rejected_path, [])
+            if "judge_attempts" in self.grown:  # what the judges that are asked now gave up, they are asked again
+                self.rejected = [row for row in self.rejected if row["judge"] not in self.info["judges"]]
+                self._rewrite(self.rejected_path, self.rejected)
             if not self.use_journal:  # nothing waits for the tasks
                 self.grown = {}
                 self.meta.pop("grown", None)
@@ -359,10 +381,11 @@ class Job(OneWriter):
         On disk in this order: the journal has them, the sidecar says so, the files lose them. A kill loses nothing.
         """
         attempts = self.grown.get("max_attempts", self.settings.get("max_attempts", 0))
-        for record in (*stored, *decided):
-            entry = {"id": record["id"], "stored": record, "attempts": attempts, "again": record in stored}
-            self.note(entry)
-            self.journal.append(entry)
+        for again, records in ((True, stored), (False, decided)):
+            for record in records:
+                entry = {"id": record["id"], "stored": record, "attempts": attempts, "again": again}
+                self.note(entry)
+                self.journal.append(entry)
         self.writers[self.work_path].sync()
         self.grown = {}
         self.meta.pop("grown", None)
@@ -436,6 +459,9 @@ class Job(OneWriter):
         self.writers[self.work_path].append(entry)
 
     def update_info(self, **info: Any) -> None:
+        """UserError where what is there was made in another precision."""
+        if self.records or self.rejected or self.journal:
+            check_precision(self.output, self.info, info)
         self.info.update(info)
 
     def reopen(self) -> None:
@@ -448,8 +474,7 @@ class Job(OneWriter):
     def drop(self, reasons: Mapping[str, str]) -> None:
         """The last, whole-file decision: the records named by id move to the rejected file, both files by rename."""
         assert set(reasons.values()) <= set(WHOLE_FILE_REASONS), reasons
-        order = {r["id"]: i for i, r in enumerate(sorted(self.records, key=lambda r: r["id"]))}
-        moved = sorted((r for r in self.records if r["id"] in reasons), key=lambda r: order[r["id"]])
+        moved = [r for r in self.records if r["id"] in reasons]
         self.records = [r for r in self.records if r["id"] not in reasons]
         self.rejected += [{**r, "reason": reasons[r["id"]]} for r in moved]
         # The rejected file first: after a kill in between, a record is in both files, never in neither.
@@ -460,6 +485,15 @@ class Job(OneWriter):
         """Fill in fields of accepted records, by id. Note them first: a kill before the rename then loses nothing."""
         self.records = [{**r, **fields.get(r["id"], {})} for r in self.records]
         self._rewrite(self.output, self.records)
+
+    def _put_in_order(self) -> None:
+        """Which text ended first depends on kills and on the batch. The next stage sees nothing of that: training, say,
+        draws its steps by the pairs' places in the file."""
+        for path, rows in ((self.output, self.records), (self.rejected_path, self.rejected)):
+            ordered = sorted(rows, key=lambda row: self.places.get(row["id"], len(self.places)))
+            if ordered != rows:
+                rows[:] = ordered
+                self._rewrite(path, rows)
 
     def _rewrite(self, path: Path, rows: Sequence[Mapping]) -> None:
         self.writers.pop(path).close()
@@ -472,6 +506,8 @@ class Job(OneWriter):
         `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
         """
         if not self.complete:
+            if self.use_journal:  # what several processes write: samplings, that is
+                self._put_in_order()
             earlier = self.meta.get("earlier", {}).get("stats", {})
             sums = {k: v + earlier.get(k, 0) for k, v in stats.items() if k in SUMS}
             self.meta["stats"] = {**stats, **sums}

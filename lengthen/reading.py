@@ -11,6 +11,7 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ TO_JSONL = "python -c \"import pandas; pandas.read_{0}({1!r}).to_json({2!r}, ori
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "feather", b"PK\3\4": "excel"}
 
 
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """What the system says of a file that cannot be read, as a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The objects of a JSONL file with their line numbers, as they are. Empty lines are skipped, yet counted."""
     number = 0
@@ -39,15 +53,9 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict]]:
                 yield line
 
     try:
-        with open(path, encoding="utf-8-sig") as handle:
+        with readable(path), open(path, encoding="utf-8-sig") as handle:
             for record in jsonlines.Reader(filled(handle)).iter(type=dict):
                 yield number, record
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "run the stage that writes it first, or check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, a JSONL file is needed") from None
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except jsonlines.InvalidLineError as error:
         raise UserError(f"{path}, line {number}: {str(error).split(' (line')[0]}", "fix or delete that line") from None
     except RecursionError:
@@ -354,25 +362,42 @@ def read_answers(path: str | Path) -> list[dict]:
     """Rows with `prompt` and `response`, of a stage or a user's own; a missing `language` or `id` is filled in."""
     rows: list[dict] = []
     left_out: list[str] = []
+    made, twice = set[str](), list[str]()  # ids that are none of the file's
     for where, row in located_records(path, needs=("prompt", "response"), spoken=("response", "prompt")):
         if not strip_thoughts(row):
             left_out.append(where)
             continue
+        if not row.get("id"):
+            row["id"] = prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
+            if row["id"] in made:  # one row twice: it would be done twice
+                twice.append(where)
+                continue
+            made.add(row["id"])
         rows.append(row)
-        row["id"] = row.get("id") or prompt_id(row["language"], row["prompt"] + "\n" + row["response"])
     if left_out:
         say_once(f"{left_out[0]}: a thought without an answer; {len(left_out):,} such records are left out")
+    if twice:
+        say_once(f"{twice[0]}: the same record as before; {len(twice):,} such records are left out")
     if not rows:
         raise UserError(f"{path} holds no answer, only thoughts", "draw the answers again with more tokens")
     return rows
 
 
-def filter_language(records: list[dict], asked: str) -> list[dict]:
-    """Those in the languages that --language names; of the others one line says how many there were."""
+def filter_language(records: list[dict], asked: str, source: str = "") -> list[dict]:
+    """Those in the languages that --language names; of the others one line says how many there were.
+
+    UserError where none is left.
+    """
     chosen = languages.chosen(asked)
     kept = [r for r in records if r["language"] in chosen]
-    if 0 < len(kept) < len(records):
-        others = sorted({r["language"] for r in records} - set(chosen))
+    others = sorted({r["language"] for r in records} - set(chosen))
+    if others and not kept:
+        raise UserError(
+            f"{source}{': ' * bool(source)}none of the {len(records):,} records is in --language {asked}, they are in "
+            f"{', '.join(others)}",
+            f"--language {','.join(others)}",
+        )
+    if others:
         less = f"{len(records) - len(kept):,} of {len(records):,} records"
         say_once(f"--language {asked} leaves out {less}, in {', '.join(others)}")
     return kept

@@ -329,7 +329,10 @@ class Appender:
             raise no_room(self.path, error) from error
 
     def sync(self) -> None:
-        sync(self.descriptor)
+        try:
+            sync(self.descriptor)
+        except OSError as error:  # a quota on a network mount says no only now
+            raise no_room(self.path, error) from error
         self.last_sync = time.monotonic()
 
     def close(self) -> None:

@@ -181,9 +181,9 @@ class Writer:
     def __init__(self, stage: Stage, loaded: "LoadedModel | Vocabulary", sampler: "Sampler | Served"):
         self.stage, self.loaded, self.sampler, self.chat = stage, loaded, sampler, loaded.chat
 
-    def encode(self, content: str, prefill: str = "") -> list[int]:
-        """The ids of one user turn and of the answer that is begun for the model."""
-        return self.chat.encode([{"role": "user", "content": content}], prefill)
+    def encode(self, content: str) -> list[int]:
+        """The ids of one user turn, up to where the answer begins."""
+        return self.chat.encode([{"role": "user", "content": content}])
 
     def request(
         self,
@@ -205,8 +205,10 @@ class Writer:
         sampling = replace(sampling_of(self.stage.sampling, limit, stop), min_new_tokens=min_new_tokens)
         # Of id and draw alone: a text does not depend on what else is in the batch, nor on a resume.
         seed = draw_seed(self.stage.out.seed, id_, *draw)
-        penalty_from = 0 if penalize_prompt else len(self.encode(content))
-        return Request((id_, draw), self.encode(content, prefill), seed, sampling, penalty_from, expected_tokens)
+        ids = self.encode(content)
+        penalty_from = 0 if penalize_prompt else len(ids)
+        ids += self.chat.encode_text(prefill) if prefill else []
+        return Request((id_, draw), ids, seed, sampling, penalty_from, expected_tokens)
 
     def add(self, request: Request) -> None:
         self.sampler.add(request)

@@ -361,7 +361,10 @@ def launched(launcher: str) -> list[str]:
     """The words that start a script. A program is looked for beside our interpreter first."""
     if launcher == "python":
         return [sys.executable]
-    program, *rest = shlex.split(launcher) or [""]
+    try:
+        program, *rest = shlex.split(launcher) or [""]
+    except ValueError as error:
+        raise UserError(f"--train-launcher {launcher}: {error}", '"torchrun --nproc-per-node 8"') from None
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if (found := shutil.which(program, path=places)) is None:
         raise UserError(

@@ -240,7 +240,9 @@ def run_tasks(job: Job, tasks: Sequence[Task[E, R]], open_engine: Callable[[], E
     """Bring every task to its end and store its record; `what` names them beside the progress bar.
 
     `open_engine` is called only if something is left to ask. Tasks without a reply (`missing`) are left as they are.
+    The finished files have the records in the order of the tasks.
     """
+    job.places = {task.id: place for place, task in enumerate(tasks)}
     driver = _Driver(job, tasks)
     driver.replay()
     if driver.left:
@@ -286,8 +288,13 @@ class _Driver(Generic[E, R]):
                 else:
                     self._apply(task, entry)
         if job.grown:
-            for id_ in stored.keys() & noted:
-                self.tasks[id_].restore(stored[id_], attempts)
+            for id_ in [id_ for id_ in self.tasks if id_ in noted]:
+                task = self.tasks[id_]
+                if task.over and id_ not in stored:  # by the journal alone: killed before its record was stored
+                    record, reason = task.outcome()
+                    task.restore({**record, "reason": reason}, attempts)
+                elif id_ in stored:
+                    task.restore(stored[id_], attempts)
             again = [row for id_, row in stored.items() if not self.tasks[id_].over]
             final = [row for id_, row in stored.items() if self.tasks[id_].over and self.tasks[id_].in_turn]
             job.take_back(again, final)

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ def test_random_nf4_weights_train_as_any_model_does(same_nf4_on_every_cpu):
     bench = load("training")
     model = bench.random_model("tiny", torch.device("cpu"), nf4=True)
     assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) == 14
-    assert not [n for n, p in model.named_parameters() if p.is_meta]
+    assert not [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
     run = bench.ours(model, 8, 0.0, 64)
     before = [p.clone() for p in bench.lora.lora_parameters(model)]
     times, facts = run(40, 2)
@@ -68,11 +67,17 @@ def test_random_nf4_weights_train_as_any_model_does(same_nf4_on_every_cpu):
 
 def test_random_models_have_key_biases_as_large_as_real_ones():
     """Qwen2.5-0.5B's reach 211; with small ones nothing that they break would show."""
-    bench = load("training")
-    bench.SHAPES["biased"] = ("qwen2", 8, (512, 128, 256, 2, 4, 2))
-    model = bench.random_model("biased", torch.device("cpu"), nf4=False)
+    model = load("models").random_model("tiny", torch.device("cpu"), nf4=False)
     largest = {name: p.abs().max().item() for name, p in model.named_parameters() if name.endswith("proj.bias")}
     assert len(largest) == 6 and all((value > 100) == ("k_proj" in name) for name, value in largest.items())
+
+
+def test_a_tied_head_stays_the_embedding(monkeypatch):
+    """Qwen3-0.6B's: every parameter is made anew."""
+    bench = load("models")
+    monkeypatch.setitem(bench.SHAPES, "tiny", bench.SHAPES["tiny"]._replace(tied=True))
+    model = bench.random_model("tiny", torch.device("cpu"), nf4=False)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_peft_trains_under_autocast_as_trainer_does():
@@ -136,7 +141,6 @@ def test_the_loss_bench_has_the_floor_beside_every_method_and_survives_a_peer(mo
     def breaks(h, w, t, cap):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setitem(bench.SHAPES, "tiny", (500, 32, None))
     given = bench.methods
     monkeypatch.setattr(bench, "methods", lambda *args: ({**given(*args)[0], "peer": breaks}, given(*args)[1]))
     bench.main(["--device", "cpu", "--shapes", "tiny", "--dtype", "float32", "--tokens", "40", "--repeats", "2"])
@@ -209,9 +213,8 @@ def test_texts_that_decode_beside_prompts_do_not_end_before_the_last_is_admitted
 
 
 def test_what_a_process_measured_is_there_before_it_ends():
-    bench = load("training")
     code = "import time; print('{\"n\": 1}', flush=True); time.sleep(600)"
-    found = bench.measured([sys.executable, "-c", code])
+    found = load("harness").measured([sys.executable, "-c", code], "notes")
     assert next(found) == {"n": 1}
     found.close()  # and the process ends
 
@@ -221,12 +224,12 @@ def test_what_was_measured_is_said_after_each_cell(monkeypatch, capsys):
 
     monkeypatch.setattr(bench.harness, "machine", dict)
 
-    def run(command, **_):
+    def measured(command, failed):
         if command[command.index("--one") + 2] != "ours":
             raise KeyboardInterrupt  # the step's limit
-        return SimpleNamespace(returncode=0, stdout='{"tokens": 10, "seconds": 2.0}', stderr="")
+        yield {"tokens": 10, "seconds": 2.0}
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench.harness, "measured", measured)
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--tiny", "--cases", "decode-7B-64", "--engines", "ours", "ours, no graphs"])
     result = load("on_gpu").last_document(capsys.readouterr().out)

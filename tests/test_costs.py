@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import generate
 import run
 from lengthen.costs import forecast as costs
 from lengthen.costs import machine as machines
@@ -148,6 +149,10 @@ def test_the_mean_of_texts_that_are_cut_is_that_of_a_simulation():
         assert written(400, limit) == pytest.approx(sum(min(n, limit) for n in lengths) / len(lengths), rel=0.01)
         ended = [n for n in lengths if n < limit]
         assert yields.of_the_ended(400, limit) == pytest.approx(sum(ended) / len(ended), rel=0.02)
+
+
+def test_instructions_are_cut_where_the_stage_cuts_them():
+    assert yields.INSTRUCTION_LIMIT == generate.INSTRUCTION_TOKENS
 
 
 def test_more_is_asked_more_is_done():

@@ -124,6 +124,16 @@ def test_lora_inside_a_layer_is_not_passed_over():
     torch.testing.assert_close(logits(Hook(model), ids), own, rtol=1e-4, atol=1e-4)
 
 
+def test_a_hook_inside_a_layer_is_still_called():
+    """The CPU's layer calls no module inside: it stood in for layers that somebody listens to, too."""
+    model, heard = random_model("llama"), []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    hook = Hook(model)
+    heard.clear()
+    logits(hook, torch.randint(3, 400, (12,)))
+    assert heard == [1]
+
+
 def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
     model = random_model("llama")
     monkeypatch.setattr(cpu_layer, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)

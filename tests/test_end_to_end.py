@@ -48,12 +48,14 @@ def finished(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
 
 
 def files_of(run: Path) -> dict[str, list[str]]:
-    """Every record of every JSONL file of the run (in any order), the logs of training aside."""
+    """Every record of every JSONL file of the run, in its order; of the logs of training the losses."""
     found = {}
     for path in sorted(run.rglob("*.jsonl")):
-        if path.stat().st_size and path.name != "train_log.jsonl":
+        if path.stat().st_size:
             rows = read_jsonl(path, needs=())
-            found[str(path.relative_to(run))] = sorted(json.dumps(r, sort_keys=True) for r in rows)
+            if path.name == "train_log.jsonl":
+                rows = [{"step": r["step"], "loss": round(r["loss"], 3)} for r in rows]
+            found[str(path.relative_to(run))] = [json.dumps(r, sort_keys=True) for r in rows]
     return found
 
 

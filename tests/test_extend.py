@@ -196,6 +196,20 @@ def test_a_job_without_gain_is_rejected_with_its_last_reason():
     assert record["finish"] == "" and record["attempt"] == -1
 
 
+REFUSAL = "I'm afraid I am unable to provide the requested text. Please ask again. I can help with other tasks."
+
+
+def test_a_refusal_is_neither_a_beginning_nor_an_extension():
+    assert extend.examine_prefix("", REFUSAL, "eos", "en") == ("", "refusal")
+    assert extend.examine_round("", REFUSAL, "eos", "en")[1] == "refusal"
+
+
+def test_a_job_that_extended_nothing_is_rejected_whatever_the_gain():
+    job = extend.Extension(draft_record(), replace(RULES, min_gain=0.5))
+    play(job, *[sample("x", "length")] * RULES.max_attempts)
+    assert job.over and job.outcome()[1] == "unfinished"
+
+
 def test_people_see_the_extension_beside_its_draft():
     job = extend.Extension(draft_record(initial=prose(1, 40)), extend.ExtendFlags(rounds=1))
     play(job, sample(prose(2, 60)), sample(prose(3, 60)))

@@ -117,9 +117,12 @@ def hopper(monkeypatch, capsys):
     monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda name: active.__setitem__(0, name))
     monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: active.__setitem__(0, None))
     monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: active[0])
+    caches = flash_hopper.candidate, flash_hopper.activated  # also of what tests before this one have asked
+    for cache in caches:
+        cache.cache_clear()
     yield use
-    flash_hopper.candidate.cache_clear()
-    flash_hopper.activated.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 RIGHT = torch.tensor([1.01, -2.0])

@@ -154,7 +154,7 @@ def test_mutated_records_are_read_or_refused_in_one_line(tmp_path, monkeypatch, 
         monkeypatch.setattr(module, "run_tasks", reached)
     monkeypatch.setattr(evaluate, "judge_answers", reached)
     monkeypatch.setattr(evaluate, "open_writer", reached)
-    monkeypatch.setattr(evaluate, "length_following", lambda *_: b"")
+    monkeypatch.setattr(cli, "save_figure", lambda *_: None)
     monkeypatch.setattr(cli.console, "quiet", True)
     good = tmp_path / "good.jsonl"
     good.write_text(json.dumps(DEMANDED))

@@ -341,7 +341,9 @@ def test_every_appended_demand_can_be_read_back(language):
     prompt = {"en": "Write a text about a river.", "zh": "写一篇关于河流的文章。"}[language]
     types = set()
     for i in range(200):
-        demand = generate.make_demand(2000 + 30 * i, language, random.Random(i), low=2000, high=8000)
+        demand = generate.make_demand(
+            2000 + 30 * i, language, random.Random(i), low=2000, high=8000, steps=(1000, 2000)
+        )
         if demand:
             record = dict(zip(("constraint", "type", "min_words", "max_words"), demand, strict=True))
             types.add(demand[1])

@@ -155,11 +155,9 @@ def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, t
     for writes in (5, 40):
         in_process.loop_until(["--run", str(grown), *argv, *MORE], writes)
     _, said = in_process.loop(["--run", str(grown), *argv, *MORE])
-    # What is trained in another order writes other words: from there on the numbers of records are compared.
     ours, theirs = files_of(grown), files_of(whole)
-    for name in ("iter_1/instructions", "iter_1/responses", "iter_1/extended", "final/instructions"):
-        assert ours[f"{name}.jsonl"] == theirs[f"{name}.jsonl"], name
-    assert ours["eval/base/outputs.jsonl"] == theirs["eval/base/outputs.jsonl"]
+    gone = "iter_1/extended.rejected.jsonl"  # has what was made of drafts that the new length bias drops, too
+    assert set(theirs.pop(gone)) < set(ours.pop(gone)) and ours == theirs
     assert ours["iter_1/extended.jsonl"] != small["iter_1/extended.jsonl"]
     assert len(ours["eval/final/outputs.jsonl"]) == 3
     assert "iter_1/extended.jsonl is another one since this was made" in " ".join(said.split())
@@ -391,6 +389,25 @@ def test_with_a_home_that_cannot_be_written_caches_go_elsewhere(tmp_path, monkey
     cli.cache_elsewhere()
     assert "self-lengthen-" in os.environ["XDG_CACHE_HOME"] and "HF_HOME" not in os.environ
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_home_that_may_not_be_looked_into_is_none(monkeypatch, capsys):
+    """Another user's: pathlib raises PermissionError there, up to Python 3.13."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(records, "_said", set())
+    monkeypatch.setenv("HOME", "/closed/home")
+    real = os.stat
+
+    def stat(path, **options):
+        if str(path).startswith("/closed"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/")
+    cli.cache_elsewhere()
+    assert "self-lengthen-" in os.environ["XDG_CACHE_HOME"]
 
 
 def test_devices_that_are_not_served_are_refused_by_name():

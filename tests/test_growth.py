@@ -102,8 +102,7 @@ def stage(step: Step, log: object = None) -> dict:
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """The intervals' own tests are in test_intervals.py; here 100 draws do."""
-    real = intervals._interval
-    monkeypatch.setattr(intervals, "_interval", lambda of, sizes, _, seed, level: real(of, sizes, 100, seed, level))
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
 
 
 def study(run: Path, capsys, *flags: str) -> dict:

@@ -30,7 +30,7 @@ from lengthen.endpoint import AllDown, Servers, Unanswered
 from lengthen.evaluation import judge, questions, served
 from lengthen.evaluation.preferences import kappa, preferences
 from lengthen.evaluation.quality import judge_answers
-from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, parsed, read_verdict
+from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, hash_of, parsed, read_verdict
 from lengthen.models import chat
 from lengthen.records import LowYield, UserError, new_record
 from lengthen.stage import Stage
@@ -1017,6 +1017,28 @@ def test_the_better_run_wins_in_both_orders(tmp_path, serve, capsys):
     assert compared(tmp_path, runs, fake.url) == result  # nothing is asked
 
 
+def test_a_verdict_about_earlier_texts_does_not_count(tmp_path, serve, capsys):
+    """Run B is made afresh: its ids are those of the queries, and stay."""
+    fake = serve(lambda request: prefers("first"))
+    runs = two_runs(tmp_path, ["one", "two"], ["three", "four"])
+    assert compared(tmp_path, runs, fake.url)["judges"][fake.url]["judged"] == 2
+    evaluated(answers(tmp_path, ["three", "five"], "b"), tmp_path / "b", "--overwrite")
+    with pytest.raises(UserError, match="inputs"):
+        compared(tmp_path, runs, fake.url)
+    result = json.loads((tmp_path / "both" / "comparison.json").read_text())["judges"][fake.url]
+    assert result["judged"] == 1 and result["missing"] == 2
+
+
+def test_verdicts_that_another_judge_gave_up_stay_given_up(tmp_path, serve, capsys):
+    one, two = serve(lambda r: "What a text."), serve(lambda r: "What a text.")
+    path, out = answers(tmp_path, ["a", "b"]), tmp_path / "out"
+    with pytest.raises(LowYield):
+        evaluated(path, out, "--judge", one.url, two.url, "--judge-attempts", "1")
+    with pytest.raises(LowYield):
+        evaluated(path, out, "--judge", two.url, "--judge-attempts", "2")
+    assert (len(one.asked), len(two.asked)) == (2, 6) and last_json(capsys)["quality"][one.url]["failed"] == 2
+
+
 def test_a_judge_that_always_takes_the_first_gives_each_run_one_half(tmp_path, serve, capsys):
     fake = serve(lambda r: prefers("first"))
     found = compared(tmp_path, two_runs(tmp_path, ["same"] * 6, ["same"] * 6), fake.url)["judges"][fake.url]
@@ -1044,11 +1066,13 @@ def test_identical_texts_under_a_biased_and_noisy_judge_are_even_within_the_inte
 def test_the_interval_holds_one_half_for_nineteen_such_judges_in_twenty():
     """60 judges as above on 50 pairs; of 60 intervals at 95 %, fewer than 52 hold the truth one time in 200."""
     draws = random.Random(0)
-    pairs = [({"id": str(i), "language": "en", "query": str(i)}, {}) for i in range(50)]
+    pairs = [({"id": str(i), "language": "en", "query": str(i), "response": "a"}, {"response": "b"}) for i in range(50)]
+    about = {one["id"]: hash_of(one["query"], "a", "b") for one, _ in pairs}
     records = []
     for name, (one, _), order in itertools.product(map(str, range(60)), pairs, ("ab", "ba")):
         winner = order[draws.random() >= 0.8]
-        records.append({"judge": name, "parent_id": one["id"], "order": order, "winner": winner, "cut": 0})
+        known = {"judge": name, "parent_id": one["id"], "answer_hash": about[one["id"]], "order": order}
+        records.append({**known, "winner": winner, "cut": 0})
     found = preferences(records, pairs)["judges"].values()
     assert len(found) == 60 and sum(low <= 0.5 <= high for low, high in (one["interval"] for one in found)) >= 52
 

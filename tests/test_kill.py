@@ -62,9 +62,9 @@ def run(name: str, argv: list[str], point: str = "") -> int:
 
 
 def rows_of(output: Path) -> dict[str, list[str]]:
-    """Accepted and rejected records, in any order; the id of a run is part of them, so folders must be equal."""
+    """Accepted and rejected records in their order; the id of a run is part of them, so folders must be equal."""
     paths = (output, output.with_name(output.stem + ".rejected.jsonl"))
-    return {p.name: sorted(p.read_text().splitlines()) if p.exists() else [] for p in paths}
+    return {p.name: p.read_text().splitlines() if p.exists() else [] for p in paths}
 
 
 @pytest.fixture(scope="module")

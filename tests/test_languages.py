@@ -759,3 +759,48 @@ def test_an_input_under_a_new_name_is_the_same_input(tmp_path):
     assert check_settings({"settings": old}, here, tmp_path / "x.jsonl") == {}
     with pytest.raises(UserError, match="was made with inputs"):
         check_settings({"settings": {"inputs": {**old["inputs"], "prompts/seeds.zh.jsonl": "c3"}}}, here, tmp_path)
+
+
+REFUSALS = {
+    "en": [
+        "I'm afraid I am unable to provide the requested text. Please ask for something else.",
+        "I’m so sorry to hear that, but as an AI designed to help, I have no feelings about it.",
+        "I'm sorry, but I cannot assist with that request.",
+        "Unfortunately, I can't write this story for you.",
+        "As an AI language model, I cannot write this. Please ask something else.",
+        "Thank you for asking. I apologize, but I am not able to create such a text.",
+    ],
+    "zh": ["很抱歉，我无法提供您要求的文章。", "作为一个人工智能语言模型，我不能撰写这篇文章。"],
+    "de": ["Es tut mir leid, aber ich kann diesen Text nicht schreiben.", "Leider kann ich dir dabei nicht helfen."],
+    "es": ["Lo siento, pero no puedo escribir ese texto.", "No puedo ayudarte con esta solicitud."],
+    "fr": ["Je suis désolé, mais je ne peux pas vous aider.", "Désolée, je ne peux pas rédiger ce texte."],
+    "ja": [
+        "申し訳ありませんが、その文章を作成することはできません。",
+        "残念ながら、ご要望にはお応えすることができません。",
+    ],
+}
+
+
+@pytest.mark.parametrize("code, text", [(code, text) for code, some in REFUSALS.items() for text in some])
+def test_a_refusal_is_no_answer(code, text):
+    assert filters.clean_answer(text, "eos", code)[1] == "refusal"
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        ("en", "Dear Anna, I am sorry that I cannot come to the harbour this year."),
+        ("en", "“I’m sorry, but I can’t help you,” she said, and closed the door."),
+        ("en", "I am unable to forget that summer by the sea."),
+        ("en", "I cannot write a word without thinking of you."),
+        ("en", "I am afraid of the sea, and so was my father."),
+        ("de", "Leider kann ich diesen Sommer nicht vergessen."),
+        ("de", "„Es tut mir leid, aber ich kann dir nicht helfen“, sagte sie."),
+        ("es", "No puedo olvidar aquel verano junto al mar."),
+        ("fr", "Je ne peux pas oublier cet été au bord de la mer."),
+        ("ja", "申し訳ありませんと、彼女は小さな声で言った。"),
+        ("zh", "我无法忘记那个夏天的海边。"),
+    ],
+)
+def test_who_cannot_do_something_else_is_no_refusal(code, text):
+    assert not filters.is_refusal(text, code)

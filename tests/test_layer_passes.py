@@ -5,15 +5,12 @@
 Shapes: a row per program and many rows per program of RMSNorm, ragged against every block.
 """
 
-import importlib.util
-
 import pytest
 import torch
 
-from kernels import layer_passes
+from kernels import HAS_TRITON, layer_passes
 
-FAST = importlib.util.find_spec("triton") is not None
-PATHS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not FAST, reason="triton is not installed"))]
+PATHS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6

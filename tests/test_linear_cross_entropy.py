@@ -48,12 +48,12 @@ def realistic(tokens, dim, vocab, dtype=torch.bfloat16, seed=0, low=-4.0, high=8
     return hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE)
 
 
-def truth(hidden, head, targets, upstream=1.0, reduction="mean"):
+def truth(hidden, head, targets, upstream=1.0):
     """(loss, loss of each token, gradient of hidden, stats) in float64, by autograd through the definition."""
     x = hidden.detach().double().requires_grad_()
     weight, bias = (None if y is None else y.detach().double() for y in head[:2])
     losses, stats = linear_cross_entropy_reference(x, Head(weight, bias, *head[2:]), targets)
-    loss = losses.sum() / (max(1, (targets != -100).sum()) if reduction == "mean" else 1)
+    loss = losses.sum()
     (loss * upstream).backward()
     return loss.detach(), losses.detach(), x.grad, stats
 
@@ -66,12 +66,11 @@ def ours(hidden, head, targets, upstream=1.0, **options):
     return loss.detach(), -stats.logprob, x.grad, stats
 
 
-def torch_own(hidden, weight, targets, upstream=None):
-    """What everybody writes, in the dtype of the inputs."""
+def torch_own(hidden, weight, targets):
+    """The gradient of what everybody writes, in the dtype of the inputs."""
     x = hidden.detach().clone().requires_grad_()
-    loss = F.cross_entropy(F.linear(x, weight).float(), targets)
-    (loss * (1.0 if upstream is None else upstream)).backward()
-    return loss.detach(), x.grad
+    F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum").backward()
+    return x.grad
 
 
 def error(a, b):
@@ -93,45 +92,35 @@ SHAPES = {"torch": [(64, 64, 512), (70, 72, 517)], "fused": [(16, 64, 128), (19,
 SHAPES["split"] = SHAPES["fused"]
 
 
-@pytest.mark.parametrize("ignored", ["none", "some", "all"])
 @pytest.mark.parametrize("ragged", [0, 1])
 @pytest.mark.parametrize("path", all_paths)
-def test_frozen_head_bf16(path, ragged, ignored):
+def test_frozen_head_bf16(path, ragged):
     hidden, weight, targets = realistic(*SHAPES[path][ragged])
-    if ignored != "none":
-        targets[:: 5 if ignored == "some" else 1] = -100
     upstream = torch.randn((), device=DEVICE)
     got = ours(hidden, Head(weight), targets, upstream, path=path)
     check(got, truth(hidden, Head(weight), targets, upstream), torch.bfloat16)
-    if ignored == "all":
-        assert got[0] == 0 and not got[2].any()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("path", all_paths)
-def test_all_options_at_once(path, reduction):
+def test_all_options_at_once(path):
     tokens, dim, vocab = SHAPES[path][1]
     hidden, weight, targets = realistic(tokens, dim, vocab)
-    targets[::5] = -100
     head = Head(weight, torch.randn(vocab, device=DEVICE).bfloat16(), 12.0, 0.5)
     upstream = torch.randn((), device=DEVICE)
-    rows = (targets != -100).nonzero()[:, 0].cpu()
-    got = ours(hidden, head, targets, upstream, path=path, reduction=reduction, valid_rows=rows)
-    check(got, truth(hidden, head, targets, upstream, reduction), torch.bfloat16)
+    got = ours(hidden, head, targets, upstream, path=path)
+    check(got, truth(hidden, head, targets, upstream), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_every_dtype(dtype, reduction):
+def test_every_dtype(dtype):
     hidden, weight, targets = realistic(70, 72, 517, dtype=dtype)
-    targets[::4] = -100
     head = Head(weight, torch.randn(517, device=DEVICE).to(dtype), 20.0, 0.5)
     # Not a random number: a small one takes the gradients of fp16 below its smallest normal number.
     upstream = torch.tensor(1.7, device=DEVICE)
-    loss, losses, grad, stats = ours(hidden, head, targets, upstream, reduction=reduction)
+    loss, losses, grad, stats = ours(hidden, head, targets, upstream)
     assert grad.dtype == dtype
     grad = grad.bfloat16() if dtype == torch.float16 else grad  # 11 bits are compared as bf16's 8
-    check((loss, losses, grad, stats), truth(hidden, head, targets, upstream, reduction), grad.dtype)
+    check((loss, losses, grad, stats), truth(hidden, head, targets, upstream), grad.dtype)
 
 
 def test_gradcheck():
@@ -139,10 +128,10 @@ def test_gradcheck():
     hidden, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, generator=g, device="cpu") for shape in ((5, 8), (11, 8), (11,))
     )
-    targets = torch.tensor([0, 10, -100, 3, 4])
+    targets = torch.tensor([0, 10, 0, 3, 4])
 
     def fn(h):
-        return linear_cross_entropy(h, weight, targets, bias=bias, softcap=2.0, logit_scale=0.7, reduction="sum")
+        return linear_cross_entropy(h, weight, targets, bias=bias, softcap=2.0, logit_scale=0.7)
 
     assert gradcheck(fn, (hidden.requires_grad_(),))
 
@@ -165,12 +154,12 @@ def test_bf16_accuracy_against_torch_and_liger(path):
     loss64, _, grad64, _ = truth(hidden, Head(weight), targets)
     loss, _, grad, _ = ours(hidden, Head(weight), targets, path=path)
     assert abs(loss - loss64) <= 1e-5 * max(1, loss64)
-    assert error(grad, grad64) <= error(torch_own(hidden, weight, targets)[1], grad64)
-    # Liger's arithmetic: logits rounded to bf16, dlogits (divided by N) rounded to bf16, two bf16 products
+    assert error(grad, grad64) <= error(torch_own(hidden, weight, targets), grad64)
+    # Liger's arithmetic for the mean: logits rounded to bf16, dlogits (divided by N) rounded to bf16, two bf16 products
     p = F.linear(hidden, weight).float().softmax(1)
     p[torch.arange(24, device=DEVICE), targets] -= 1
     liger = (p / 24).bfloat16() @ weight
-    assert error(grad, grad64) <= 0.5 * error(liger, grad64)
+    assert error(grad, grad64) <= 0.5 * error(24 * liger.double(), grad64)
 
 
 def test_bf16_accuracy_against_the_installed_liger():
@@ -179,12 +168,12 @@ def test_bf16_accuracy_against_the_installed_liger():
     hidden, weight, targets = realistic(12, 64, 512, seed=4)
     loss64, _, grad64, _ = truth(hidden, Head(weight), targets)
     x = hidden.clone().requires_grad_()
-    result = ops.LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
+    result = ops.LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)  # the mean
     liger = result[0] if isinstance(result, tuple) else result
     liger.backward()
     loss, _, grad, _ = ours(hidden, Head(weight), targets)
-    assert abs(loss - loss64) <= abs(liger.detach() - loss64)
-    assert error(grad, grad64) <= 0.5 * error(x.grad, grad64)
+    assert abs(loss - loss64) <= abs(12 * liger.detach().double() - loss64)
+    assert error(grad, grad64) <= 0.5 * error(12 * x.grad.double(), grad64)
 
 
 def test_fp32_accuracy_of_confident_tokens():
@@ -192,9 +181,9 @@ def test_fp32_accuracy_of_confident_tokens():
     hidden, weight, targets = realistic(256, 64, 2048, dtype=torch.float32, low=8.0, high=14.0)
     z = hidden.double() @ weight.double().T
     targets = z.argmax(1)
-    _, loss64, grad64, _ = truth(hidden, Head(weight), targets, reduction="sum")
+    _, loss64, grad64, _ = truth(hidden, Head(weight), targets)
     assert (loss64 < 1e-3).sum() > 20
-    _, loss, grad, _ = ours(hidden, Head(weight), targets, reduction="sum")
+    _, loss, grad, _ = ours(hidden, Head(weight), targets)
     own = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
     off, own_off = (loss - loss64).abs(), (own - loss64).abs()
     assert (off <= 1e-6 * z.abs().amax(1).clamp(min=1)).all()
@@ -213,8 +202,8 @@ def test_extreme_logits_are_redone_exactly(path):
     hidden = (hidden.float() * 200 / (hidden.float() @ weight.float().T).abs().amax(1, keepdim=True)).bfloat16()
     z = hidden.double() @ weight.double().T
     targets = torch.where(torch.arange(12, device=DEVICE) % 2 == 0, z.argmax(1), z.argmin(1))
-    got = ours(hidden, Head(weight), targets, path=path, reduction="sum")
-    want = truth(hidden, Head(weight), targets, reduction="sum")
+    got = ours(hidden, Head(weight), targets, path=path)
+    want = truth(hidden, Head(weight), targets)
     assert want[1].max() > 250 and want[1].min() < 1e-5
     check(got, want, torch.bfloat16)
 
@@ -222,20 +211,20 @@ def test_extreme_logits_are_redone_exactly(path):
 @pytest.mark.parametrize("path", all_paths)
 def test_nan_stays_in_its_row(path):
     hidden, weight, targets = realistic(6, 64, 130)
-    clean = ours(hidden, Head(weight), targets, path=path, reduction="sum")
+    clean = ours(hidden, Head(weight), targets, path=path)
     hidden[2, 5] = torch.nan
-    _, loss, grad, _ = ours(hidden, Head(weight), targets, path=path, reduction="sum")
+    _, loss, grad, _ = ours(hidden, Head(weight), targets, path=path)
     others = torch.arange(6, device=DEVICE) != 2
     assert loss[2].isnan() and grad[2].isnan().all()
     assert torch.equal(loss[others], clean[1][others]) and torch.equal(grad[others], clean[2][others])
 
 
 @pytest.mark.parametrize("path", all_paths)
-def test_one_row_and_one_valid_row(path):
-    hidden, weight, targets = realistic(3, 64, 130)
+@pytest.mark.parametrize("rows", [1, 0])
+def test_one_row_and_none(path, rows):
+    """No row: a loss of 0, and an empty gradient."""
+    hidden, weight, targets = (x[:rows] if i != 1 else x for i, x in enumerate(realistic(3, 64, 130)))
     head = Head(weight)
-    check(ours(hidden[:1], head, targets[:1], path=path), truth(hidden[:1], head, targets[:1]), torch.bfloat16)
-    targets[[0, 2]] = -100
     check(ours(hidden, head, targets, path=path), truth(hidden, head, targets), torch.bfloat16)
 
 
@@ -284,7 +273,7 @@ def test_kernels_stay_inside_their_buffers(path, monkeypatch):
     """Guards of NaN around every buffer: a read past an end shows in the result, a write shows in the guard."""
     hidden, weight, targets = realistic(19, 72, 197)
     bias = torch.randn(197).bfloat16()
-    want = truth(hidden, Head(weight, bias), targets, reduction="sum")
+    want = truth(hidden, Head(weight, bias), targets)
     buffers = []
 
     def allocate(*shape, dtype=None, device=None, fill=None):
@@ -293,16 +282,15 @@ def test_kernels_stay_inside_their_buffers(path, monkeypatch):
         return view
 
     hidden, weight, bias = (allocate(*x.shape, dtype=x.dtype, fill=x) for x in (hidden, weight, bias))
-    coef, sums = allocate(19, dtype=torch.float32).fill_(1), allocate(2, 19, dtype=torch.float32)
-    dh = allocate(19, 72, dtype=torch.bfloat16)
+    sums, dh = allocate(2, 19, dtype=torch.float32), allocate(19, 72, dtype=torch.bfloat16)
     multiply = fast._mm_fp32
     monkeypatch.setattr(
         fast, "_mm_fp32", lambda a, b: allocate(len(a), b.shape[1], dtype=torch.float32, fill=multiply(a, b))
     )
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", allocate)  # zt, E, partial sums
-        fast.run_chunk(path, hidden, Head(weight, bias), targets, coef, sums, dh, None)
-    assert len(buffers) >= 10
+        fast.run_chunk(path, hidden, Head(weight, bias), targets, sums, dh)
+    assert len(buffers) == 9
     for buffer, size in buffers:
         assert buffer[:128].isnan().all() and buffer[128 + size :].isnan().all()
     assert error(sums[0].log1p().sum(), want[0]) < 1e-6
@@ -312,17 +300,14 @@ def test_kernels_stay_inside_their_buffers(path, monkeypatch):
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_ignored_rows_cost_no_matrix_product(given):
-    hidden, weight, targets = realistic(300, 64, 512, dtype=torch.float32)
-    targets[torch.arange(300) % 3 > 0] = -100
-    rows = torch.arange(0, 300, 3) if given else None
+def test_a_gradient_takes_two_matrix_products_and_a_score_takes_one():
+    hidden, weight, targets = realistic(100, 64, 512, dtype=torch.float32)
     inplace = {torch.ops.aten.addmm_: lambda u, e, w, **_: 2 * e[0] * e[1] * w[1]}  # not known to the counter
     with FlopCounterMode(display=False, custom_mapping=inplace) as counter:
-        linear_cross_entropy(hidden.requires_grad_(), weight, targets, valid_rows=rows).backward()
-    assert counter.get_total_flops() == 2 * 2 * 100 * 64 * 512  # two products, of the valid rows only
+        linear_cross_entropy(hidden.requires_grad_(), weight, targets).backward()
+    assert counter.get_total_flops() == 2 * 2 * 100 * 64 * 512
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        linear_cross_entropy(hidden, weight, targets, valid_rows=rows)
+        linear_cross_entropy(hidden, weight, targets)
     assert counter.get_total_flops() == 2 * 100 * 64 * 512
 
 
@@ -332,7 +317,7 @@ def test_ignored_rows_cost_no_matrix_product(given):
 def test_workspace_is_bounded_at_any_length(path, vocab, dim):
     for tokens in (1, 100, 2_048, 16_384, 131_072, 1_000_000):
         rows = lce._rows_per_chunk(tokens, vocab, dim, path)
-        vectors = 40 * tokens  # sums, coefficients, targets
+        vectors = 40 * tokens  # sums, losses, targets
         assert rows % 128 == 0 and rows * fast.bytes_per_row(path, vocab, dim) + vectors <= 0.39e9
         if tokens <= 131_072:
             assert rows * fast.bytes_per_row(path, vocab, dim) + vectors <= 0.35e9
@@ -375,13 +360,8 @@ def test_backward_twice_is_refused_and_autocast_does_not_round():
         ({"targets": torch.zeros(5, dtype=torch.long)}, "targets"),
         ({"targets": torch.zeros(4)}, "targets"),
         ({"targets": torch.tensor([0, 1, 2, 16])}, "targets"),
-        ({"targets": torch.tensor([0, 1, 2, -1])}, "targets"),
+        ({"targets": torch.tensor([0, 1, 2, -100])}, "targets"),  # torch's mark of an ignored row
         ({"bias": torch.zeros(15)}, "bias"),
-        ({"valid_rows": torch.tensor([0, 1, 2])}, "valid_rows"),  # one too few
-        ({"targets": torch.tensor([0, -100, 2, 15]), "valid_rows": torch.tensor([0, 3, 2])}, "valid_rows"),
-        ({"valid_rows": torch.tensor([0, 1, 2, 4])}, "valid_rows"),
-        ({"valid_rows": torch.zeros(4)}, "valid_rows"),
-        ({"reduction": "none"}, "reduction"),
         ({"softcap": 0.0}, "softcap"),
         ({"path": "fused"}, "path"),  # fp32
     ],
@@ -422,7 +402,9 @@ def test_plain_head_accepts_and_refuses():
             hidden = model.get_decoder()(ids).last_hidden_state[0]
             logits = model(ids).logits[0]
         loss = linear_cross_entropy(hidden[:-1], targets=ids[0, 1:], **head._asdict())
-        torch.testing.assert_close(loss, F.cross_entropy(logits[:-1], ids[0, 1:]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            loss, F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"), rtol=1e-5, atol=1e-5
+        )
     assert models[1].config.final_logit_softcapping == plain_head(models[1])[0].softcap == 30.0
 
     class Adapted(torch.nn.Linear):  # as PEFT's and bitsandbytes' layers are
@@ -449,9 +431,7 @@ def test_cuda_memory_and_host_reads(path):
     hidden = torch.randn(tokens, dim, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab, dim, device="cuda") / dim**0.5).bfloat16()
     targets = torch.randint(0, vocab, (tokens,), device="cuda")
-    targets[::7] = -100
-    rows = (targets != -100).nonzero()[:, 0].cpu()
-    linear_cross_entropy(hidden, weight, targets, valid_rows=rows, path=path).backward()  # compile, cuBLAS workspace
+    linear_cross_entropy(hidden, weight, targets, path=path).backward()  # compile, cuBLAS workspace
     hidden.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -459,11 +439,11 @@ def test_cuda_memory_and_host_reads(path):
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning) as reads:
-            loss = linear_cross_entropy(hidden, weight, targets, valid_rows=rows.pin_memory(), path=path)
+            loss = linear_cross_entropy(hidden, weight, targets, path=path)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(w.message) for w in reads) <= 1
     loss.backward()
     extra = torch.cuda.max_memory_allocated() - before - tokens * dim * 2  # the returned dh
     assert extra <= 0.35e9, extra
-    assert hidden.grad.isfinite().all() and not hidden.grad[::7].any()
+    assert hidden.grad.isfinite().all()

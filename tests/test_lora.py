@@ -402,10 +402,13 @@ def test_an_adapter_for_another_shape(tmp_path, other, message):
 
 def test_an_adapter_for_another_model_of_the_same_shape(tmp_path):
     lora.save_adapter(with_lora(), tmp_path, "the/base")
-    (tmp_path / lora.META).write_text(json.dumps({"base_hash": lora.base_hash(tiny_model())}))
+    (tmp_path / "meta.json").write_text(json.dumps({"base_hash": lora.base_hash(tiny_model())}))
     lora.merge_adapter(tiny_model(), tmp_path)
     lora.merge_adapter(tiny_model().bfloat16(), tmp_path)  # the same model at another dtype
     with pytest.raises(UserError, match="another model of the same shape"):
+        lora.merge_adapter(tiny_model(seed=1), tmp_path)
+    (tmp_path / "meta.json").write_text("{")  # used to switch the check off
+    with pytest.raises(UserError, match="meta.json is damaged"):
         lora.merge_adapter(tiny_model(seed=1), tmp_path)
 
 

@@ -57,8 +57,8 @@ def test_what_is_not_known_is_measured():
 
 
 def test_the_progress_line_is_short():
-    one = Progress(3, 10, 159.4, 0.314, 48, 0.125, 0, 0.0, 100.0)
+    one = Progress(159.4, 0.314, 48, 0.125, 0, 0.0)
     assert str(one) == "159 tokens/s (31% of the memory's speed), 48 texts at once, KV cache 12% full"
-    one = Progress(3, 10, 159.4, 0.314, 48, 0.125, 2, 1.25, 600.0)
+    one = Progress(159.4, 0.314, 48, 0.125, 2, 1.25)
     assert str(one).endswith("12% full, 2 preempted, 1.2 draft tokens accepted per step")
     assert "left" not in str(one)  # the bar has a time left of its own: two that differed stood on one line

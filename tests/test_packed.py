@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 import train
 from lengthen.models import lora
-from lengthen.training import packed
+from lengthen.training import packed, shapes
 from lengthen.training.packed import checkpointed, examine
 
 
@@ -60,16 +60,21 @@ def test_recomputed_layers_give_the_same_gradients(dropout):
     assert_same(found[2], found[0], 1e-6)
 
 
-def test_activations_are_measured():
+@pytest.mark.parametrize("packs", [True, False])
+def test_activations_are_measured(packs, monkeypatch):
     """Twice the intermediate size: gate, up, their activation and product grow; nothing else does."""
-    small, large = (examine(_with_intermediate(n)).token_bytes for n in (112, 224))
-    assert 2 * 4 * 112 * 3 <= large - small <= 2 * 4 * 112 * 6  # 2 layers, fp32, 3 to 6 vectors of that size
+    if not packs:
+        monkeypatch.setattr(packed, "cannot_pack", lambda model: "it attends by other rules")
+    small, large = map(_kept_by_a_layer, (112, 224))
+    assert 4 * 112 * 3 <= large - small <= 4 * 112 * 6  # fp32, 3 to 6 vectors of that size
 
 
-def _with_intermediate(size: int):
-    model = tiny_model(intermediate_size=size)
+def _kept_by_a_layer(intermediate: int) -> float:
+    """Bytes per token."""
+    model = tiny_model(intermediate_size=intermediate)
     lora.attach(model, 4, 8)
-    return model
+    shape = shapes.shape_of(model, rank=4, dtype=torch.float32)
+    return shapes.measured(shape, model.train(), examine(model)).layer.slope
 
 
 @pytest.mark.parametrize("why", ["head", "attention"])

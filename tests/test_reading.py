@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lengthen import reading
-from lengthen.reading import read_answers, read_jsonl, read_prompts
+from lengthen.reading import filter_language, read_answers, read_jsonl, read_prompts
 from lengthen.records import Appender, UserError
 
 A, B = {"prompt": "Write about tea", "response": "Tea is good."}, {"prompt": "Write about milk", "response": "It is."}
@@ -161,7 +161,7 @@ def test_alpaca_sharegpt_and_messages_are_read_and_it_is_said(tmp_path, said, ro
     path = write(tmp_path / "in.jsonl", json.dumps(row), json.dumps(row))
     for record in read_answers(path):
         assert (record["prompt"], record["response"], record["language"]) == (A["prompt"], A["response"], "en")
-    assert len(said) == 1 and "prompt" in said[0]
+    assert len(said) == 2 and "prompt" in said[0] and "the same record" in said[1]
     assert ("system" in said[0]) == ("system" in json.dumps(row))
     assert read_prompts([path])[0]["prompt"] == A["prompt"]
 
@@ -359,3 +359,19 @@ def test_own_answers_get_language_and_id(tmp_path):
     assert read_answers(path) == [by_text, default, given]
     without = write(tmp_path / "null.jsonl", *(f'{{"prompt": "{p}", "response": "b", "id": null}}' for p in "ac"))
     assert len({row["id"] for row in read_answers(without)}) == 2
+
+
+def test_a_row_that_stands_twice_is_read_once(tmp_path, said):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a b", "response": "c d"}\n' * 3 + '{"prompt": "a b", "response": "e f"}\n')
+    assert [row["response"] for row in read_answers(path)] == ["c d", "e f"]
+    assert [line.partition("own.jsonl, ")[2] for line in said] == [
+        "line 2: the same record as before; 2 such records are left out"
+    ]
+
+
+def test_records_of_no_language_that_is_asked_for_are_an_error_that_names_theirs():
+    rows = [{"language": "de"}, {"language": "fr"}]
+    with pytest.raises(UserError, match="none of the 2 records is in --language both, they are in de, fr") as caught:
+        filter_language(rows, "both")
+    assert caught.value.hint == "--language de,fr" and filter_language(rows, caught.value.hint.split()[1]) == rows

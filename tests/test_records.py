@@ -9,7 +9,7 @@ import cold
 import pytest
 
 from lengthen import records
-from lengthen.jobs import Job, read_sidecar
+from lengthen.jobs import Job, check_inputs, input_hashes, read_sidecar
 from lengthen.reading import read_jsonl
 from lengthen.records import Appender, LowYield, UserError, new_record
 
@@ -162,6 +162,80 @@ def test_other_settings_are_refused_by_name_and_overwrite_starts_afresh(tmp_path
         assert not j.records and not j.complete
 
 
+def test_what_the_system_says_of_a_path_is_one_line(tmp_path):
+    """Not only that it is missing: a file among its folders, a name that is too long, a folder."""
+    plain = write(tmp_path / "plain.jsonl", "{}")
+    for path, words in (
+        (plain / "x.jsonl", "cannot be read: Not a directory"),
+        (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.jsonl", "does not exist"),
+    ):
+        for read in (read_jsonl, lambda path: input_hashes([path])):
+            with pytest.raises(UserError, match=words):
+                read(path)
+
+
+def test_a_sidecar_that_is_no_object_is_damaged(tmp_path):
+    write(tmp_path / "x.meta.json", "[]")
+    with pytest.raises(UserError, match="x.meta.json is damaged"):
+        read_sidecar(tmp_path / "x.jsonl")
+
+
+def test_a_disk_that_is_full_only_when_asked_to_sync_says_so(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    with job(tmp_path) as j:
+        j.accept(row("1"))
+        monkeypatch.setattr(records.os, "fsync", full)
+        with pytest.raises(UserError, match="x.jsonl: Disk quota exceeded"):
+            j.finish()
+        monkeypatch.undo()
+    with job(tmp_path) as j:
+        assert j.done_ids == {"1"}
+
+
+def test_killed_while_it_is_deleted_an_output_does_not_look_finished(tmp_path, monkeypatch):
+    def begin(**flags) -> Job:
+        return job(tmp_path, **flags)
+
+    with begin() as j:
+        j.accept(row("1"))
+        j.reject(row("2"), "gain")
+        j.finish()
+    with monkeypatch.context() as patch:
+        unlink = Path.unlink
+
+        def dies_at_the_output(path: Path, missing_ok: bool = False) -> None:
+            if path.name == "x.jsonl":
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", dies_at_the_output)
+        with pytest.raises(KeyboardInterrupt), begin(overwrite=True):
+            pass
+    assert read_sidecar(j.output)["status"] == "discarded"
+    with pytest.raises(UserError, match="not finished"):
+        check_inputs([j.output], allow_partial=False)
+    with begin() as again:  # without --overwrite: it was asked for
+        assert not again.complete and not again.done_ids
+
+
+def test_a_file_is_not_continued_in_another_precision(tmp_path):
+    """What auto is, differs from card to card: half of a file in NF4 and half in bf16 is neither."""
+    with job(tmp_path) as j:
+        j.update_info(dtype="torch.bfloat16", quantize="nf4")
+        j.accept(row("1"))
+    with job(tmp_path) as j:
+        j.update_info(device="cuda:1", dtype="torch.bfloat16", quantize="nf4")
+        with pytest.raises(UserError, match="begun with quantize nf4, this command or machine takes none") as caught:
+            j.update_info(dtype="torch.bfloat16", quantize="none")
+    assert caught.value.hint.startswith("--quantize nf4 goes on as before")
+    with job(tmp_path, overwrite=True) as j:
+        j.update_info(dtype="torch.bfloat16", quantize="none")
+
+
 def test_a_changed_input_is_noticed(tmp_path):
     source = write(tmp_path / "in.jsonl", '{"prompt": "a"}')
     with job(tmp_path, inputs=[source]) as j:
@@ -171,7 +245,7 @@ def test_a_changed_input_is_noticed(tmp_path):
         pass
 
 
-def test_inputs_of_equal_names_are_all_hashed_and_older_sidecars_go_on(tmp_path):
+def test_inputs_of_equal_names_are_all_hashed(tmp_path):
     a, b = (tmp_path / run / "iter_1" / "extended.jsonl" for run in "ab")
     for path in (a, b):
         path.parent.mkdir(parents=True)
@@ -183,14 +257,6 @@ def test_inputs_of_equal_names_are_all_hashed_and_older_sidecars_go_on(tmp_path)
     assert len(set(inputs.values())) == 2 and "iter_1/extended.jsonl" in inputs
     with job(tmp_path, inputs=[a, b]):
         pass
-    # As the program wrote it before: the last file alone.
-    meta["settings"]["inputs"] = {"iter_1/extended.jsonl": inputs["iter_1/extended.jsonl"]}
-    sidecar = j.output.with_name("x.meta.json")
-    sidecar.write_text(json.dumps(meta))
-    with job(tmp_path, inputs=[a, b]):
-        pass
-    meta["settings"]["inputs"] = inputs
-    sidecar.write_text(json.dumps(meta))
     write(a, '{"prompt": "edited"}')
     with pytest.raises(UserError, match="inputs"), job(tmp_path, inputs=[a, b]):
         pass
@@ -215,7 +281,7 @@ def test_a_second_writer_is_refused_and_the_lock_goes_with_the_process(tmp_path)
         pass
     code = f"""
 import os, signal
-from lengthen.jobs import Job, read_sidecar
+from lengthen.jobs import Job, check_inputs, input_hashes, read_sidecar
 with Job("responses", {str(j.output)!r}, settings={{"a": 1}}):
     os.kill(os.getpid(), signal.SIGKILL)
 """

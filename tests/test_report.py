@@ -20,6 +20,7 @@ import pytest
 from browser import CHROMIUM, Browser, Page
 
 import evaluate
+from lengthen import cli
 from lengthen.evaluation.report import charts
 from lengthen.evaluation.report import page as report
 from lengthen.evaluation.report import texts as texts_of
@@ -150,7 +151,7 @@ def make_evaluation(folder: Path, queries: int, words: float, follows: float) ->
     source = folder.parent / f"{folder.name}.answers.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "length_following", lambda *_: b"")  # the PNG takes a second, and is no matter here
+        patch.setattr(cli, "save_figure", lambda *_: None)  # the PNG takes a second, and is no matter here
         evaluate.main(["score", str(source), "--output", str(folder)])
     source.unlink()
     path = folder / "scores.json"

@@ -622,18 +622,13 @@ def test_ctrl_c_hands_out_what_has_finished():
 
 
 def test_the_longest_start_first_and_preempted_texts_before_all():
-    sampler, started = make_sampler(tiny_model(), max_rows=1), []
-    scheduler = sampler.scheduler
-    start = scheduler._start
-    scheduler._start = lambda request, order: started.append(request.key) or start(request, order)
+    sampler = make_sampler(tiny_model(), max_rows=1)
     for key, expected in (("a", 5), ("b", 50), ("c", 0), ("d", 50), ("e", 7)):
         sampler.add(Request(key, [5, 6, 7], 0, Sampling(max_new_tokens=3), expected_tokens=expected))
-    assert (scheduler.queue.tokens, scheduler.queue.unknown) == (112, 1)
     sampler.step()
-    scheduler.preempt(scheduler.rows[0])
+    sampler.scheduler.preempt(sampler.scheduler.rows[0])
     done = [sample.request.key for sample in sampler.run()]
-    assert started == done == ["b", "d", "e", "a", "c"]  # equal ones in the order they came; no guess = last
-    assert (scheduler.queue.tokens, scheduler.queue.unknown) == (0, 0)
+    assert done == ["b", "d", "e", "a", "c"]  # equal ones in the order they came; no guess = last
 
 
 def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
@@ -663,22 +658,20 @@ def test_texts_are_let_in_by_the_length_they_are_expected_to_reach():
     assert 4 < scheduler.lengths.remaining(request, 0) < 10 and scheduler.lengths.remaining(request, 100) == 25
 
 
-def test_progress_counts_what_is_done_and_what_is_left():
+def test_progress_says_what_runs_and_how_fast():
     sampler = make_sampler(tiny_model(), eos_ids=set())
     for i in range(6):
         sampler.add(Request(i, [5 + i] * 9, i, Sampling(max_new_tokens=40), expected_tokens=40))
     first = sampler.progress()
-    assert (first.finished, first.total, first.rows, first.kv, first.seconds_left) == (0, 6, 0, 0.0, -1.0)
+    assert (first.rows, first.kv, first.tokens_per_second) == (0, 0.0, 0.0)
     for _ in range(10):
         sampler.step()
     middle = sampler.progress()
-    assert (middle.finished, middle.total, middle.rows) == (0, 6, 4) and 0 < middle.kv < 0.1
+    assert middle.rows == 4 and 0 < middle.kv < 0.1
     assert middle.tokens_per_second > 0 and middle.roofline > 0
-    left = 2 * 40 + sum(40 - row.written for row in sampler.scheduler.rows)
-    assert middle.seconds_left == pytest.approx(left / middle.tokens_per_second)
     assert len(list(sampler.run())) == 6
     last = sampler.progress()
-    assert (last.finished, last.total, last.rows, last.kv, last.seconds_left) == (6, 6, 0, 0.0, 0.0)
+    assert (last.rows, last.kv) == (0, 0.0)
 
 
 def test_a_step_costs_the_same_however_many_wait():

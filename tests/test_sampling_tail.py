@@ -4,19 +4,16 @@ against transformers' processors and float64.
     pytest tests/test_sampling_tail.py
 """
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from kernels import sampling_tail
+from kernels import HAS_TRITON, sampling_tail
 from kernels.sampling_tail import END, NEVER, Noise, Rules, scores_of
 from kernels.sampling_tail import gumbel_reference as gumbel
 from lengthen.sampling.draw import top_candidates
 
-FAST = importlib.util.find_spec("triton") is not None
-PATHS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not FAST, reason="triton is not installed"))]
+PATHS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -92,7 +89,7 @@ def test_noise_is_that_of_the_definition(path):
         torch.testing.assert_close(got, gumbel(seeds, positions, ids), rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.skipif(not FAST, reason="triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_both_sides_have_the_same_constants():
     from kernels import sampling_tail_triton as fast
 

@@ -103,7 +103,6 @@ def test_a_hundred_thousand_prompts():
     assert scheduler.stats["shared_tokens"] > 15 * count and not scheduler.stats["preemptions"]
     pool, tree = scheduler.pool, tree_pages(scheduler)
     assert len(pool.free) + len(tree) == pool.num_pages and not scheduler.rows and len(scheduler.slots) == 64
-    assert scheduler.remaining() == 0
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["", "drafts"])

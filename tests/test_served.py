@@ -334,6 +334,26 @@ def test_a_server_that_comes_back_as_another_is_refused():
     engine.close()
 
 
+@pytest.mark.parametrize("reply", [(400, {"error": {"message": "not here"}}), (200, ["no", "object"])])
+def test_a_server_that_refuses_the_greeting_is_one_line(reply):
+    """At the start, and when it comes back."""
+    with Stub() as stub:
+        stub._answer = lambda path, body: reply
+        with pytest.raises(UserError, match="does not answer what every server is asked first"):
+            served(stub)
+    lost = Stub(fault=lambda number, body: "silence").__enter__()
+    engine = served(lost)
+    engine.add(requests(1)[0])
+    while not lost.requests:
+        time.sleep(0.005)
+    lost.__exit__()
+    back = Stub(port=lost.port)
+    back._answer = lambda path, body: reply
+    with back, pytest.raises(UserError, match="asked first"):
+        list(engine.run())
+    engine.close()
+
+
 def test_all_down_for_a_set_time_ends_it():
     stub = Stub(fault=lambda number, body: "silence").__enter__()
     engine = served(stub, down_after=0.3)

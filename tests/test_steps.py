@@ -12,7 +12,7 @@ import pytest
 import run
 from lengthen import steps
 from lengthen.records import UserError
-from lengthen.steps import Step, command_of, moved
+from lengthen.steps import Step, command_of, launched, moved
 
 # A stage of a test: plain lines, a bar that is drawn over and over with a line above it in between, one torn line.
 STAGE = """
@@ -133,3 +133,8 @@ def test_training_is_started_by_its_launcher(tmp_path, capsys):
     assert code == 0 and output.splitlines()[-1] == '["2", "--output", "x"]'
     with pytest.raises(UserError, match="there is no program 'torchrum'"):
         run.main(["--dry-run", "--train-launcher", "torchrum --nproc-per-node 2"])
+
+
+def test_a_launcher_that_no_shell_would_take_is_one_line():
+    with pytest.raises(UserError, match='--train-launcher torchrun "2: No closing quotation'):
+        launched('torchrun "2')

@@ -249,7 +249,7 @@ def test_records_do_not_depend_on_the_order_of_replies(tmp_path, kind):
     for order in range(4):
         folder = tmp_path / str(order)
         summary = run_all(folder, KINDS[kind](100), ScriptedEngine(order))
-        results.append((stored(folder), summary["failed_attempts"], summary["accepted"]))
+        results.append(([*stored(folder).items()], summary["failed_attempts"], summary["accepted"]))
     assert results[0] == results[1] == results[2] == results[3]
 
 
@@ -305,7 +305,7 @@ def test_killed_at_every_write_and_rename_and_run_again_it_is_the_uninterrupted_
         lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
         noted = {(e["id"], (e["attempt"],)) for e in map(json.loads, lines) if "tokens" in e}
         engine, again, _ = run(str(step), never, order=step)
-        assert stored(tmp_path / str(step)) == whole, step
+        assert [*stored(tmp_path / str(step)).items()] == [*whole.items()], step
         assert not noted & set(engine.asked), step
         assert again and {**again, "attempts": 0, "tokens": 0} == {**summary, "attempts": 0, "tokens": 0}, step
         assert again["attempts"] == len(noted) + len(engine.asked) - len(engine.waiting), step
@@ -548,6 +548,23 @@ def test_an_unfinished_output_grows_too(tmp_path, monkeypatch):
             grow(tmp_path / "grown", "tosses", 20, 2)
     grow(tmp_path / "grown", "tosses", 30, 6)
     assert outcomes(tmp_path / "grown") == outcomes(tmp_path / "whole")
+
+
+def test_killed_between_the_last_entry_and_the_record_it_grows_all_the_same(tmp_path, monkeypatch):
+    """At every write of the first run, with more attempts afterwards."""
+    grow(tmp_path / "whole", "tosses", 8, 5)
+    step, died = 0, True
+    while died:
+        step, died = step + 1, False
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            try:
+                grow(tmp_path / str(step), "tosses", 8, 2)
+            except Killed:
+                died = True
+        grow(tmp_path / str(step), "tosses", 8, 5)
+        assert outcomes(tmp_path / str(step)) == outcomes(tmp_path / "whole"), step
+    assert step > 20
 
 
 def test_a_smaller_setting_is_refused_in_a_line_that_says_so(tmp_path):

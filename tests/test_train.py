@@ -1,5 +1,6 @@
 """train.py: packing, masks, accumulation, resume; oracles: transformers, PEFT.  python -m pytest tests/test_train.py"""
 
+import itertools
 import json
 import re
 import signal
@@ -288,6 +289,25 @@ def test_other_settings_are_refused_by_name(run, tmp_path):
     assert run("--rank", "8", "--overwrite")[0]["pairs"] == 5
 
 
+def test_a_checkpoint_is_not_continued_in_another_precision(run, monkeypatch):
+    """--dtype is no setting: it would go on with weights that the first half has not seen."""
+    step, calls = train.train_step, itertools.count()
+
+    def dies_at_the_fourth(*given, **options):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", dies_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with pytest.raises(UserError, match="begun with dtype float32, this command or machine takes bfloat16") as caught:
+        run("--dtype", "bfloat16")
+    assert "--dtype float32" in caught.value.hint
+    run()
+
+
 def test_nf4_trains_on_the_cpu(run, tmp_path):
     summary, log, _ = run("--quantize", "nf4", "--epochs", "4")
     assert summary["last_loss"] < summary["first_loss"]
@@ -528,7 +548,6 @@ def test_smollm2_packs_and_fuses():
     abilities = examine(loaded.model)
     assert abilities.packs and abilities.head is not None
     assert sum(p.numel() for p in parameters) == 2_442_240  # PEFT's count for rank 8 on all 210 linear layers
-    assert 0.8e6 < abilities.token_bytes < 2e6
 
 
 # ---- memory that runs out -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """x (B A)^T needs the matrix B A first, as large as W; (x A^T) B^T takes 2 * 8 * (in + out) operations a token, 0.4 %
-of the product with W. What has gone is dW = dy^T x. Merging into 4-bit weights rounds the update away with the
-weights.
+of the product with W. What has gone is dW = dy^T x. Merged into 4-bit weights, the sum would be rounded to 4 bits,
+and most of the update would be lost.
 """
 
 from torch import Tensor

@@ -1,5 +1,5 @@
-"""Answers to one query are alike: counted each for itself, twelve queries would pass for thirty-six. Eight queries do
-not do for a 90th percentile: so few do not hold the tail of the lengths.
+"""Answers to one query are alike: counted each for itself, twelve queries would pass for thirty-six. Eight queries
+are too few for a 90th percentile: the tail of the lengths is not among them.
 """
 
 import math

@@ -24,11 +24,11 @@ from lengthen.cli import ModelFlags
 from lengthen.costs.yields import Assumption, Work
 from lengthen.models.cards import CARDS, card_named, physical_memory
 from lengthen.records import UserError
+from lengthen.sampling.request import ROWS
 from lengthen.training.settings import LoraFlags, MemoryFlags, OptimizerFlags
 
 ROOT = Path(__file__).parents[2]
 HERE = "here"  # instead of a card's name: the machine this runs on
-ROWS = {True: 256, False: 48}  # texts decoded at a time where --max-rows is 0, by "is a GPU" (cli.SamplingFlags)
 OPENING, OPENING_BYTES = 6.0, 1e9  # seconds to import torch and build a model; bytes of weights read per second
 RESERVE = 1e9  # bytes of a card that are neither weights nor keys and values while it samples
 RECORD_BYTES = 12.0  # on disk per token drawn: 4.5 characters, and again in the files that follow
@@ -66,7 +66,7 @@ class Machine:
 
     def rows(self, work: Work, flags: Mapping[str, Any]) -> float:
         """Texts that are decoded at a time."""
-        rows = min(flags["max_rows"] or ROWS[self.cuda], work.calls)
+        rows = min(flags["max_rows"] or ROWS["cuda" if self.cuda else "cpu"], work.calls)
         if self.cuda:
             room = 0.9 * (self.memory - self.weights - RESERVE)  # of which a text takes pages as it grows
             rows = min(rows, room / self.token(flags) / max(1.0, work.length))
@@ -151,6 +151,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     """`ask`, in this process."""
     import torch
 
+    from lengthen.models.loading import memory_of
     from lengthen.sampling.meter import bandwidth
     from lengthen.training.budget import NF4_BYTES
     from lengthen.training.plan import measured_flops, outline_of, peak_flops
@@ -158,7 +159,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     known = card_named(card)
     gpu = torch.device("cuda") if not known and torch.cuda.is_available() and flags.device != "cpu" else None
     if gpu:
-        name, size = torch.cuda.get_device_name(gpu), float(torch.cuda.get_device_properties(gpu).total_memory)
+        name, size = torch.cuda.get_device_name(gpu), float(memory_of(gpu))
         flops, speed = peak_flops(gpu)[0], bandwidth(gpu)
     elif known:
         name, size, flops, speed = card, 1e9 * known.gigabytes, 1e12 * known.tflops, 1e12 * known.bandwidth

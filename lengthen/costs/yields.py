@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from lengthen.evaluation.benchmark import BENCHMARKS, find_benchmark, read_rows
 from lengthen.reading import filter_language
+from lengthen.sampling.request import Sampling
 from lengthen.steps import Step
 
 # Standard deviation of the logarithm of an answer's length: of the pilot's 68 % exceed 360 tokens, 27 % 560.
@@ -27,7 +28,7 @@ SPREAD = 0.45
 # Of `tries`, for drafts: of the pilot's 30 % (58 %) passed at once, of the others 15 % (48 %) after that.
 ALIKE = 2.0
 TOKENS_PER_WORD = 1.35  # of English prose, for most tokenizers
-LIMIT = 16384  # tokens of a sample where no limit is set, or the model's context
+INSTRUCTION_LIMIT = 1024  # generate.INSTRUCTION_TOKENS
 HUB_QUERIES = 240  # of a benchmark that is not here to be counted: LonGen's
 KEPT_BY_BIAS = 0.595  # the length bias drops 40.5 % on average, the short ones, ...
 LONGER_BY_BIAS = 1.1  # ... so what stays is longer: of the demo's drafts 1.06 to 1.14 times
@@ -175,7 +176,7 @@ class Flow:
         """Median tokens of what the step's model writes in one call."""
         return self.values["answer"] * self.values["growth"] ** self.trained.get(step.settings.get("adapter", ""), 0)
 
-    def limit(self, flags: Mapping[str, Any], own: float = LIMIT) -> float:
+    def limit(self, flags: Mapping[str, Any], own: float = Sampling.max_new_tokens) -> float:
         return min(flags["max_new_tokens"] or own, self.context)
 
     def read_from(self, flags: Mapping[str, Any]) -> Work:
@@ -213,7 +214,7 @@ def _instructions(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
     # After the first draw two at a time (generate.RETRIES), of which one may not be needed.
     again, kept, _ = tries(1 - (1 - passing) ** 2, 1, max(1, (attempts - 1) // 2))
     draws = count * (1 + (1 - passing) * 2 * again) if attempts > 1 else count
-    tokens = min(flow.values["instruction"], flow.limit(flags, 1024))
+    tokens = min(flow.values["instruction"], flow.limit(flags, INSTRUCTION_LIMIT))
     length = CHAT + SELF_INSTRUCT + 3 * tokens
     # The last one is found after as many turns as halve the rest each time.
     turns = 1 + min(attempts / 2, math.log(max(2, count)) / -math.log(max(1e-9, (1 - passing) ** 2)))

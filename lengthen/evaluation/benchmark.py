@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from lengthen import cli
@@ -126,10 +127,14 @@ def read_demand(constraint: str, language: str, label: str, where: str) -> dict:
 
 def select(rows: list[dict], language: str, limit: int, source: str) -> list[dict]:
     """The rows of a language, then the first `limit` of them (0 = all); says what it leaves out, and what is odd."""
-    kept = filter_language(rows, language)
+    kept = filter_language(rows, language, source)
     if not kept:
-        raise UserError(f"{source} has no row in --language {language}", "--language all")
-    kept = kept[:limit] if limit else kept
+        raise UserError(f"{source} has no row", "a JSONL file in LonGen's format, or --benchmark mini")
+    if limit:  # the languages in turn, so that each is asked
+        by_language: dict[str, list[dict]] = {}
+        for row in kept:
+            by_language.setdefault(row["language"], []).append(row)
+        kept = [row for turn in zip_longest(*by_language.values()) for row in turn if row][:limit]
     if odd := contradictions(kept):  # said before hours of sampling
         cli.say(f"{len(odd)} queries do not state their demand; they are scored as labelled and listed in scores.json")
     return kept

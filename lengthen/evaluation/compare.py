@@ -36,17 +36,23 @@ def changes(first: dict, run: dict) -> dict[str, Change]:
 
     The values are those of the two scores.json, so that they are known where the answers are no longer there.
     """
-    same = first["queries_hash"] == run["queries_hash"]
-    result = {}
-    for key, (_, total) in MEASURES.items():
-        how = ratio if key.startswith("words") else difference
-        before, after = (values_of(key, r["measured"]) for r in (first, run))
-        value = how(first.get(key), run.get(key))
-        result[key] = change(before, after, total, how, same)._replace(value=value)
-    if first["short_losses"] and first["short_tasks"] == run["short_tasks"]:  # paired by task
+    same_tasks = first["short_losses"] and first["short_tasks"] == run["short_tasks"]
+    return {key: change_of(key, first, run) for key in [*MEASURES, *(["short_loss"] if same_tasks else [])]}
+
+
+def change_of(key: str, first: dict, run: dict) -> Change:
+    """The same, of one measure."""
+    if key == "short_loss":  # paired by task
         old, new = ({task: [loss] for task, loss in enumerate(r["short_losses"])} for r in (first, run))
-        result["short_loss"] = change(old, new, mean, difference)
-    return result
+        return change(old, new, mean, difference)
+    how, same = ratio if key.startswith("words") else difference, first["queries_hash"] == run["queries_hash"]
+    before, after = (values_of(key, r["measured"]) for r in (first, run))
+    return change(before, after, MEASURES[key][1], how, same)._replace(value=how(first.get(key), run.get(key)))
+
+
+def signed(key: str, form: str) -> str:
+    """The format of a change in a measure: words as a multiple, the others with their sign."""
+    return "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
 
 
 def compare(folders: Sequence[str]) -> dict:
@@ -64,8 +70,7 @@ def compare(folders: Sequence[str]) -> dict:
             cells.append(cell(headlines(run).get(key), form, run["intervals"].get(key)))
             differs = changed.get(folder, {}).get(key)
             if differs and differs.value is not None:
-                signed = "x{:.2f}" if key.startswith("words") else form.replace("{:", "{:+").replace("++", "+")
-                cells[-1] += "\n" + cell(differs.value, signed, differs.interval)
+                cells[-1] += "\n" + cell(differs.value, signed(key, form), differs.interval)
         table.add_row(name, *cells)
     cli.console.print(table)
     for key, what in (("queries_hash", "other queries"), ("sampling", "other sampling settings")):

@@ -2,7 +2,7 @@
 
     1. draw as many queries as there are, with replacement, all answers of a query together: answers to one query are
        alike, and counting each for itself would give intervals that are too narrow
-    2. compute the number on what was drawn; 2,000 times
+    2. compute the number on what was drawn; RESAMPLES times
     3. take quantiles of these numbers: those of the percentile interval, moved by the bootstrap's median bias (Efron's
        BC), with the tails of Student's t and a variance over n - 1 (Hesterberg 2015), without which intervals from few
        queries are too narrow
@@ -38,6 +38,7 @@ T = TypeVar("T")
 Interval = tuple[float, float]
 Groups = Mapping[Any, Sequence[T]]  # the values of each query; the keys can be sorted
 NORMAL = statistics.NormalDist()
+RESAMPLES, LEVEL = 2000, 0.95
 MAX_UNDEFINED = 0.05  # of the draws: with more, the interval would be one of the lucky draws only
 
 
@@ -51,14 +52,7 @@ def by_query(pairs: Iterable[tuple[Any, T | None]]) -> dict[Any, list[T]]:
     return groups
 
 
-def bootstrap(
-    groups: Groups[T],
-    statistic: Callable[[list[T]], float | None],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval | None:
+def bootstrap(groups: Groups[T], statistic: Callable[[list[T]], float | None]) -> Interval | None:
     """The interval of statistic(all values). Queries without values are left out.
 
     None where there is nothing to learn it from: a single query, draws without any spread, or a statistic that is
@@ -68,19 +62,13 @@ def bootstrap(
     drawn = with_values(groups)
     values = joined(drawn, range(len(drawn)))
     if values and isinstance(values[0], bool) and all(value is values[0] for value in values):
-        rest = 1 - ((1 - level) / 2) ** (1 / len(drawn))
+        rest = 1 - ((1 - LEVEL) / 2) ** (1 / len(drawn))
         return (1 - rest, 1.0) if values[0] else (0.0, rest)
-    return _interval(lambda indices: statistic(joined(drawn, indices)), [len(drawn)], resamples, seed, level)
+    return _interval(lambda indices: statistic(joined(drawn, indices)), [len(drawn)])
 
 
 def paired(
-    groups_a: Groups[T],
-    groups_b: Groups[T],
-    statistic: Callable[[list[T], list[T]], float | None],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    groups_a: Groups[T], groups_b: Groups[T], statistic: Callable[[list[T], list[T]], float | None]
 ) -> Interval | None:
     """The interval of statistic(values of a, values of b), both drawn from the same queries.
 
@@ -89,19 +77,11 @@ def paired(
     queries = sorted(groups_a.keys() | groups_b.keys())
     both = [(groups_a.get(query, ()), groups_b.get(query, ())) for query in queries]
     a, b = [a for a, b in both if len(a) or len(b)], [b for a, b in both if len(a) or len(b)]
-    return _interval(
-        lambda indices: statistic(joined(a, indices), joined(b, indices)), [len(a)], resamples, seed, level
-    )
+    return _interval(lambda indices: statistic(joined(a, indices), joined(b, indices)), [len(a)])
 
 
 def unpaired(
-    groups_a: Groups[T],
-    groups_b: Groups[T],
-    statistic: Callable[[list[T], list[T]], float | None],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    groups_a: Groups[T], groups_b: Groups[T], statistic: Callable[[list[T], list[T]], float | None]
 ) -> Interval | None:
     """The same for runs whose queries have nothing to do with each other: each side is drawn for itself."""
     a, b = with_values(groups_a), with_values(groups_b)
@@ -109,7 +89,7 @@ def unpaired(
     def estimate(indices_a: Sequence[int], indices_b: Sequence[int]) -> float | None:
         return statistic(joined(a, indices_a), joined(b, indices_b))
 
-    return _interval(estimate, [len(a), len(b)], resamples, seed, level)
+    return _interval(estimate, [len(a), len(b)])
 
 
 def with_values(groups: Groups[T]) -> list[Sequence[T]]:
@@ -121,31 +101,29 @@ def joined(groups: Sequence[Sequence[T]], indices: Sequence[int]) -> list[T]:
     return [value for i in indices for value in groups[i]]
 
 
-def _interval(
-    estimate: Callable[..., float | None], sizes: Sequence[int], resamples: int, seed: int, level: float
-) -> Interval | None:
+def _interval(estimate: Callable[..., float | None], sizes: Sequence[int]) -> Interval | None:
     """`estimate` takes the indices of the queries drawn, one list for each sample; `sizes`: the queries in each."""
     whole = [range(n) for n in sizes]
     if min(sizes) < 2 or (value := estimate(*whole)) is None:
         return None
-    drawn = [draws(n, resamples, seed + i).tolist() for i, n in enumerate(sizes)]
+    drawn = [draws(n, i).tolist() for i, n in enumerate(sizes)]
     replicates = [r for indices in zip(*drawn, strict=True) if (r := estimate(*indices)) is not None]
-    if len(replicates) < (1 - MAX_UNDEFINED) * resamples or min(replicates) == max(replicates):
+    if len(replicates) < (1 - MAX_UNDEFINED) * RESAMPLES or min(replicates) == max(replicates):
         return None
-    return quantiles(value, numpy.array(replicates), min(sizes), level)
+    return quantiles(value, numpy.array(replicates), min(sizes))
 
 
-def draws(n: int, resamples: int, seed: int) -> numpy.ndarray:
-    """Indices of the queries drawn: [resamples, n], each from 0 to n - 1."""
-    return numpy.random.default_rng(seed).integers(n, size=(resamples, n))
+def draws(n: int, seed: int) -> numpy.ndarray:
+    """Indices of the queries drawn: [RESAMPLES, n], each from 0 to n - 1."""
+    return numpy.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
 
 
-def quantiles(value: float, replicates: numpy.ndarray, n: int, level: float) -> Interval:
+def quantiles(value: float, replicates: numpy.ndarray, n: int) -> Interval:
     """Step 3: the interval of a number from n queries, and from what the draws made of it."""
     below = (numpy.mean(replicates < value) + numpy.mean(replicates <= value)) / 2
     edge = 1 / (len(replicates) + 1)
     bias = 2 * NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
-    tail = math.sqrt(n / (n - 1)) * students_t((1 + level) / 2, n - 1)
+    tail = math.sqrt(n / (n - 1)) * students_t((1 + LEVEL) / 2, n - 1)
     low, high = numpy.quantile(replicates, [NORMAL.cdf(bias - tail), NORMAL.cdf(bias + tail)]).tolist()
     return low, high
 

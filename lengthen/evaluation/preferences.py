@@ -90,9 +90,9 @@ def preferences(records: Sequence[dict], pairs: Sequence[tuple[dict, dict]], ask
     Only pairs judged in both orders count: a judge that always takes the first answer then gives each run one half.
     """
     by_judge: dict[str, dict] = {name: {} for name in asked}
-    ids = {answer["id"] for answer, _ in pairs}
+    hashes = {a["id"]: hash_of(a["query"], a["response"], b["response"]) for a, b in pairs}
     for r in records:
-        if r["parent_id"] in ids:
+        if hashes.get(r["parent_id"]) == r["answer_hash"]:  # else it is about earlier texts
             by_judge.setdefault(r["judge"], {})[r["parent_id"], r["order"]] = r
     judges: dict[str, dict] = {}
     outcomes: dict[str, dict[str, str]] = {}  # judge -> {pair: "a", "b" or "tie"}

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lengthen.models import flash_hopper
+from lengthen.models.upload import upload
 
 QUERIES = 1024  # of a sample at a time where scores or masks are held
 
@@ -56,7 +57,7 @@ class Bounds(NamedTuple):
     def make(cls, counts: list[int], totals: list[int], device: torch.device) -> "Bounds":
         """counts: new tokens of each text; totals: keys of each, the new ones included."""
         queries, keys = ([0, *accumulate(lengths)] for lengths in (counts, totals))
-        cu_queries, cu_keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (queries, keys))
+        cu_queries, cu_keys = (upload(ends, torch.int32, device) for ends in (queries, keys))
         return cls(queries, keys, Varlen(cu_queries, cu_keys, max(counts), max(totals)))
 
 

@@ -23,6 +23,7 @@ import transformers
 
 import kernels
 from lengthen import cli
+from lengthen.jobs import read_sidecar
 from lengthen.models import lora
 from lengthen.models.chat import Chat
 from lengthen.models.errors import explained, first_line
@@ -97,8 +98,6 @@ def load_model(
             if type(module).__name__ == "Linear4bit":
                 module.support_avx512bf16_for_cpu = False
     model = model.eval().requires_grad_(False)
-    if target.type not in ("cuda", "cpu"):
-        model = model.to(target)
     _drop_generation_config(model, chat.eos_ids)
     context, context_why = context_length(config, tokenizer)
     text_config = config.get_text_config()
@@ -256,12 +255,10 @@ def memory_of(device: torch.device) -> float:
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     """--dtype on such a device -> (dtype of the weights, why)."""
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype} is not known", f"--dtype auto, {', '.join(DTYPES)}")
         return DTYPES[dtype], "as asked for"
     if device.type == "cpu":
         return torch.float32, "the default on a CPU"
-    return torch.bfloat16, f"the default on {device.type}"
+    return torch.bfloat16, "the default on cuda"
 
 
 def choose_quantize(
@@ -276,18 +273,16 @@ def choose_quantize(
                 "take the unquantised model, and --quantize nf4 for 4-bit weights",
             )
         chosen, why = "nf4", "as its files are"
-    elif quantize == "auto":
-        small = device.type == "cuda" and memory < NF4_BELOW
-        chosen, why = ("nf4", f"the GPU has less than {NF4_BELOW / 1e9:.0f} GB") if small else ("none", "memory allows")
-        if device.type != "cuda":
-            why = f"the default on {device.type}"
-    elif quantize in ("none", "nf4"):
-        chosen, why = (
-            quantize,
-            "as asked for" + (", slow on a CPU" if quantize == "nf4" and device.type == "cpu" else ""),
-        )
+    elif quantize != "auto":
+        assert quantize in ("none", "nf4"), quantize
+        slow = quantize == "nf4" and device.type == "cpu"
+        chosen, why = quantize, "as asked for" + (", slow on a CPU" if slow else "")
+    elif device.type == "cpu":
+        chosen, why = "none", "the default on cpu"
+    elif memory < NF4_BELOW:
+        chosen, why = "nf4", f"the GPU has less than {NF4_BELOW / 1e9:.0f} GB"
     else:
-        raise UserError(f"--quantize {quantize} is not known", "--quantize auto, none or nf4")
+        chosen, why = "none", "memory allows"
     if chosen == "nf4":
         for package in ("bitsandbytes", "accelerate"):
             if importlib.util.find_spec(package) is None:
@@ -416,7 +411,7 @@ def context_length(
 
 
 def _apply(adapter: str, model: transformers.PreTrainedModel, quantize: str) -> list[str]:
-    trained_on = lora.adapter_meta(adapter).get("quantize", quantize)
+    trained_on = read_sidecar(adapter).get("quantize", quantize)
     if quantize == "nf4":
         lora.attach_adapter(model, adapter)
         notes = [f"adapter: {adapter}, as LoRA layers over the nf4 weights"]

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from lengthen.jobs import read_sidecar
 from lengthen.records import UserError, replace_file
 
-WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "meta.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 # Fields of adapter_config.json that we obey, or that say nothing about the arithmetic. `exclude_modules`,
@@ -39,6 +40,11 @@ UNDERSTOOD = {
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer and its low-rank update. x: [..., in] -> [..., out], in the dtype of x.
 
@@ -48,7 +54,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         self.base, self.rank, self.alpha, self.dropout, self.rslora = base, rank, alpha, dropout, rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scale = scale_of(rank, alpha, rslora)
         self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=base.weight.device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
@@ -75,10 +81,6 @@ class LoraLinear(nn.Module):
         z = nn.functional.linear(z, self.A.to(x.dtype)).flatten(0, -2)  # [T, rank]
         # One GEMM that adds to y while it writes: no [T, out] temporary for the update.
         return torch.addmm(y.flatten(0, -2), z, self.B.to(x.dtype).t(), alpha=self.scale).view_as(y)
-
-    def update(self) -> torch.Tensor:
-        """What LoRA adds to the weight, fp32 [out, in]."""
-        return self.scale * (self.B.detach().float() @ self.A.detach().float())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -304,14 +306,6 @@ def _check_config(folder: Path, config: dict) -> None:
             )
 
 
-def adapter_meta(folder: str | Path) -> dict:
-    """The sidecar of an adapter that train.py wrote (base, base_hash, quantize, ...); {} for anyone else's."""
-    try:
-        return json.loads((Path(folder) / META).read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return {}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Adapter -> model
 
@@ -340,7 +334,7 @@ def _matched(model: Any, folder: str | Path) -> tuple[dict, dict, dict[str, nn.L
         ours, theirs = (linears[name].out_features, linears[name].in_features), (B.shape[0], A.shape[1])
         if ours != theirs:
             raise UserError(f"the adapter {folder} is for another model: {name} is {theirs} there, {ours} here", hint)
-    trained_on, here = adapter_meta(folder).get("base_hash", ""), base_hash(model)
+    trained_on, here = read_sidecar(folder).get("base_hash", ""), base_hash(model)  # only train.py writes one
     if trained_on and here and trained_on != here:
         raise UserError(f"the adapter {folder} was trained on another model of the same shape", hint)
     return config, tensors, linears
@@ -391,7 +385,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, sign: int = 1) -> None:
     The sum becomes a new parameter: a weight that two layers share, or that a file maps into memory, stays as it was.
     """
     config, tensors, linears = _matched(model, folder)
-    scale = sign * _scale(config)
+    scale = sign * scale_of(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
     for name, (A, B) in tensors.items():
         old = linears[name].weight
         if type(old) is not nn.Parameter:
@@ -421,7 +415,3 @@ def without_adapter(model: nn.Module, folder: str | Path) -> Iterator[None]:
             merge_adapter(model, folder)
         for name, layer in layers.items():
             _wrap(model, name, layer)
-
-
-def _scale(config: dict) -> float:
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])

@@ -107,9 +107,7 @@ def make_batch(
         batch.spread, batch.gather = ints(spread, torch.int64), ints(gather, torch.int64)
     if prefill:
         totals = [start + count for _, start, count in prefill]
-        bounds = Bounds.make([count for _, _, count in prefill], totals, torch.device("cpu"))
-        varlen = bounds.varlen._replace(cu_queries=ints(bounds.queries), cu_keys=ints(bounds.keys))
-        batch.bounds = bounds._replace(varlen=varlen)
+        batch.bounds = Bounds.make([count for _, _, count in prefill], totals, device)
         # fp8: each token sees its own key rounded, as the text's later tokens will, however the prompt was cut.
         fp8 = next(iter(layers.values())).key_scales is not None
         if fp8 or any(start for _, start, _ in prefill):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lengthen.models.cards import physical_memory
-from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.families import is_known
 from lengthen.sampling.batch import Batch, Rule
 from lengthen.sampling.layouts import Product, lay_out, layout_of
 
@@ -122,10 +122,8 @@ def scale_of(norm: Any) -> Tensor:
 
 def known(layer: nn.Module) -> bool:
     """Whether `Layer` can stand in for it: of a known kind, and nobody has put other modules inside (LoRA, 4 bits)."""
-    if type(layer).__name__ not in REBUILT_LAYERS:
-        return False
-    inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
-    return len(inside) == 7 and all(type(module) is nn.Linear for module in inside.values())
+    inside = (module for name, module in layer.named_modules() if name.endswith("_proj"))
+    return is_known(layer) and all(type(module) is nn.Linear for module in inside)
 
 
 def forwards(model: nn.Module, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:

@@ -23,7 +23,7 @@ as everywhere; draws do not.)
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS
 from lengthen.sampling.memory import kv_room, make_caches
 from lengthen.sampling.meter import Meter, Progress, weight_bytes
-from lengthen.sampling.request import Request, Sample
+from lengthen.sampling.request import ROWS, Pairs, Request, Sample
 from lengthen.sampling.scheduler import Row, Scheduler, Step
 from lengthen.sampling.scores import Scores
 from lengthen.sampling.stopping import Stopping
@@ -78,8 +78,7 @@ class Sampler:
         self.hook = Hook(model)
         self.notes += self.hook.notes
         self.device, cuda = self.hook.device, self.hook.device.type == "cuda"
-        # A CPU is busy with 48 rows; a GPU reads the weights for any number, until the pages run out.
-        max_rows = max_rows or (256 if cuda else 48)
+        max_rows = max_rows or ROWS[self.device.type]
         chunk, page_tokens = prefill_tokens or (8192 if cuda else 512), page_tokens or (256 if cuda else 64)
         config = model.config.get_text_config()  # of multimodal models the part that writes
         self.eos_ids = {i for i in eos_ids if i < config.vocab_size}
@@ -103,17 +102,16 @@ class Sampler:
             self.notes.append(f"context held at {self.context} tokens: the KV memory has no room for more")
 
         # 2) who is next, what is drawn, where a text ends
-        special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.stopping = Stopping(tokenizer, self.eos_ids)
         self.scheduler = Scheduler(
             *(self.cache, prefixes),
             context=self.context,
             max_rows=max_rows,
             prefill_tokens=chunk,
-            special=special,
+            special=self.stopping.special,
             drafts=COSTS.get(self.device.type, COSTS["cpu"]) if lookup else None,
         )
         self.drawer = Drawer(max_rows, unknown, self.eos_ids, self.device)
-        self.stopping = Stopping(tokenizer, self.eos_ids)
         self.graphs: DecodeGraphs | None = None
         if isinstance(self.cache, BlockTableCache):
             size = {"rows": max_rows, "context": self.context}
@@ -164,12 +162,10 @@ class Sampler:
 
     def add(self, request: Request) -> None:
         """Queues a request; also while `run` is being read. One that cannot be run comes back with finish "error"."""
-        tokens = len(request.prompt_ids)
-        if 0 < tokens < self.context:
-            self.scheduler.add(request)
-        else:
-            why = f"the prompt has {tokens} tokens, the context {self.context}" if tokens else "the prompt is empty"
+        if why := request.misfit(self.context):
             self.finished.append(Sample(request, "", [], "error", why))
+        else:
+            self.scheduler.add(request)
 
     def run(self) -> Iterator[Sample]:
         """Yields each sample as it finishes; ends when nothing is queued or running.
@@ -188,7 +184,7 @@ class Sampler:
         if interrupted:
             raise KeyboardInterrupt
 
-    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    def logprobs(self, pairs: Pairs) -> list[Tensor]:
         """Natural log-probabilities of given continuations under the model, without penalty or temperature.
 
         pairs: (prompt ids, continuation ids). Returns one fp32 tensor [len(continuation)] on the CPU per pair. Pairs
@@ -201,18 +197,13 @@ class Sampler:
 
     def progress(self) -> Progress:
         """Where it stands."""
-        done, rate = int(self.stats["samples"]), self.meter.tokens_per_second
-        running, queued = len(self.scheduler.rows), len(self.scheduler.queue)
         return Progress(
-            finished=done,
-            total=done + running + queued,
-            tokens_per_second=rate,
+            tokens_per_second=self.meter.tokens_per_second,
             roofline=self.meter.roofline(self.device),
-            rows=running,
+            rows=len(self.scheduler.rows),
             kv=1 - len(self.cache.free) / self.cache.num_pages,
             preemptions=int(self.stats["preemptions"]),
             accepted=self.stats["accepted_tokens"] / max(1, self.stats["steps"]),
-            seconds_left=self.scheduler.remaining() / rate if rate else -1.0,
         )
 
     # -- a step

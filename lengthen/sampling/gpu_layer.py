@@ -25,6 +25,7 @@ in Triton's interpreter, against the model's own code (tests/test_gpu_layer.py).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from kernels.attention import Turn
 from kernels.layer_passes import rms_norm, swiglu
 from lengthen.models.cards import out_of_memory
-from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.families import is_known
 from lengthen.models.lora import LoraLinear
 from lengthen.sampling.attend_gpu import TableBatch
 from lengthen.sampling.batch import Rule
@@ -142,37 +143,13 @@ class Layer:
         return x
 
 
-class Norm:
-    """Stands in for the RMSNorm after the last layer."""
-
-    def __init__(self, norm: Any):
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def known(layer: nn.Module) -> bool:
-    """Whether `Layer` can stand in for it: of a known kind, and nothing inside that it does not call or know."""
-    inside = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
-    kinds = {type(m.base if isinstance(m, LoraLinear) else m).__name__ for m in inside.values()}
-    return (
-        type(layer).__name__ in REBUILT_LAYERS
-        and len(inside) == 7
-        and kinds <= {"Linear", "Linear4bit"}
-        # What others have replaced, or listen to, stays.
-        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
-    )
-
-
 @torch.no_grad()
 def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Callable]]:
     """Modules and what stands in for their forward. windows: the sliding window of each layer, 0 = none."""
     text = model.config.get_text_config()
     if getattr(text, "hidden_act", "silu") not in ("silu", "swish"):
         return []
-    layers: list[Any] = [module for module in model.modules() if known(module)]
+    layers: list[Any] = [module for module in model.modules() if is_known(module)]
     try:
         replaced: list[tuple[nn.Module, Callable]] = [(m, Layer(m, windows[m.self_attn.layer_idx])) for m in layers]
     except (AttributeError, ValueError):  # a model's own code, whose classes only have the names
@@ -180,5 +157,5 @@ def forwards(model: Any, windows: dict[int, int]) -> list[tuple[nn.Module, Calla
     norm: Any = getattr(model.get_decoder(), "norm", None)
     listened = norm is not None and (norm._forward_hooks or norm._forward_pre_hooks)
     if len(layers) == text.num_hidden_layers and hasattr(norm, "variance_epsilon") and not listened:
-        replaced.append((norm, Norm(norm)))
+        replaced.append((norm, partial(rms_norm, weight=norm.weight, eps=norm.variance_epsilon)))
     return replaced

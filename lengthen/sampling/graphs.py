@@ -8,7 +8,7 @@ bookkeeping for the next one) is captured once per batch size and replayed:
    end, seed and sampling parameters; the block tables; which ids the penalty applies to, as a mask per row.
 2. A step advances them itself: the drawn token becomes the next input, positions and lengths grow by one, the id joins
    the mask, the slot of the next key follows from the block table. Pages for all steps of a burst are taken beforehand.
-3. After a burst of `steps` replays the host reads [steps, rows] token ids at once and cuts each text where it ends. A
+3. After a burst of STEPS replays the host reads [STEPS, rows] token ids at once and cuts each text where it ends. A
    row whose text ended in the middle has gone on harmlessly; one that reached its limit has stood still.
    The next burst is launched before the tokens of this one are looked at: the device works while the host decodes text
    and looks for stop strings. Rows that turn out to have ended go on once more for nothing, then stand still.
@@ -97,9 +97,8 @@ class DecodeGraphs:
         unknown: Tensor,
         eos_ids: set[int],
         notes: list[str],
-        steps: int = STEPS,
     ):
-        self.hook, self.cache, self.rows, self.steps = hook, cache, rows, steps
+        self.hook, self.cache, self.rows = hook, cache, rows
         self.device = cache.device
         self.width = hook.model.config.get_text_config().vocab_size  # of the logits
         self.draws = max(rows, DRAWS)  # of a step
@@ -109,7 +108,7 @@ class DecodeGraphs:
         self.floats = new(3, self.draws)  # temperature, top_p, penalty
         self.table = new(rows, cache.pages_for(context), dtype=torch.int32)
         self.seen = new(rows + 1, self.width, dtype=torch.bool)  # the last is that of rows in excess
-        self.out, self.step = new(steps, self.draws, dtype=torch.long), new(1, dtype=torch.long)
+        self.out, self.step = new(STEPS, self.draws, dtype=torch.long), new(1, dtype=torch.long)
         self.every = torch.arange(self.draws, device=self.device)
         kinds = torch.zeros(self.width, dtype=torch.uint8)
         kinds[torch.tensor(sorted(eos_ids), dtype=torch.long)], kinds[unknown.cpu()] = END, NEVER
@@ -261,7 +260,7 @@ class DecodeGraphs:
     def _reserve(self, rows: Sequence[Row], ahead: int) -> int:
         """Gives the rows pages for a burst that begins `ahead` tokens after their ids; returns its steps, fewer than
         usual where pages or texts come to an end."""
-        steps = max(0, min(self.steps, max(row.limit - len(row.ids) - ahead for row in rows)))
+        steps = max(0, min(STEPS, max(row.limit - len(row.ids) - ahead for row in rows)))
 
         def missing() -> list[int]:
             ends = [min(len(row.ids) + ahead + steps - 1, row.limit - 1) for row in rows]

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lengthen.models.cards import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
-from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.families import PLAIN_LAYERS, REBUILT_LAYERS
 from lengthen.models.flash import dense
 from lengthen.records import UserError
 from lengthen.sampling import cache as caches
@@ -35,7 +35,6 @@ from lengthen.sampling.batch import Batch, Rule
 from lengthen.sampling.cache import LayerShape, make_cache
 
 NAME = "lengthen_paged"  # key in transformers' registry
-PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # layer types that can be carried
 PROBE, SPLIT = 8, 5  # tokens of the probe; of its prefill chunk, the others are decoded
 # The largest difference of the probe's logits, as a share of the largest logit.
 BOUNDS, BOUND_16_BITS = {torch.float32: 1e-3, torch.float64: 1e-6}, 8e-2

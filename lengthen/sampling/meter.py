@@ -74,15 +74,12 @@ class Meter:
 class Progress:
     """Where a sampler stands. `str()` of it is short enough for a progress line, which has its own time left."""
 
-    finished: int
-    total: int  # finished, running and queued
     tokens_per_second: float
     roofline: float  # share of the memory's bandwidth, 0 to 1
     rows: int
     kv: float  # share of the pages in use
     preemptions: int
     accepted: float  # accepted draft tokens, a step
-    seconds_left: float  # of what is queued and running, by expected lengths; -1 = not known yet
 
     def __str__(self) -> str:
         parts = [f"{self.tokens_per_second:.0f} tokens/s ({self.roofline:.0%} of the memory's speed)"]

@@ -1,7 +1,12 @@
 """What the sampler is asked for, and what it gives back. No torch here."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+
+from lengthen.errors import UserError
+
+ROWS = {"cpu": 48, "cuda": 256}  # texts at once: a GPU reads the weights for any number, until the pages run out
+Pairs = Sequence[tuple[list[int], list[int]]]  # (prompt ids, continuation ids), to be scored
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,13 @@ class Request:
     penalty_from: int = 0  # prompt ids from this index on count for the repetition penalty; output ids always do
     expected_tokens: int = 0  # a guess of the output's length: orders the queue, holds room; 0 = like those finished
 
+    def misfit(self, context: int) -> str:
+        """Why it cannot be run in a context of so many tokens, "" = it can."""
+        tokens = len(self.prompt_ids)
+        if not tokens:
+            return "the prompt is empty"
+        return "" if tokens < context else f"the prompt has {tokens} tokens, the context {context}"
+
 
 @dataclass
 class Sample:
@@ -52,3 +64,10 @@ class Sample:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+def check_fits(pairs: Pairs, context: int) -> None:
+    """Raises UserError for a pair that exceeds a context of so many tokens."""
+    for prompt, continuation in pairs:
+        if (total := len(prompt) + len(continuation)) > context:
+            raise UserError(f"{total} tokens do not fit the context of {context}")

@@ -52,6 +52,20 @@ class Row:
     draft: list[int] = field(default_factory=list)  # guessed tokens that the step in progress computes too
     lookup: Lookup | None = None
 
+    @classmethod
+    def of(cls, request: Request, order: int, context: int, special: Mapping[str, int]) -> "Row":
+        """Before its first token. context: most tokens of a text. special: ids of special tokens by their text."""
+        prompt, sampling = request.prompt_ids, request.sampling
+        return cls(
+            request,
+            order,
+            list(prompt),
+            limit=min(context, len(prompt) + sampling.max_new_tokens),
+            stop_ids={special[s] for s in sampling.stop if s in special},
+            stop_texts=[s for s in sampling.stop if s not in special],
+            distinct=set(prompt[request.penalty_from :]),
+        )
+
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
@@ -115,30 +129,6 @@ class Waiting(NamedTuple):
     waiting: Request | Row
 
 
-class Queue:
-    """A heap of what waits, with the sums that the estimate of the time left needs."""
-
-    def __init__(self) -> None:
-        self.heap: list[Waiting] = []
-        self.tokens = self.unknown = 0  # sum of the expected tokens; how many requests have no expectation
-
-    def __len__(self) -> int:
-        return len(self.heap)
-
-    def push(self, entry: Waiting) -> None:
-        heapq.heappush(self.heap, entry)
-        self._count(entry, 1)
-
-    def pop(self) -> Waiting:
-        entry = heapq.heappop(self.heap)
-        self._count(entry, -1)
-        return entry
-
-    def _count(self, entry: Waiting, sign: int) -> None:
-        self.tokens -= sign * entry.rank
-        self.unknown += sign * (not entry.rank)
-
-
 class Lengths:
     """What finished texts say about how long the others will become."""
 
@@ -186,7 +176,8 @@ class Scheduler:
     ):
         self.pool, self.prefixes, self.context, self.prefill_tokens = pool, prefixes, context, prefill_tokens
         self.special, self.drafts = special or {}, drafts
-        self.queue, self.lengths, self.added = Queue(), Lengths(), 0  # added: requests so far, their order
+        self.queue: list[Waiting] = []  # a heap
+        self.lengths, self.added = Lengths(), 0  # added: requests so far, their order
         self.rows: list[Row] = []  # in the order of their admission, oldest first
         self.slots = list(range(max_rows))  # those that are free
         self.stats: dict[str, float] = dict.fromkeys(
@@ -197,7 +188,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request whose prompt fits the context."""
-        self.queue.push(Waiting(1, -request.expected_tokens, self.added, request))
+        heapq.heappush(self.queue, Waiting(1, -request.expected_tokens, self.added, request))
         self.added += 1  # ties of the queue go by order
 
     def schedule(self, busy: Sequence[Row] = ()) -> Step:
@@ -249,13 +240,6 @@ class Scheduler:
         self.stats["samples"] += 1
         self.lengths.learn(row.request, row.written)
 
-    def remaining(self) -> float:
-        """Tokens likely to be written still, of all that wait and run."""
-        lengths = self.lengths
-        waiting = self.queue.tokens * lengths.mean_excess + self.queue.unknown * lengths.mean_output
-        running = (min(lengths.remaining(row.request, row.written), row.limit - len(row.ids)) for row in self.rows)
-        return waiting + sum(running)
-
     # -- rows and pages
 
     def grow(self, row: Row, tokens: int) -> bool:
@@ -276,7 +260,7 @@ class Scheduler:
     def preempt(self, row: Row) -> None:
         """Back to the queue, with its tokens and without its pages."""
         self._release(row)
-        self.queue.push(Waiting(0, -row.request.expected_tokens, row.order, row))
+        heapq.heappush(self.queue, Waiting(0, -row.request.expected_tokens, row.order, row))
         self.stats["preemptions"] += 1
 
     def back_off(self) -> str:
@@ -307,28 +291,18 @@ class Scheduler:
         # Optimistic: by expected lengths. Reserving the longest possible ones would leave most pages empty.
         reserved = sum(map(self._expected_pages, self.rows))
         while self.queue and self.slots:
-            entry = self.queue.pop()
-            row = entry.waiting if isinstance(entry.waiting, Row) else self._start(entry.waiting, entry.order)
+            entry = heapq.heappop(self.queue)
+            row = entry.waiting
+            if isinstance(row, Request):
+                row = Row.of(row, entry.order, self.context, self.special)
             needed = self._expected_pages(row)  # all of them: it has none
             # With no row running the next is admitted whatever it needs: a single text always fits.
             if self.rows and needed + reserved > len(self.pool.free):
-                self.queue.push(entry)  # it stays the next: nobody overtakes it, however short
+                heapq.heappush(self.queue, entry)  # it stays the next: nobody overtakes it, however short
                 break
             reserved += needed
             self.rows.append(row)  # the youngest from now on
             row.slot = self.slots.pop()
-
-    def _start(self, request: Request, order: int) -> Row:
-        prompt, sampling = request.prompt_ids, request.sampling
-        return Row(
-            request,
-            order,
-            list(prompt),
-            limit=min(self.context, len(prompt) + sampling.max_new_tokens),
-            stop_ids={self.special[s] for s in sampling.stop if s in self.special},
-            stop_texts=[s for s in sampling.stop if s not in self.special],
-            distinct=set(prompt[request.penalty_from :]),
-        )
 
     def _expected_pages(self, row: Row) -> int:
         """Pages a text is likely to take still."""

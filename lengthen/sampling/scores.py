@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from kernels.linear_cross_entropy import Head, LossStats, linear_cross_entropy
-from lengthen.records import UserError
-from lengthen.sampling.request import Request
+from lengthen.sampling.request import Pairs, Request, check_fits
 from lengthen.sampling.scheduler import Row, Scheduler, Step
 
 LOGIT_BYTES = 2**28  # of the fp32 logits of a pass, where the loss kernel does not know the head
 
-Pairs = Sequence[tuple[list[int], list[int]]]  # (prompt ids, continuation ids)
 # What is computed -> the pairs that read from it: those that differ in their last token only (a judge's yes and no)
 # read from one pass over the tokens before it.
 Readers = dict[tuple[int, ...], list[int]]
@@ -34,12 +32,10 @@ class Scores:
 
         Takes pages for its texts, which may preempt running rows. Raises UserError for what exceeds the context.
         """
+        check_fits(pairs, self.scheduler.context)
         readers: Readers = {}
         for i, (prompt, continuation) in enumerate(pairs):
             assert prompt, "a continuation needs a prompt"
-            if len(prompt) + len(continuation) > self.scheduler.context:
-                total = len(prompt) + len(continuation)
-                raise UserError(f"{total} tokens do not fit the context of {self.scheduler.context}")
             readers.setdefault(tuple(prompt + continuation)[:-1], []).append(i)
         budget = self.scheduler.prefill_tokens  # tokens of a pass
         if self.head is None:
@@ -66,7 +62,7 @@ class Scores:
             if not groups or tokens > budget or pages > pool.num_pages:
                 groups.append([])
                 tokens, pages = len(text), pool.pages_for(len(text))
-            groups[-1].append(Row(Request(None, list(text), 0), 0, list(text), 0, set(), [], set()))
+            groups[-1].append(Row.of(Request(None, list(text), 0), 0, self.scheduler.context, {}))
         return groups
 
     def _pass(self, step: Step, readers: Readers, pairs: Pairs, out: list[Tensor], forward: Forward) -> None:
@@ -94,7 +90,6 @@ class Scores:
         """Log-probabilities fp32 [n] of the tokens int64 [n]."""
         if self.head is None:
             return scored.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # [n, V] -> [n]
-        options = self.head._asdict()
-        _, stats = linear_cross_entropy(scored, targets=tokens, reduction="sum", return_stats=True, **options)
+        _, stats = linear_cross_entropy(scored, targets=tokens, return_stats=True, **self.head._asdict())
         assert isinstance(stats, LossStats)
         return stats.logprob

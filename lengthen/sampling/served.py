@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lengthen.endpoint import Call, Failure, Servers, Unanswered
 from lengthen.records import UserError, fingerprint
-from lengthen.sampling.request import Request, Sample
+from lengthen.sampling.request import Pairs, Request, Sample, check_fits
 from lengthen.sampling.scheduler import Row
 from lengthen.sampling.stopping import Stopping
 
@@ -50,7 +50,6 @@ class Served:
     ):
         self.tokenizer, self.eos_ids, self.context, self.kind = tokenizer, set(eos_ids), 0, ""
         self.stopping = Stopping(tokenizer, self.eos_ids)
-        self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.adapter, self.paths = adapter, paths
         # Never one name for two adapters. `lora` is empty while the base model is asked.
         self.lora = self.name = f"lengthen-{fingerprint(adapter)}" if adapter else ""
@@ -90,9 +89,8 @@ class Served:
 
     def add(self, request: Request) -> None:
         """Queues a request; also while `run` is being read. One that cannot be run comes back with finish "error"."""
-        tokens, sampling = len(request.prompt_ids), request.sampling
-        if not 0 < tokens < self.context:
-            why = f"the prompt has {tokens} tokens, the context {self.context}" if tokens else "the prompt is empty"
+        sampling = request.sampling
+        if why := request.misfit(self.context):
             self.rejected.append(Sample(request, "", [], "error", why))
             return
         needs = {"seeds"} if sampling.temperature else set()
@@ -130,20 +128,11 @@ class Served:
         return f"{rate:.0f} tok/s, {running} texts on {up} of {len(servers)} servers{again}"
 
     async def _complete(self, call: Call, request: Request) -> Sample:
-        prompt, sampling = request.prompt_ids, request.sampling
-        row = Row(
-            request,
-            0,
-            list(prompt),
-            limit=min(self.context, len(prompt) + sampling.max_new_tokens),
-            stop_ids={self.special[s] for s in sampling.stop if s in self.special},
-            stop_texts=[s for s in sampling.stop if s not in self.special],
-            distinct=set(),
-        )
+        sampling, row = request.sampling, Row.of(request, 0, self.context, self.stopping.special)
         own = bool(request.penalty_from) and sampling.repetition_penalty != 1  # a scope that only our processor has
         scope = {"penalty": sampling.repetition_penalty, "penalty_from": request.penalty_from}
         body = {
-            "max_tokens": row.limit - len(prompt),
+            "max_tokens": row.limit - row.prompt_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": request.seed & 0x7FFFFFFFFFFFFFFF,
@@ -196,14 +185,11 @@ class Served:
 
     # -- log-probabilities
 
-    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> "list[Tensor]":
+    def logprobs(self, pairs: Pairs) -> "list[Tensor]":
         """As the Sampler's: one fp32 tensor [len(continuation)] of nats per pair, without penalty or temperature."""
         import torch
 
-        for prompt, continuation in pairs:
-            if len(prompt) + len(continuation) > self.context:
-                total = len(prompt) + len(continuation)
-                raise UserError(f"{total} tokens do not fit the context of {self.context}")
+        check_fits(pairs, self.context)
         # Single tokens after the same prompt (a judge's yes and no) are one request, which scores nothing else.
         single: dict[tuple[int, ...], list[int]] = {}
         for prompt, continuation in pairs:

@@ -11,10 +11,14 @@ HALF = "\ufffd"  # what an incomplete character decodes to
 
 
 class Stopping:
-    """Looks at the newest token of a row. `eos_ids` end any text; a row has its own stop strings."""
+    """Looks at the newest token of a row. `eos_ids` end any text; a row has its own stop strings.
+
+    `special`: ids of the tokenizer's special tokens by their text, which `Row.of` takes.
+    """
 
     def __init__(self, tokenizer: Any, eos_ids: set[int]):
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def end_of(self, row: Row) -> tuple[str, str] | None:
         """(finish reason, text) if the row's text ends with its newest token, else None.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from lengthen.text.languages import NOTHING, TYPES, Demand, either, language
 
 TYPE_WEIGHTS = (0.40, 0.25, 0.10, 0.25)
+STEP_WEIGHTS = (0.8, 0.2)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -254,26 +255,19 @@ def length_score(words: int, type: str, min_words: int, max_words: int) -> float
 
 
 def make_demand(
-    words: int,
-    code: str,
-    rng: random.Random,
-    *,
-    low: int,
-    high: int,
-    steps: tuple[int, ...] = (1000, 2000),
-    step_weights: tuple[float, ...] = (0.8, 0.2),
+    words: int, code: str, rng: random.Random, *, low: int, high: int, steps: tuple[int, int]
 ) -> tuple[str, str, int, int] | None:
     """Draw a demand that an answer of `words` words meets: (constraint, type, min, max), or None outside [low, high).
 
-    Method section 5: types 40/25/10/25 %, numbers are the length rounded to a step drawn from `steps`, half of the
+    Method section 5: types 40/25/10/25 %, numbers are the length rounded to one of two steps (80/20 %), half of the
     Chinese ones in numerals. "Meets" is both literal and by `length_score`; a step too coarse for the length gives way
-    to the others ("around 4000" for 3,000 words never appears), and a type no step can serve gives way to the rest.
+    to the other ("around 4000" for 3,000 words never appears), and a type no step can serve gives way to the rest.
     """
     if not low <= words < high:
         return None
     wording = language(code).demand
     types = rng.choices(TYPES, TYPE_WEIGHTS)
-    first = rng.choices(steps, step_weights)
+    first = rng.choices(steps, STEP_WEIGHTS)
     numerals = rng.random() < 0.5
     types += [type for type in TYPES if type not in types]
     sizes = first + [step for step in steps if step not in first]

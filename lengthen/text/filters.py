@@ -69,6 +69,7 @@ class _Chatter:
         self.opening = self._compile(_phrases(one, one.chatter.openings) for one in spoken)
         self.closing = self._compile(_phrases(one, one.chatter.closings) for one in spoken)
         self.middle = self._compile(_phrases(one, one.chatter.inside) for one in spoken)
+        self.refusal = self._compile(_phrases(one, one.chatter.refusals) for one in spoken)
         self.itself = re.compile(either(line for one in spoken for line in one.chatter.itself), re.IGNORECASE)
 
     @staticmethod
@@ -140,6 +141,13 @@ def has_chatter(text: str, language: str) -> bool:
     """True when a line starts with talk about the answer, or a sentence speaks as an AI model."""
     phrases = _chatter(languages.language(language))
     return phrases.itself.search(text) is not None or any(_starts(phrases.middle, line) for line in text.split("\n"))
+
+
+def is_refusal(text: str, language: str) -> bool:
+    """True when one of the first three sentences declines the task; not what a character says, in quotes."""
+    refusal, line = _chatter(languages.language(language)).refusal, text.strip().partition("\n")[0]
+    starts = [0, *(match.end() for match in _SENTENCE.finditer(line))][:3]
+    return any(_starts(refusal, line, start) for start in starts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,13 +283,15 @@ def clean_answer(text: str, finish: str, language: str) -> tuple[str, str]:
 
     Returns:
         (the text without chatty first and last lines, reason). "" = accepted; else that of `finish_reason`, or the
-        first of "empty", "ending", "repetition" (an n-gram three times, or repeated ones over 2 % of the text),
-        "language" and "chatter" that applies.
+        first of "empty", "refusal", "ending", "repetition" (an n-gram three times, or repeated ones over 2 % of the
+        text), "language" and "chatter" that applies.
     """
     if reason := finish_reason(finish):
         return text.strip(), reason
     if not tokens(text):
         return text.strip(), "empty"
+    if is_refusal(text, language):  # before its first sentence goes as chatter
+        return text.strip(), "refusal"
     cleaned, stripped = strip_chatter(text, language)
     if not tokens(cleaned):
         return cleaned, "chatter"

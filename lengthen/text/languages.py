@@ -159,6 +159,7 @@ class Chatter:
     openings: tuple[str, ...] = key(lines, ())
     closings: tuple[str, ...] = key(lines, ())
     inside: tuple[str, ...] = key(lines, ())  # of a text: the beginning of a second answer
+    refusals: tuple[str, ...] = key(lines, ())  # how one of the first three sentences begins
     itself: tuple[str, ...] = key(lines, ())  # anywhere in a text, as regular expressions
     labels: tuple[str, ...] = key(words, ())  # before an instruction: "Task 3: ..."
     answers: tuple[str, ...] = key(words, ())  # before an answer to one: "Response: ..."

@@ -34,19 +34,19 @@ def _uniform(seed: int, key: str) -> float:
 
 
 _PRIME = (1 << 61) - 1
+SHINGLE, SIMILAR = 5, 0.6  # words of a shingle; Jaccard similarity from which texts are near-duplicates
 NUM_BANDS, BAND_ROWS = 48, 4  # a pair of Jaccard 0.6 shares no band with probability (1 - 0.6^4)^48 = 0.13 %
 
 
 class NearDuplicates:
     """Texts seen so far; `add` tells whether the next one is new.
 
-    A near-duplicate has the same words as an earlier text, or at least 0.6 Jaccard similarity of 5-shingles (of words,
-    in Chinese of characters). MinHash bands find the candidates in time linear in the number of texts, and an exact
-    comparison decides. Refused texts are not remembered.
+    A near-duplicate has the same words as an earlier text, or at least SIMILAR Jaccard similarity of shingles (of
+    words, in Chinese of characters). MinHash bands find the candidates in time linear in the number of texts, and an
+    exact comparison decides. Refused texts are not remembered.
     """
 
-    def __init__(self, threshold: float = 0.6, shingle: int = 5) -> None:
-        self.threshold, self.shingle = threshold, shingle
+    def __init__(self) -> None:
         self.seen: list[set[int]] = []
         self.buckets: dict[tuple, list[int]] = {}
         rng = random.Random(0)
@@ -55,21 +55,22 @@ class NearDuplicates:
     def add(self, text: str, language: str) -> bool:
         """Remember the text and return True, or return False when it is a near-duplicate of a remembered one."""
         words = tokens(unicodedata.normalize("NFKC", text))
-        num_shingles = max(len(words) - self.shingle + 1, 1)
-        shingles = {_hash(words[i : i + self.shingle]) for i in range(num_shingles)}
+        num_shingles = max(len(words) - SHINGLE + 1, 1)
+        shingles = {_hash(words[i : i + SHINGLE]) for i in range(num_shingles)}
         signature = [min((a * value + b) % _PRIME for value in shingles) for a, b in self.hashes]
         bands = [(i, *signature[i : i + BAND_ROWS]) for i in range(0, len(signature), BAND_ROWS)]
         candidates = {index for band in bands for index in self.buckets.get(band, ())}
-        if any(self._similar(shingles, self.seen[index]) for index in candidates):
+        if any(_similar(shingles, self.seen[index]) for index in candidates):
             return False
         for band in bands:
             self.buckets.setdefault(band, []).append(len(self.seen))
         self.seen.append(shingles)
         return True
 
-    def _similar(self, a: set[int], b: set[int]) -> bool:
-        common = len(a & b)
-        return common >= self.threshold * (len(a) + len(b) - common)
+
+def _similar(a: set[int], b: set[int]) -> bool:
+    common = len(a & b)
+    return common >= SIMILAR * (len(a) + len(b) - common)
 
 
 def _hash(words: list[str]) -> int:

@@ -123,18 +123,18 @@ def _by_library(text: str, least: float = 0.0) -> str:
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 
 
-def split_paragraphs(text: str) -> tuple[list[str], str]:
-    """Return the non-empty paragraphs and the separator that joins them again (method section 3).
+def split_paragraphs(text: str) -> list[str]:
+    """The non-empty paragraphs (method section 3).
 
-    Paragraphs end at blank lines ("\\n\\n"); where that gives two or fewer, and lines give more, lines are paragraphs
-    ("\\n"). A text of one line is one paragraph: the caller must be ready for it.
+    They end at blank lines; where that gives two or fewer, and lines give more, lines are paragraphs. A text of one
+    line is one paragraph: the caller must be ready for it.
     """
     text = text.replace("\r\n", "\n")
     blocks = [part.strip("\n") for part in _BLANK_LINES.split(text) if part.strip()]
     if len(blocks) > 2:
-        return blocks, "\n\n"
+        return blocks
     lines = [line for line in text.split("\n") if line.strip()]
-    return (lines, "\n") if len(lines) > len(blocks) else (blocks, "\n\n")
+    return lines if len(lines) > len(blocks) else blocks
 
 
 def remove_lines(draft: str, keep: float = 0.8, seed: int = 0) -> str:

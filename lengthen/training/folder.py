@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lengthen.jobs import OneWriter, check_settings, read_sidecar, versions
+from lengthen.jobs import DISCARDED, OneWriter, check_precision, check_settings, discard, read_sidecar, versions
 from lengthen.reading import numbered_lines
 from lengthen.records import Appender, UserError, replace_file
 from lengthen.training.pairs import NAME as PAIRS
@@ -68,11 +68,8 @@ class TrainingFolder(OneWriter):
         return self
 
     def _open(self) -> None:
-        if self.overwrite:
-            # The sidecar goes last: killed in between, the folder still says whose files these are.
-            for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN, "meta.json"):
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if self.overwrite or read_sidecar(self.folder).get("status") == DISCARDED:
+            discard(self.folder, (self.folder / name for name in (*FILES, NEWEST, PREVIOUS, HALF_WRITTEN)))
         self.meta = read_sidecar(self.folder)
         if self.meta:
             check_settings(self.meta, self.settings, self.folder)
@@ -100,9 +97,12 @@ class TrainingFolder(OneWriter):
                 self.lock.release()
 
     def save_meta(self, status: str, **facts: Any) -> None:
-        """Replace the sidecar; `facts` stay in it."""
+        """Replace the sidecar; `facts` stay in it. UserError where a checkpoint was trained in another precision."""
         if not self.writes:
             return
+        if "quantize" in facts and (self.folder / NEWEST).exists():
+            before, now = (some.get("info", {}) | {"quantize": some.get("quantize")} for some in (self.meta, facts))
+            check_precision(self.folder, before, now)
         self.meta.update(facts, stage="train", status=status, settings=self.settings, versions=versions())
         self.meta["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 2)
         replace_file(self.folder / "meta.json", json.dumps(self.meta, ensure_ascii=False, indent=1) + "\n")

@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
 from lengthen.models.cards import out_of_memory
 from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
-from lengthen.models.families import REBUILT_LAYERS
+from lengthen.models.families import REBUILT_LAYERS, has_known_linears, is_untouched
 from lengthen.models.flash import attend_backward, attend_saving_lse, unserved
 from lengthen.models.lora import LoraLinear
 from lengthen.training import packed
@@ -364,9 +364,7 @@ def stands_against(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     text = model.config.get_text_config()
     if getattr(text, "hidden_act", "silu") not in ("silu", "swish") or getattr(text, "attention_dropout", False):
         return "its activation is not SiLU, or its attention has dropout"
-    if device.type == "cuda":
-        return unserved(layers[0].self_attn.head_dim, dtype, device)
-    return "" if device.type == "cpu" else f"no attention with its log-sum-exp on {device.type}"
+    return unserved(layers[0].self_attn.head_dim, dtype, device) if device.type == "cuda" else ""
 
 
 def _prevented(model: Any, layers: list[Any]) -> str:
@@ -377,16 +375,15 @@ def _prevented(model: Any, layers: list[Any]) -> str:
     if why := stands_against(model, model.device, model.get_input_embeddings().weight.dtype):
         return why
     for layer in layers:
-        inside = dict(layer.named_modules())
-        if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in inside.values()):
+        if not is_untouched(layer):
             return "somebody has changed a module inside a layer"
-        bases = [m.base if isinstance(m, LoraLinear) else m for n, m in inside.items() if n.endswith("_proj")]
-        if len(bases) != 7 or not {type(m).__name__ for m in bases} <= {"Linear", "Linear4bit"}:
+        if not has_known_linears(layer):
             return "its linear layers are of another kind"
-        matrices = {id(p) for m in inside.values() if isinstance(m, LoraLinear) for p in (m.A, m.B)}
+        loras = [m for m in layer.modules() if isinstance(m, LoraLinear)]
+        matrices = {id(p) for m in loras for p in (m.A, m.B)}
         if any(p.requires_grad and id(p) not in matrices for p in layer.parameters()):
             return "more than LoRA is trained in it"
-        if len({m.dropout for m in inside.values() if isinstance(m, LoraLinear)}) > 1:
+        if len({m.dropout for m in loras}) > 1:
             return "its LoRA layers differ in their dropout"
     return ""
 

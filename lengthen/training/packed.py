@@ -19,12 +19,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.linear_cross_entropy import Head, plain_head
+from lengthen.models.families import PLAIN_LAYERS
 from lengthen.models.flash import dense, flash_autograd
 from lengthen.models.upload import upload
 from lengthen.records import UserError
 
 NAME = "lengthen_packed"
-WITHIN_SAMPLE = {"full_attention", "sliding_attention"}  # layer types whose only rules are the window and causality
 
 
 class Row(NamedTuple):
@@ -109,7 +109,6 @@ class Abilities:
 
     packs: bool  # several samples per row, exactly
     head: Head | None  # for the loss without logits; None = the model computes its own
-    token_bytes: int  # activations that a backward pass keeps, bytes per token, without recomputation
     notes: list[str] = field(default_factory=list)
 
 
@@ -141,17 +140,14 @@ def examine(model: PreTrainedModel) -> Abilities:
     if why:
         model.set_attn_implementation(own)
         notes.append(f"one sample per row through {own} attention: {why}")
-    model.train(True)
-    row = pack(samples if not why else samples[-1:], model.device)
-    token_bytes = _saved_bytes(model, decoder, row.keywords() if not why else {"input_ids": row.input_ids})
     model.train(was_training)
-    return Abilities(not why, head, token_bytes // row.input_ids.shape[1], notes)
+    return Abilities(not why, head, notes)
 
 
 def cannot_pack(model: PreTrainedModel) -> str:
     """What 48 tokens would not show: rules that begin to differ only in long rows. "" = none."""
     config = model.config.get_text_config()
-    other = set(getattr(config, "layer_types", None) or ()) - WITHIN_SAMPLE
+    other = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
     if other or getattr(config, "attention_chunk_size", None):
         return f"it attends by other rules ({', '.join(sorted(other)) or 'chunks'})"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -165,23 +161,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding; a sample that sees its neighbour is off by far more."""
     tolerance = 1e-4 if a.dtype == torch.float32 else 5e-2
     return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
-
-
-def _saved_bytes(model: PreTrainedModel, decoder: nn.Module, inputs: dict) -> int:
-    """Bytes that the backward pass of one forward pass keeps: each storage once, the model's own not."""
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}  # by identity
-    kept: dict[int, int] = {}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return x.detach()  # else an operation that keeps its own output would keep itself alive, and all before it
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = decoder(**inputs, use_cache=False).last_hidden_state  # holding it keeps the storages, and their addresses
-    del out
-    return sum(kept.values())
 
 
 def checkpointed(model: PreTrainedModel) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,19 +26,13 @@ from lengthen.training.policy import budget_of, room_of
 from lengthen.training.settings import CHECKPOINTS, MAX_LENGTH, LoraFlags, MemoryFlags, Recompute, Training
 
 
-class Outline(NamedTuple):
-    """A model as loading would make it on a device, without its weights."""
-
-    budget: Budget
-    context: int  # tokens
-    dtype: torch.dtype
-    quantize: str  # "none" or "nf4"
-
-
 def outline_of(
     flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags, adam_bits: int, device: torch.device, size: float
-) -> Outline:
-    """What a training of the model takes there. size: bytes of a GPU's memory, 0 = a CPU. UserError as loading."""
+) -> tuple[Budget, int, torch.dtype, str]:
+    """What a training of the model takes there, as loading would make it: (budget, context, dtype, "none" or "nf4").
+
+    size: bytes of a GPU's memory, 0 = a CPU. UserError as loading.
+    """
     config = load_config(flags.model, flags.trust_remote_code)
     context, _ = context_length(config, load_tokenizer(flags.model, flags.trust_remote_code))
     dtype, _ = choose_dtype(flags.dtype, device)
@@ -48,9 +42,9 @@ def outline_of(
         check_rows(flags.model, model)
     if memory.embeddings == "host":
         embeddings_to_host(model)
-    kind = {"nf4": quantize == "nf4", "cuda": device.type == "cuda"}
-    lean = not lean_layer.stands_against(model, device, dtype)
-    return Outline(budget_of(lora, memory, adam_bits, model, dtype, lean=lean, **kind), context, dtype, quantize)
+    nf4, cuda, lean = quantize == "nf4", device.type == "cuda", not lean_layer.stands_against(model, device, dtype)
+    budget = budget_of(lora, memory, adam_bits, model, dtype, nf4=nf4, cuda=cuda, lean=lean)
+    return budget, context, dtype, quantize
 
 
 def show_plan(training: Training) -> None:
@@ -64,7 +58,7 @@ def show_plan(training: Training) -> None:
     budget, context, dtype, quantize = outline_of(flags, training.lora, memory, adam_bits, device, 1e9 * memory.vram)
     room = room_of(memory, budget, device)
     tokens = training.pairs.max_length or min(MAX_LENGTH[training.pairs.role], context)
-    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU" if device.type == "cpu" else str(device)
+    where = f"a card of {memory.vram:g} GB" if cuda else "this CPU"
     weights = ("nf4, " if quantize == "nf4" else "") + str(dtype).removeprefix("torch.")
     cli.say(f"{flags.model} on {where}: rank {training.lora.rank}, {weights}, one row of {tokens:,} tokens")
 
@@ -137,10 +131,10 @@ def speeds_of(gigabytes: float) -> dict[str, float]:
     return {name: 1e12 * card.tflops for name, card in near.items() if card.tflops}
 
 
-def measured_flops(size: int = 1024) -> float:
+def measured_flops() -> float:
     """What fp32 matrix products reach on this CPU, FLOP/s."""
-    x = torch.randn(size, size)
+    x = torch.randn(1024, 1024)
     x @ x
     started = time.perf_counter()
     x @ x
-    return 2 * size**3 / (time.perf_counter() - started)
+    return 2 * 1024**3 / (time.perf_counter() - started)

@@ -120,7 +120,7 @@ def memory_of(
         nf4=nf4,
         cuda=device.type == "cuda",
         lean=bool(lean.layers),
-        token_bytes=abilities.token_bytes,
+        abilities=abilities,
     )
     room = -processes.most(-room_of(memory, budget, device), device)  # the least of all
     follow = lean.set if lean.layers else functools.partial(set_checkpointing, checkpointed(model))
@@ -137,11 +137,11 @@ def budget_of(
     nf4: bool,
     cuda: bool,
     lean: bool,
-    token_bytes: int = 0,
+    abilities: Abilities | None = None,
 ) -> Budget:
     """The sizes of the model, loaded or on the meta device, and the activations of its layers.
 
-    token_bytes: what the loaded model was seen to keep, for layers that do not run without data.
+    abilities: of a loaded model, whose activations are measured if its layers do not run without data.
     """
     host_bytes = 1e9 * memory.host_gb
     shape = shapes.shape_of(model, rank=lora.rank, targets=lora.layers, dtype=dtype, nf4=nf4, cuda=cuda)
@@ -150,10 +150,10 @@ def budget_of(
     try:
         traced = shapes.trace(model.config, rank=lora.rank, targets=lora.layers, dtype=dtype, dropout=lora.dropout)
     except UserError as error:
-        if not token_bytes:
+        if abilities is None:
             raise
         cli.say(f"{error.message}: its activations are measured instead")
-        traced = shapes.from_saved_bytes(shape, token_bytes)
+        traced = shapes.measured(shape, model, abilities)
     check_served(memory, traced)
     return Budget(shape, traced, adam_bits, host_bytes)
 

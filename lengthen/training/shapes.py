@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from lengthen.models import lora
 from lengthen.records import UserError
 from lengthen.training.budget import Linear, Shape, Traced
+from lengthen.training.packed import Abilities, pack
 
 
 def shape_of(
@@ -137,9 +138,15 @@ TRACED = "lengthen_traced"
 AttentionInterface.register(TRACED, lambda module, q, k, v, mask, **more: (_ShapesOfFlash.apply(q, k, v), None))
 
 
-def from_saved_bytes(shape: Shape, token_bytes: float) -> Traced:
-    """For a model that does not run without data: what examine() saw the loaded one keep, bytes a token."""
-    layer = Linear(0.0, token_bytes / shape.layers)
+def measured(shape: Shape, model: Any, abilities: Abilities) -> Traced:
+    """For a model that does not run without data: what the loaded one, in training mode, keeps of a row."""
+    tokens = 48  # any number: all that is kept grows with them
+    row = pack([[0] * tokens], model.device)
+    inputs = row.keywords() if abilities.packs else {"input_ids": row.input_ids}
+    with Live([*model.parameters(), *model.buffers(), *row[:3]]) as live:
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # holds what it was made from
+        layer = Linear(0.0, live.now / tokens / shape.layers)
+    del hidden
     return Traced(layer, Linear(0.0, 0.0), layer)
 
 

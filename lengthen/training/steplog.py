@@ -1,6 +1,5 @@
 """What a training says of each step: a line for people, a record of train_log.jsonl, the curve. No torch at import."""
 
-import io
 import resource
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +8,7 @@ from lengthen.training.pairs import Pair
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 
 class Step(NamedTuple):
@@ -90,12 +90,9 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def plot_loss(entries: list[dict[str, Any]], title: str) -> bytes:
-    """The loss of each step and its running mean, as a small PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot_loss(entries: list[dict[str, Any]], title: str) -> "Figure":
+    """The loss of each step and its running mean."""
+    from matplotlib.figure import Figure
 
     steps = [e["step"] for e in entries if not e["skipped"]]
     losses = [e["loss"] for e in entries if not e["skipped"]]
@@ -103,14 +100,12 @@ def plot_loss(entries: list[dict[str, Any]], title: str) -> bytes:
     if window < 5:  # few steps: an epoch, in which every pair counts once
         window = max(1, sum(e["epoch"] == 0 for e in entries))
     smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    figure, axis = plt.subplots(figsize=(6, 3.5), dpi=110)
+    figure = Figure(figsize=(6, 3.5), dpi=110)
+    axis = figure.subplots()
     axis.plot(steps, losses, color="#9ecae1", linewidth=1, label="step")
     axis.plot(steps, smooth, color="#08519c", linewidth=1.8, label=f"mean of {window}")
     axis.set(xlabel="step", ylabel="loss, nats per target token", title=title)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    plt.close(figure)
-    return image.getvalue()
+    return figure

@@ -1,25 +1,27 @@
-"""The figures of an evaluation, as PNG. matplotlib is imported only when one is drawn: it takes a second."""
+"""The figures of an evaluation. matplotlib is imported only when one is drawn: it takes a second."""
 
-import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lengthen.text import languages
 from lengthen.text.demands import full_marks
 from lengthen.text.languages import TYPES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 INK, GREY, GRID, MARKS = "#30343b", "#5b636e", "#e4e6ea", "#d9efdd"  # text, small text, lines, full marks
 
 
-def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes:
+def length_following(outputs: Sequence[dict], scores: dict, title: str) -> "Figure":
     """Written against demanded words, a panel per type of demand, full marks shaded; both axes logarithmic.
 
     outputs: "output" records, at least one with a demand; scores: what evaluate.score says of them.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file is drawn, no window: also where there is no display
-    from matplotlib import pyplot
+    # Without pyplot: no window is opened, and there is no backend to choose.
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
 
     asked = [r for r in outputs if r["length_score"] >= 0]
     lengths = [x for r in asked for x in full_marks(r["type"], r["min_words"], r["max_words"])]
@@ -27,7 +29,8 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     left, right = min(map(_demanded, asked)) / 1.4, max(map(_demanded, asked)) * 1.4
     present = sorted({r["language"] for r in asked})
     # All four panels always, an empty one too: the figures of several runs then lie side by side.
-    figure, panels = pyplot.subplots(1, 4, figsize=(13.2, 4.8), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(13.2, 4.8), dpi=150, facecolor="white", layout="constrained")
+    panels = figure.subplots(1, 4, sharex=True, sharey=True)
     for panel, type_ in zip(panels, TYPES, strict=True):
         rows = [r for r in asked if r["type"] == type_]
         _shade(panel, type_, rows, left, right)
@@ -58,17 +61,13 @@ def length_following(outputs: Sequence[dict], scores: dict, title: str) -> bytes
     dots = [(language.name, language.colour, language.colour) for language in named]
     dots += [] if all(map(_ended, asked)) else [("cut off before its end", "none", GREY)]
     handles: list[Any] = [
-        pyplot.Line2D([], [], marker="o", linestyle="", markerfacecolor=face, markeredgecolor=edge, label=name)
+        Line2D([], [], marker="o", linestyle="", markerfacecolor=face, markeredgecolor=edge, label=name)
         for name, face, edge in dots
     ]
-    handles.append(pyplot.Rectangle((0, 0), 1, 1, color=MARKS, label="full marks"))
-    handles.append(pyplot.Line2D([], [], color="#9aa3ad", linestyle="--", linewidth=0.8, label="as demanded"))
+    handles.append(Rectangle((0, 0), 1, 1, color=MARKS, label="full marks"))
+    handles.append(Line2D([], [], color="#9aa3ad", linestyle="--", linewidth=0.8, label="as demanded"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=8.5)
-
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150, facecolor="white")
-    pyplot.close(figure)
-    return image.getvalue()
+    return figure
 
 
 def _ended(row: dict) -> bool:
