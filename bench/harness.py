@@ -37,6 +37,7 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUOTED = re.compile(r"(<!-- bench/results/([\w.-]+)\.json: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 ENVIRONMENT = dict(os.environ)  # the user's: importing lengthen, which comes later, adds our waiting policy
+PLACES = ("--save", "--folder", "--python", "--wheels", "--out")
 SETS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}  # flag of /proc/cpuinfo: name
 
 
@@ -239,10 +240,11 @@ def report(
 ) -> dict[str, Any]:
     """Prints the JSON line, and returns what it says. A bench of long cells does so after each: if it is ended before
     the last, the last line has what was measured until then."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--save" in words:
-        at = words.index("--save")
-        del words[at : at + 2]
+    words: list[str] = []
+    ours = False  # a flag that names a place of this machine, and its values: no part of what is run
+    for word in sys.argv[1:] if argv is None else argv:
+        ours = word in PLACES if word.startswith("--") else ours
+        words += [] if ours else [word]
     command = shlex.join(["python", f"bench/{bench}.py", *words])
     result = {"bench": bench, "command": command, "machine": where, "tables": tables, "figures": figures}
     print(json.dumps(result), flush=True)
