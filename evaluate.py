@@ -76,7 +76,6 @@ from lengthen.text.demands import length_score
 from lengthen.text.languages import language
 from lengthen.text.words import count_words, longen_words
 
-# Appended to the query by --at-least. A control: does asking for more get as far as the fine-tune?
 # In scores.json, but not in the summary line: what the run was, and lists of single queries.
 DETAILS = (
     *("source", "model", "adapter", "sampling", "queries_hash"),

@@ -30,7 +30,7 @@ class Instruction(TypedDict):
     prompt: str
     source: str  # "seed", "self-instruct" or "file"
     example_ids: list[str]  # the two seeds shown to the model
-    prompt_words: int  # strict measure, lengthen.text.count_words
+    prompt_words: int  # strict measure, lengthen.text.words.count_words
 
 
 class Response(TypedDict):

@@ -9,7 +9,7 @@ from lengthen.cli import REQUIRED, InputFlags, ModelFlags, OutputFlags, at_least
 from lengthen.records import UserError
 
 MAX_LENGTH = {"generator": 16384, "extender": 32768}  # tokens of prompt + answer; the release cuts both at 16,384
-# What the backward pass finds stored of a layer: "none" is recomputed, all but "attention" is, the layer in "full" is.
+# What of a layer the backward pass computes again: "none" of it, all but "attention", or the "full" layer.
 CHECKPOINTS = ("none", "attention", "full")
 
 
