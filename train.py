@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
+from lengthen.errors import out_of_memory
 from lengthen.jobs import read_sidecar
-from lengthen.models.cards import out_of_memory
 from lengthen.models.chat import Chat, fill, template_hashes
 from lengthen.records import LowYield, UserError, draw_seed, fingerprint, replace_file
 from lengthen.text.thoughts import strip_thoughts

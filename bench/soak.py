@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             "extend",
             "train",
             "evaluate",
-            "matplotlib.pyplot",
+            "matplotlib.figure",
         ]
     )
     with tempfile.TemporaryDirectory() as temporary:

@@ -50,8 +50,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import train
+from lengthen.errors import out_of_memory
 from lengthen.models import lora
-from lengthen.models.cards import out_of_memory
 from lengthen.models.loading import load_model
 from lengthen.records import UserError
 from lengthen.training.learner import Learner, adamw

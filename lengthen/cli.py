@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
+from lengthen.errors import out_of_memory
 from lengthen.records import LowYield, UserError, replace_file, say_once
 from lengthen.text import languages
 
@@ -409,6 +410,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _report("interrupted", "finished samples are on disk: run the same command again to continue")
         sys.exit(130)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        _report("memory ran out", "--quantize nf4, a smaller --max-rows or --max-length, or a smaller model")
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone: nothing to say, nobody to say it to
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What every part raises for a mistake that the user can mend. Imports nothing."""
+"""A mistake that the user can mend, as every part raises it; how running out of memory is known. Imports nothing."""
 
 
 class UserError(Exception):
@@ -11,3 +11,12 @@ class UserError(Exception):
 
 class LowYield(UserError):
     """Fewer records than --min-yield came out: exit code 3."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch means that memory ran out.
+
+    Known by name, so that nobody imports torch to ask: CUDA's allocator raises torch.OutOfMemoryError, a CPU's a plain
+    RuntimeError with this text.
+    """
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

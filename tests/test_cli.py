@@ -27,7 +27,9 @@ def test_help_lines_are_there_and_unique_in_each_parser():
     for name in STAGES:
         for parser in parsers_of(name):
             # run.py has the flags of each stage under its name: --extend.rounds is `rounds` of "extend".
-            helps = [(a.dest.rpartition(".")[0], a.help) for a in parser._actions if a.dest != "help"]
+            # The opposites of switches (--evaluate.probes) are not listed.
+            listed = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
+            helps = [(a.dest.rpartition(".")[0], a.help) for a in listed]
             assert all(help for _, help in helps), f"{name}: a flag without help"
             assert len(set(helps)) == len(helps), f"{name}: two flags with the same help"
 
@@ -88,6 +90,7 @@ def test_required_flags_are_not_empty_and_a_default_of_0_is_shown():
         (UserError("no hint"), 2, "error: no hint\n"),
         (LowYield("too few"), 3, "error: too few\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: memory ran out\nhint:  --quantize nf4"),
     ],
 )
 def test_mistakes_end_in_one_line_and_an_exit_code(monkeypatch, raised, code, text):
@@ -102,11 +105,12 @@ def test_mistakes_end_in_one_line_and_an_exit_code(monkeypatch, raised, code, te
     assert ended.value.code == code and shown.getvalue().startswith(text)
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError])
+def test_a_bug_keeps_its_traceback(kind):
     def main():
-        raise ZeroDivisionError
+        raise kind
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(kind):
         cli.run(main)
 
 

@@ -71,12 +71,3 @@ def memory_limits(root: Path) -> list[int]:
             except OSError:
                 continue
     return limits
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch means that memory ran out.
-
-    Known by name, so that nobody imports torch to ask: CUDA's allocator raises torch.OutOfMemoryError, a CPU's a plain
-    RuntimeError with this text.
-    """
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

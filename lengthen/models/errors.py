@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.records import UserError
 
 

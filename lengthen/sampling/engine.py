@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.linear_cross_entropy import plain_head
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.threads import Neighbours
 from lengthen.models.upload import upload

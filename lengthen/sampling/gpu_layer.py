@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kernels.attention import Turn
 from kernels.layer_passes import rms_norm, swiglu
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.models.families import is_known
 from lengthen.models.lora import LoraLinear
 from lengthen.sampling.attend_gpu import TableBatch

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling_tail import END, NEVER, Noise, Rules, draw_above, lowest, tail
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.models.upload import pinned, upload
 from lengthen.sampling.attend_gpu import QUERIES, TableBatch
 from lengthen.sampling.cache import BlockTableCache

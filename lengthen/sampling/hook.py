@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
 from lengthen.models.families import PLAIN_LAYERS, REBUILT_LAYERS

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lengthen.models.cards import out_of_memory, physical_memory
+from lengthen.errors import out_of_memory
+from lengthen.models.cards import physical_memory
 from lengthen.records import UserError
 from lengthen.sampling.cache import PagedCache, bytes_per_token, make_cache
 from lengthen.sampling.draw import draw

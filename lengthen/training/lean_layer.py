@@ -36,7 +36,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.layer_passes import rms_norm, rms_norm_backward_, rotate_, swiglu, swiglu_backward_
-from lengthen.models.cards import out_of_memory
+from lengthen.errors import out_of_memory
 from lengthen.models.exact import WIDER, as_near, given_in, in_dtype, squared_errors
 from lengthen.models.families import REBUILT_LAYERS, has_known_linears, is_untouched
 from lengthen.models.flash import attend_backward, attend_saving_lse, unserved
