@@ -396,12 +396,12 @@ def make_parser() -> argparse.ArgumentParser:
         for kind in spec.flags:
             title, left_out = f"{name}: {' '.join(spec.command)}", [*shared, *spec.decided]
             cli.add_flags(parser, title, kind, leave_out=left_out, prefix=f"{name}.", given_only=True)
-    # What a preset switches on can be switched off: --evaluate.probes, --extend.no-one-pair.
-    hidden: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    opposites = parser.add_argument_group("opposites, of what a preset may have switched on")
     for dest in [action.dest for action in parser._actions if action.const is True and "." in action.dest]:
         stage, name = dest.split(".")
         off = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
-        parser.add_argument(f"--{stage}.{off}".replace("_", "-"), dest=dest, **hidden)
+        flag, told = (f"--{stage}.{word}".replace("_", "-") for word in (off, name))
+        opposites.add_argument(flag, dest=dest, action="store_false", default=argparse.SUPPRESS, help=f"not {told}")
     return parser
 
 
@@ -465,7 +465,8 @@ def main(argv: list[str] | None = None) -> None:
         print(as_shell(steps, shlex.join(["python", "run.py", *words]), heading, names))
         return
     os.chdir(ROOT)  # where the stages run: a relative path is below the repository, whoever reads it
-    afresh = standing_on(steps, chosen_by(own.loop.redo, steps))
+    named = chosen_by(own.loop.redo, steps)
+    afresh = standing_on(steps, named)
     fate, given = outlook(steps, all_settings, afresh), own.shared | own.stages["train"]
     if own.loop.plan:
         # What was measured here says nothing of a card.
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2) do it, stage by stage
     started = time.monotonic()
-    results, ended = execute(steps, run, afresh, TimeLeft(steps, all_settings, given, fate))
+    results, ended = execute(steps, run, named, afresh, TimeLeft(steps, all_settings, given, fate))
 
     # 3) say what came of it
     summary = summary_of(own, results, ended, time.monotonic() - started)

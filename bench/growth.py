@@ -523,12 +523,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # What stands on a step is looked for in all phases that are there, by a copy: decisions change a study.
         there = Study(*parse_args(argv), writes=False).begun(args.until) if own.loop.redo else []
-        afresh = standing_on(there, chosen_by(own.loop.redo, there))
+        named = chosen_by(own.loop.redo, there)
+        afresh = standing_on(there, named)
         announce(there, {}, own.loop.redo, afresh)
-        again = {step.label for step in afresh}
         for phase, steps in study.phases(args.until):
             cli.say(f"phase {phase}: {sum(map(finished, steps))} of {len(steps)} stages are there")
-            execute(steps, str(study.run), [step for step in steps if step.label in again])
+            # By their labels: what is decided may be another setting now.
+            redone = ([s for s in steps if s.label in {one.label for one in some}] for some in (named, afresh))
+            execute(steps, str(study.run), *redone)
             done += [step for step in steps if finished(step)]
     if not done:
         raise UserError(f"{study.run} holds no finished stage", "the same command without --show")

@@ -245,7 +245,9 @@ def other_inputs(step: Step) -> str:
         before = tails([*meta.get("inputs_created", {}), meta.get("info", {}).get("adapter", "")])
         now = tails([*own.get("input", []), *own.get("dedup_against", []), own.get("adapter", "")])
     lost, more = sorted(before - now), sorted(now - before)
-    return f"{', '.join(lost) or 'less'}, this command says {', '.join(more)}" if lost or (learns and more) else ""
+    if not lost and not (learns and more):
+        return ""
+    return f"{', '.join(lost) or 'less'}, this command says {', '.join(more) or 'less'}"
 
 
 def announce(steps: Sequence[Step], fate: Mapping[str, str], redo: str, afresh: Sequence[Step]) -> None:
@@ -270,17 +272,19 @@ def announce(steps: Sequence[Step], fate: Mapping[str, str], redo: str, afresh: 
 
 
 def execute(
-    steps: Sequence[Step], run: str, afresh: Sequence[Step] = (), told: Callable[[int], None] = lambda number: None
+    steps: Sequence[Step],
+    run: str,
+    named: Sequence[Step] = (),
+    afresh: Sequence[Step] = (),
+    told: Callable[[int], None] = lambda number: None,
 ) -> tuple[list[dict], list[str]]:
     """Run the steps in order; (their summaries with part and stage, the controls that came out with nothing).
 
-    afresh: those that do not go on from what is there. So do those whose inputs are other ones now. told: called after
-    each step, with the number of those that are over.
+    named: by --redo; afresh: these and those that stand on them, which do not go on from what is there. Nor do those
+    whose inputs are other ones now. told: called after each step, with the number of those that are over.
     """
     results: list[dict] = []
     ended: list[str] = []
-    # The others stand on these, and are found by what these write.
-    first = [step for step in afresh if not words_of(step) & {other.output for other in afresh}]
     path = Path(run) / "run.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,9 +307,9 @@ def execute(
             try:
                 result = run_step(replace(step, settings=settings), log)
             except SystemExit as failed:
-                waiting = [s for s in steps[number - 1 :] if s in first and written_at(s)]
+                # The same --redo would throw away what has just been made afresh. What stands on that is found.
+                waiting = [s for s in steps[number - 1 :] if s in named and written_at(s)]
                 left = [s.label for s in waiting if s is not step or written_at(s) == before]
-                # The same --redo would throw away what has just been made afresh.
                 how = f", but with --redo {','.join(left)}" if left else ", but without --redo"
                 say_how_to_go_on(step, failed.code, how if afresh else "")
                 raise

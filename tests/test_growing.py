@@ -87,14 +87,15 @@ def test_a_redo_that_was_stopped_goes_on_as_its_last_line_says(loop, tmp_path, m
         with pytest.raises(SystemExit):
             loop("--train.rank", "16", "--redo", "train")
     said = " ".join(capsys.readouterr().err.split())
-    assert said.endswith("run the same command again, but with --redo iter_1/train-extender")
-    loop("--train.rank", "16", "--redo", "iter_1/train-extender")
+    left = "iter_1/train-extender,final/train-generator"
+    assert said.endswith(f"run the same command again, but with --redo {left}")
+    loop("--train.rank", "16", "--redo", left)
     for folder in ("iter_1/generator", "iter_1/extender", "final/generator"):
         assert read_sidecar(tmp_path / "r" / folder)["settings"]["rank"] == 16
     with monkeypatch.context() as patch:
         patch.setattr("train.train", full)
         with pytest.raises(SystemExit):
-            loop("--train.rank", "16", "--redo", "iter_1/extend,final/train-generator")
+            loop("--train.rank", "16", "--redo", "iter_1/extend")
     said = " ".join(capsys.readouterr().err.split())
     assert said.endswith("run the same command again, but without --redo")  # what stands on iter_1/extend is found
 
@@ -143,6 +144,8 @@ def test_more_iterations_say_at_once_what_was_made_with_fewer(loop, tmp_path, ca
         assert "$ python" not in capsys.readouterr().err
         loop(*argv, *caught.value.hint.split()[:2])
         assert read_sidecar(tmp_path / "r/final/responses.jsonl")["info"]["adapter"].endswith(now)
+    with pytest.raises(UserError, match=r"final/instructions .* iter_2/\S+, iter_3/\S+, this command says less"):
+        loop("--iterations", "1")
 
 
 def test_a_run_that_grows_ends_as_one_that_was_as_large_from_the_start(writer, tmp_path):
