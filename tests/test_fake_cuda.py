@@ -368,8 +368,8 @@ def test_the_plan_promises_what_loading_gives(family, head_dim, dtype):
     if torch.cuda.is_available():
         pytest.skip("there is a real one")
     sizes = {"head_dim": head_dim}
-    # The plan needs no device. After a model on "meta" beside a fake one, which borrows meta's guard, transformers loads
-    # models without their buffers for as long as the process lives.
+    # The plan needs no device. After a model on "meta" beside a fake one, which borrows meta's guard, transformers
+    # loads models without their buffers for as long as the process lives.
     planned = not lean.stands_against(meta_model(tiny_config(family, **sizes), dtype), torch.device("cuda"), dtype)
     with FakeCuda():
         model = tiny_model(family, **sizes).to("cuda", dtype)
