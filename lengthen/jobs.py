@@ -506,7 +506,7 @@ class Job(OneWriter):
         `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
         """
         if not self.complete:
-            if self.use_journal:  # what several processes write: samplings, that is
+            if self.use_journal:  # judgements are asked for judge by judge, and looked up by id
                 self._put_in_order()
             earlier = self.meta.get("earlier", {}).get("stats", {})
             sums = {k: v + earlier.get(k, 0) for k, v in stats.items() if k in SUMS}

@@ -27,9 +27,7 @@ def test_help_lines_are_there_and_unique_in_each_parser():
     for name in STAGES:
         for parser in parsers_of(name):
             # run.py has the flags of each stage under its name: --extend.rounds is `rounds` of "extend".
-            # The opposites of switches (--evaluate.probes) are not listed.
-            listed = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
-            helps = [(a.dest.rpartition(".")[0], a.help) for a in listed]
+            helps = [(a.dest.rpartition(".")[0], a.help) for a in parser._actions if a.dest != "help"]
             assert all(help for _, help in helps), f"{name}: a flag without help"
             assert len(set(helps)) == len(helps), f"{name}: two flags with the same help"
 

@@ -322,14 +322,20 @@ def test_a_server_lost_and_back_is_greeted_again_and_works_again():
     back[0].__exit__()
 
 
-def test_a_server_that_comes_back_as_another_is_refused():
+def lost_while_writing() -> tuple[Served, int]:
+    """An engine whose only server is gone with a request, and the port to come back on."""
     lost = Stub(fault=lambda number, body: "silence").__enter__()
     engine = served(lost)
     engine.add(requests(1)[0])
     while not lost.requests:
         time.sleep(0.005)
     lost.__exit__()
-    with Stub(port=lost.port, lacks="weights"), pytest.raises(UserError, match="different weights"):
+    return engine, lost.port
+
+
+def test_a_server_that_comes_back_as_another_is_refused():
+    engine, port = lost_while_writing()
+    with Stub(port=port, lacks="weights"), pytest.raises(UserError, match="different weights"):
         list(engine.run())
     engine.close()
 
@@ -341,13 +347,8 @@ def test_a_server_that_refuses_the_greeting_is_one_line(reply):
         stub._answer = lambda path, body: reply
         with pytest.raises(UserError, match="does not answer what every server is asked first"):
             served(stub)
-    lost = Stub(fault=lambda number, body: "silence").__enter__()
-    engine = served(lost)
-    engine.add(requests(1)[0])
-    while not lost.requests:
-        time.sleep(0.005)
-    lost.__exit__()
-    back = Stub(port=lost.port)
+    engine, port = lost_while_writing()
+    back = Stub(port=port)
     back._answer = lambda path, body: reply
     with back, pytest.raises(UserError, match="asked first"):
         list(engine.run())
