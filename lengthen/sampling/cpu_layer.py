@@ -3,7 +3,7 @@
 Decoding a handful of texts, a step multiplies each weight by a few columns: it takes what reading the weights from
 memory takes, if nothing else is in the way. Two things are, in the model's own code. nn.Linear's layout is the slow
 one for so few rows, and a layer is about a hundred small operations, each of which costs a CPU 5 to 50 us however
-small it is. So, for fp32 on a CPU:
+small it is. So, for fp32 and bf16 on a CPU:
 
 1. Weights are laid out once, as the processor multiplies them fastest (sampling/layouts.py).
 2. A layer of the Llama, Mistral, Qwen2 and Qwen3 kind runs as `Layer` below: query, key and value as one product,
@@ -25,6 +25,8 @@ from lengthen.models.families import is_known
 from lengthen.sampling.batch import Batch, Rule
 from lengthen.sampling.layouts import Product, lay_out, layout_of
 
+DTYPES = {torch.float32, torch.bfloat16}  # of models that it serves; norms and RoPE are computed in fp32
+
 # T packed tokens, H hidden size, Hq and Hkv heads of size D, I size of the MLP.
 
 
@@ -35,13 +37,15 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None, order: T
     `order` [sum of outs]: which output comes where.
     """
     weight: Tensor = torch.cat(tuple(layer.weight for layer in layers))
+    dtype = weight.dtype
     if norm is not None:
-        weight = weight * scale_of(norm)  # [out, in] * [in]: norm(x) W^T = unit(x) (W * scale)^T
-    biases: list[Tensor] = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        weight = (weight * scale_of(norm)).to(dtype)  # [out, in] * [in]: norm(x) W^T = unit(x) (W * scale)^T
+    zeros = [weight.new_zeros(len(layer.weight)) for layer in layers]
+    biases: list[Tensor] = [zero if x.bias is None else x.bias for x, zero in zip(layers, zeros, strict=True)]
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    return lay_out(layout_of(*weight.shape), weight, bias)
+    return lay_out(layout_of(*weight.shape, dtype), weight, bias)
 
 
 class Layer:
@@ -75,8 +79,8 @@ class Layer:
         if self.head_norms:
             parts = zip(self.head_norms, qk.split([self.heads, self.values], 1), strict=True)
             qk = torch.cat([unit(part, floor) * scale for (floor, scale), part in parts], 1)
-        turned = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * self.rope(position_embeddings)
-        qk = torch.view_as_real(turned).flatten(-2)
+        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * self.rope(position_embeddings)
+        qk = torch.view_as_real(turned).flatten(-2).to(qkv.dtype)
         out = lengthen_batch.attend(
             self.index, qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.keys :], self.rule
         )
@@ -95,7 +99,7 @@ class Rope:
     def __call__(self, source: tuple[Tensor, Tensor]) -> Tensor:
         # The model computes cos and sin once a pass and hands the same tuple to every layer.
         if self.source is not source:
-            cos, sin = (x[0, :, None, : x.shape[-1] // 2] for x in source)  # the other half is the same again
+            cos, sin = (x[0, :, None, : x.shape[-1] // 2].float() for x in source)  # the other half is the same again
             self.source, self.made = source, torch.complex(cos, sin)
         return self.made
 
@@ -107,7 +111,7 @@ def in_pairs(size: int) -> Tensor:
 
 def unit(x: Tensor, floor: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + floor^2) over the last dimension: with `scale_of`, an RMSNorm in fewer passes than torch's."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(floor)).to(x.dtype)
 
 
 def floor_of(norm: Any) -> Tensor:
@@ -117,7 +121,7 @@ def floor_of(norm: Any) -> Tensor:
 
 def scale_of(norm: Any) -> Tensor:
     """[H] what is left of an RMSNorm after `unit`."""
-    return norm.weight * len(norm.weight) ** 0.5
+    return norm.weight.float() * len(norm.weight) ** 0.5
 
 
 def known(layer: nn.Module) -> bool:
@@ -134,7 +138,7 @@ def forwards(model: nn.Module, windows: dict[int, int]) -> list[tuple[nn.Module,
     if sum(p.numel() * p.itemsize for p in model.parameters()) > physical_memory() // 4:
         return []
     for module in model.modules():  # parents come before their children
-        if module in covered or "forward" in vars(module) or not fp32_on_cpu(module):  # replaced by others: stays
+        if module in covered or "forward" in vars(module) or not served(module):  # replaced by others: stays
             continue
         if known(module):
             covered.update(module.modules())  # what is inside is never called by its own forward
@@ -145,5 +149,7 @@ def forwards(model: nn.Module, windows: dict[int, int]) -> list[tuple[nn.Module,
     return replaced
 
 
-def fp32_on_cpu(module: nn.Module) -> bool:
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
+def served(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    dtypes = {p.dtype for p in parameters}
+    return len(dtypes) < 2 and dtypes < DTYPES and all(p.device.type == "cpu" for p in parameters)
