@@ -18,3 +18,7 @@ except ImportError:
 if "OMP_WAIT_POLICY" not in os.environ:  # the user's choice comes first
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # libgomp's name for it; other runtimes sleep at once
+
+# Tensors of 2 MB and more in the large pages of Linux, which gives them to who asks. In a virtual machine 300 MB in
+# tensors of 5 MB were read at 3 to 5 GB/s in pages of 4 KB and at 17 in large ones, and decoding reads all weights.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

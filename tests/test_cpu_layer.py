@@ -8,7 +8,7 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from lengthen.models import lora
-from lengthen.sampling import attend_cpu, cpu_layer
+from lengthen.sampling import cpu_layer
 from lengthen.sampling.cache import make_cache
 from lengthen.sampling.engine import Sampler
 from lengthen.sampling.hook import Hook, ProbeBatch
@@ -52,7 +52,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_own(family, layout, monkeypatch):
-    monkeypatch.setattr(cpu_layer, "layout_of", lambda out, width: layout)
+    monkeypatch.setattr(cpu_layer, "layout_of", lambda *_: layout)
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = random_model(family, **biases)
     ids = torch.randint(3, 400, (20,))
@@ -69,7 +69,7 @@ def test_logits_are_the_models_own(family, layout, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_product_serves_any_number_of_rows(layout, monkeypatch):
     """Laid out for one number of rows, used with others; sizes that no block divides."""
-    monkeypatch.setattr(cpu_layer, "layout_of", lambda out, width: layout)
+    monkeypatch.setattr(cpu_layer, "layout_of", lambda *_: layout)
     for out, width in ((5, 3), (771, 333), (960, 576)):
         one, two = torch.nn.Linear(width, out), torch.nn.Linear(width, 2 * out, bias=False)
         times = cpu_layer.product([one, two])
@@ -140,16 +140,28 @@ def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
     assert Hook(model).replaced == []
 
 
-def test_bf16_keeps_its_code():
-    assert Hook(random_model("llama").to(torch.bfloat16)).replaced == []
+@pytest.mark.parametrize("family", LEAN)
+def test_bf16_is_as_near_to_fp32_as_the_models_own_code(family):
+    model, ids = random_model(family).to(torch.bfloat16), torch.randint(3, 400, (64,))
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0]
+        hook = Hook(model)
+        ours = logits(hook, ids)
+        exact = model.double()(input_ids=ids[None]).logits[0]  # of the rounded weights
+    assert sum(isinstance(forward, cpu_layer.Layer) for _, forward in hook.replaced) == model.config.num_hidden_layers
+    assert ours.dtype == torch.bfloat16
+    ours_off, own_off = ((x - exact).square().mean().sqrt() for x in (ours, own))
+    assert ours_off < 1.2 * own_off
 
 
-@pytest.mark.parametrize("safe", [0.0, attend_cpu.SAFE])
+def test_fp16_keeps_its_code():
+    assert Hook(random_model("llama").to(torch.float16)).replaced == []
+
+
 @pytest.mark.parametrize("sharp", [1.0, 60.0])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_attention_with_and_without_the_maximum_taken_out(family, sharp, safe, monkeypatch):
-    """Small scores are exponentiated as they are; scores of some hundred would overflow, and take the other way."""
-    monkeypatch.setattr(attend_cpu, "SAFE", safe)
+def test_attention_over_pages_whose_scores_lie_far_apart(family, sharp):
+    """Scores of some hundred: a page's exponentials would overflow, or vanish beside another's."""
     model = random_model(family)
     with torch.no_grad():
         for layer in model.model.layers:

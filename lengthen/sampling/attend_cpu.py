@@ -1,18 +1,20 @@
 """Attention over streamed pages, on a CPU: the queries go to the pages, and no text's pages are gathered.
 
-    keys    [P, Hkv, D, S]    transposed: q @ K then needs no transposed operand, which a CPU likes
-    values  [P, Hkv, S, D]
+    keys, values  [P, Hkv, S, D]
 
-In decoding, every page is multiplied, where it lies, by the queries of the text that owns it: two batched products that
-stream the pool once, however ragged the texts are. The partial softmaxes are then joined per text. For that a page has
-one owner, and the pages in use lie close together (sampling/cache.py). Where only a few texts bring drafts, these are a
-group of their own, whose pages are gathered: else every product had as many queries as the longest draft.
+In decoding, every page meets, where it lies, the queries of the text that owns it: torch's flash attention takes the
+pages for a batch, streams the pool once, however ragged the texts are, and gives the log of the sum of exponentials of
+each page's scores. With that the outputs of a text's pages are joined. For that a page has one owner, and the pages in
+use lie close together (sampling/cache.py). Where only a few texts bring drafts, these are a group of their own, whose
+pages are gathered: else every page would meet as many queries as the longest draft has.
 
-Prefill chunks attend to their own keys, and to those of the text's earlier chunks, gathered from its pages.
+Prefill chunks attend to their own keys, and to those of the text's earlier chunks, gathered from its pages. So do all
+texts of the few models that torch's flash attention does not carry: with softcaps, or other sizes of keys and values.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,7 @@ from lengthen.models.flash import dense
 from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
-STABLE = -1e30  # stands for "no key yet" in a running maximum; exp(-inf - STABLE) is 0, not nan
-SAFE = 40.0  # scores between -SAFE and SAFE: their exponentials, and sums of them, are far from fp32's limits
+UNSEEN = -1e30  # added to a score; finite, so that a page with nothing to see gives numbers, which weigh nothing
 
 # The time of each, in units of reading a page and multiplying it by one token's queries: another token's queries;
 # copying the page first. Measured on two cores.
@@ -34,14 +35,13 @@ QUERY, COPY = 0.3, 3.0
 # Q = the most tokens that one of the decoding texts has in a pass: 1, more with drafts.
 
 
-@dataclass
-class Prefill:
-    """A chunk of a prompt in a packed batch."""
+class Text(NamedTuple):
+    """The tokens of one text in a packed batch."""
 
-    first: int  # packed index of its first token
+    first: int  # packed index of the first
     count: int
-    start: int  # position of that token in its text
-    pages: list[int]  # of the text, up to the chunk's end
+    start: int  # position of the first in the text
+    pages: list[int]  # of the text, up to its last token here
 
 
 @dataclass
@@ -51,18 +51,19 @@ class Group:
     lengths: Tensor  # [B] keys that each text's first token sees, itself included
     owner: Tensor  # [P] text that owns the page; B = none
     asker: Tensor  # [P] the same, with the last text for none
+    owned: Tensor  # [B, P] fp32, added to a page's weight: 0 where the text owns it, else UNSEEN
     first: Tensor  # [P] position of the page's first token
     queries: int  # Q
     pages: Tensor | None  # [P] which pages of the pool; None = the first P, where they lie
     spread: Tensor | None  # [B * Q] packed index of each text's tokens, its last repeated; None = there are no others
     gather: Tensor | None  # [n] where in [B * Q] the group's tokens are, in packed order; None = B = n
     packed: Tensor  # [n] their packed index
-    _mask: dict[int, Tensor] = field(default_factory=dict)
-    _bias: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int, page_tokens: int) -> Tensor:
-        """[P, 1, Q, 1, S] fp32: 1 where the owner's token may look, 0 elsewhere. One for all layers of a window."""
-        if window not in self._mask:
+    def mask(self, window: int, page_tokens: int, G: int) -> Tensor:
+        """[P, 1, Q * G, S] fp32, G = 1 for Q = 1: 0 where the owner's token may look, else UNSEEN. One for all layers
+        of a window."""
+        if (window, G) not in self._masks:
             device = self.lengths.device
             length = F.pad(self.lengths, (0, 1), value=-self.queries)  # <= 0 = owned by none, sees nothing
             length = (length[self.owner][:, None] + torch.arange(self.queries, device=device))[..., None]  # [P, Q, 1]
@@ -70,19 +71,9 @@ class Group:
             seen = key < length
             if window:
                 seen &= key >= length - window  # `window` keys, the token itself included
-            self._mask[window] = seen.float()[:, None, :, None]
-        return self._mask[window]
-
-    def bias(self, window: int, page_tokens: int) -> Tensor:
-        """The same to be added to scores: 0 and -inf."""
-        if window not in self._bias:
-            self._bias[window] = self.mask(window, page_tokens).log()
-        return self._bias[window]
-
-    def joined(self, partial: Tensor) -> Tensor:
-        """[P, ...] -> [B, ...]: sums over the pages of a text, in a fixed order on a CPU."""
-        sums = partial.new_zeros(len(self.lengths) + 1, partial[0].numel())
-        return sums.index_add_(0, self.owner, partial.reshape(len(partial), -1))[:-1]
+            mask = seen.new_zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, UNSEEN)
+            self._masks[window, G] = mask.repeat_interleave(G if self.queries > 1 else 1, 1)[:, None]
+        return self._masks[window, G]
 
 
 @dataclass
@@ -92,76 +83,61 @@ class StreamedBatch:
     layers: Mapping[int, Pages]
     page: Tensor  # int64 [T] page that each token's key and value go to
     slot: Tensor  # int64 [T] place inside that page
-    decode_tokens: int  # packed tokens of decoding texts: one each, more with drafts
-    groups: list[Group]
-    prefill: list[Prefill]
+    texts: list[Text]
+    groups: list[Group]  # of those of them that decode
+    prefill: list[Text]  # the others
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         """As batch.Batch has it."""
         keys, values = self.layers[layer][:2]
-        keys[self.page, :, :, self.slot] = k  # [T, Hkv, D]
+        keys[self.page, :, self.slot] = k  # [T, Hkv, D]
         values[self.page, :, self.slot] = v  # [T, Hkv, Dv]
-        if len(self.groups) == 1 and not self.prefill:  # the common case: no result has to be put in its place
-            return _decode(q, keys, values, self.groups[0], rule)
+        streamed = rule.softcap is None and k.shape[2] == v.shape[2]
+        if streamed and len(self.groups) == 1 and not self.prefill:  # the common case: nothing is put in its place
+            return _stream(q, keys, values, self.groups[0], rule)
         out = q.new_empty(*q.shape[:2], v.shape[2])
-        for group in self.groups:
-            out[group.packed] = _decode(q[: self.decode_tokens], keys, values, group, rule)
-        for chunk in self.prefill:
-            here = slice(chunk.first, chunk.first + chunk.count)
-            if chunk.start == 0:
+        for group in self.groups if streamed else ():
+            out[group.packed] = _stream(q, keys, values, group, rule)
+        for first, count, start, pages in self.prefill if streamed else self.texts:
+            here, total = slice(first, first + count), start + count
+            if start == 0:
                 all_k, all_v = k[here].transpose(0, 1), v[here].transpose(0, 1)
-            else:  # the earlier chunks of this text lie in its pages
-                total = chunk.start + chunk.count
-                all_k = keys[chunk.pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]  # [Hkv, total, D]
-                all_v = values[chunk.pages].transpose(0, 1).flatten(1, 2)[:, :total]
-            out[here] = dense(q[here].transpose(0, 1), all_k, all_v, chunk.start, *rule).transpose(0, 1)
+            else:  # the earlier tokens of this text lie in its pages
+                all_k, all_v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :total] for x in (keys, values))
+            out[here] = dense(q[here].transpose(0, 1), all_k, all_v, start, *rule).transpose(0, 1)
         return out
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: Rule) -> Tensor:
-    """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, Dv]. Softmax in fp32, joined over pages."""
+def _stream(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: Rule) -> Tensor:
+    """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, D]. Joined over pages in fp32."""
     P, B, Q, (Hq, D) = len(group.owner), len(group.lengths), group.queries, q.shape[1:]
-    Hkv, S, Dv = keys.shape[1], keys.shape[3], values.shape[3]
-    G, owner, (scaling, window, softcap, sinks) = Hq // Hkv, group.owner, rule
+    Hkv, S = keys.shape[1:3]
+    G = Hq // Hkv
     if group.pages is None:
         keys, values = keys[:P], values[:P]
     else:
         keys, values = keys.index_select(0, group.pages), values.index_select(0, group.pages)
-    # 1) every page meets its owner's queries. Unowned pages get the last text's, and are masked.
-    if group.spread is not None:
-        q = q.index_select(0, group.spread)
-    q = q.view(B, Q, Hkv, G, D).transpose(1, 2)  # [B, Hkv, Q, G, D]
-    asked = (q * scaling).reshape(B, -1).index_select(0, group.asker).view(P * Hkv, Q * G, D)
-    scores = torch.bmm(asked, keys.view(P * Hkv, D, S)).float()
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    highest = None
-    if scores.device.type == "cpu" and sinks is None and max(map(abs, map(float, scores.aminmax()))) < SAFE:
-        # 2a) no exponential can overflow or vanish: the softmax needs no maximum taken out
-        terms = scores.exp_().view(P, Hkv, Q, G, S).mul_(group.mask(window, S))
-    else:
-        # 2b) the softmax's maximum per token, then its terms
-        scores = scores.view(P, Hkv, Q, G, S) + group.bias(window, S)
-        highest = scores.new_full((B + 1, Hkv, Q, G), STABLE)
-        highest.scatter_reduce_(0, owner[:, None, None, None].expand(P, Hkv, Q, G), scores.amax(-1), "amax")
-        if sinks is not None:
-            highest = torch.maximum(highest, sinks.float().view(1, Hkv, 1, G))
-        terms = scores.sub_(highest[owner][..., None]).exp_()  # [P, Hkv, Q, G, S]
-    # 3) sums over the pages of a text
-    total = group.joined(terms.sum(-1)).view(B, Hkv, Q, G)
-    if sinks is not None and highest is not None:
-        total += (sinks.float().view(1, Hkv, 1, G) - highest[:B]).exp()
-    partial = torch.bmm(terms.to(values.dtype).view(P * Hkv, Q * G, S), values.view(P * Hkv, S, Dv))
-    out = group.joined(partial.float().view(P, -1)).view(B, Hkv, Q, G, Dv) / total[..., None]
-    if group.gather is not None:
-        out = out.transpose(1, 2).reshape(B * Q, Hq, Dv).index_select(0, group.gather)
-    return out.view(-1, Hq, Dv).to(q.dtype)
+    # 1) Every page meets its owner's queries. Unowned pages get the last text's, and are masked.
+    q = q[:B] if group.spread is None else q.index_select(0, group.spread)
+    q = q.view(B, Q, Hkv, G, D).transpose(1, 2).reshape(B, -1)  # [B, Hkv * Q * G * D]
+    asked = q.index_select(0, group.asker).view(P, Hkv, Q * G, D)
+    mask = group.mask(rule.window, S, G)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        asked, keys, values, 0.0, False, attn_mask=mask, scale=rule.scaling
+    )
+    # 2) Softmax over the pages of a text: a page weighs what its exponentials sum up to.
+    shares = lse.transpose(1, 2).reshape(P, -1).T[:, None] + group.owned  # [Q * G * Hkv, B, P] fp32
+    pages = out.to(lse.dtype).transpose(1, 2).reshape(P, -1, D).transpose(0, 1)  # [Q * G * Hkv, P, D]
+    out = torch.bmm(shares.softmax(-1), pages).view(Q, G, Hkv, B, D)
+    if rule.sinks is not None:  # they are in the sum, and give nothing
+        total = shares.logsumexp(-1).view(Q, G, Hkv, B)
+        out *= torch.sigmoid(total - rule.sinks.float().view(Hkv, G).T[..., None])[..., None]
+    out = out.permute(3, 0, 2, 1, 4).reshape(B * Q, Hq, D).to(q.dtype)
+    return out if group.gather is None else out.index_select(0, group.gather)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From block tables to a batch
-
-Text = tuple[int, list[int], int, int]  # packed index of its first token, block table, position of that token, tokens
 
 
 def make_batch(
@@ -172,52 +148,51 @@ def make_batch(
     prefill: Sequence[Chunk],
 ) -> StreamedBatch:
     """The batch of decoding texts, each with its newest token and its drafts, followed by prefill chunks."""
-    S, end = page_tokens, 0
-    single: list[Text] = []
-    drafting: list[Text] = []
-    chunks = []
-    for table, start, count in decode:
-        (single if count == 1 else drafting).append((end, table, start, count))
-        end += count
-    decode_tokens = end
-    for table, start, count in prefill:
-        chunks.append(Prefill(end, count, start, table[: -(-(start + count) // S)]))
-        end += count
+    S, first = page_tokens, 0
+    texts = []
+    for table, start, count in (*decode, *prefill):
+        texts.append(Text(first, count, start, table[: -(-(start + count) // S)]))
+        first += count
+    chunks = texts[len(decode) :]
+    single, drafting = ([text for text in texts[: len(decode)] if (text.count == 1) is one] for one in (True, False))
     pages: list[int] = []
     slots: list[int] = []
-    for table, start, count in (*decode, *prefill):
-        pages.extend(table[p // S] for p in range(start, start + count))
-        slots.extend(p % S for p in range(start, start + count))
+    for text in texts:
+        places = range(text.start, text.start + text.count)
+        pages.extend(text.pages[p // S] for p in places)
+        slots.extend(p % S for p in places)
     if single and drafting:
-        more = QUERY * (max(count for *_, count in drafting) - 1)
-        theirs, others = (sum(len(table) for _, table, *_ in texts) for texts in (drafting, single))
+        more = QUERY * (max(text.count for text in drafting) - 1)
+        theirs, others = (sum(len(text.pages) for text in some) for some in (drafting, single))
         if theirs * (COPY + 1 + more) > (theirs + others) * more:  # to gather these pages costs more than it saves
             single, drafting = sorted(single + drafting), []
     alone = not (single and drafting)
-    groups = [_group(texts, S, device, alone or texts is single, alone) for texts in (single, drafting) if texts]
+    groups = [_group(some, S, device, alone or some is single, alone) for some in (single, drafting) if some]
     page, slot = (torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots))
-    return StreamedBatch(layers, page, slot, decode_tokens, groups, chunks)
+    return StreamedBatch(layers, page, slot, texts, groups, chunks)
 
 
 def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_place: bool, alone: bool) -> Group:
     """in_place: the pages are not gathered. alone: there is no other group."""
-    B, Q = len(texts), max(count for *_, count in texts)
-    owned = [(page, row, nth) for row, (_, table, *_) in enumerate(texts) for nth, page in enumerate(table)]
+    B, Q = len(texts), max(text.count for text in texts)
+    owned = [(page, row, nth) for row, text in enumerate(texts) for nth, page in enumerate(text.pages)]
     pages = [page for page, _, _ in owned]
     P = max(pages) + 1 if in_place else len(pages)
     owner, first = [B] * P, [0] * P
     for i, (page, row, nth) in enumerate(owned):
         i = page if in_place else i
         owner[i], first[i] = row, nth * page_tokens
-    spread = [at + min(i, count - 1) for at, _, _, count in texts for i in range(Q)]
-    gather = [row * Q + i for row, (*_, count) in enumerate(texts) for i in range(count)]
-    packed = [at + i for at, _, _, count in texts for i in range(count)]
-    lengths = [start + 1 for _, _, start, _ in texts]
+    spread = [text.first + min(i, text.count - 1) for text in texts for i in range(Q)]
+    gather = [row * Q + i for row, text in enumerate(texts) for i in range(text.count)]
+    packed = [text.first + i for text in texts for i in range(text.count)]
+    lengths = [text.start + 1 for text in texts]
     made = [torch.tensor(x, device=device) for x in (lengths, owner, first, pages, spread, gather, packed)]
+    mine = made[1] == torch.arange(B, device=device)[:, None]
     return Group(
         lengths=made[0],
         owner=made[1],
         asker=made[1].clamp(max=B - 1),
+        owned=torch.zeros(mine.shape, device=device).masked_fill_(~mine, UNSEEN),
         first=made[2],
         queries=Q,
         pages=None if in_place else made[3],

@@ -88,7 +88,7 @@ class PagedCache(PagePool, ABC):
 
 
 class StreamedCache(PagedCache):
-    """Keys [P, Hkv, D, S], values [P, Hkv, S, D]. Pages below `clean` hold finite numbers: where all are streamed, a
+    """Keys [P, Hkv, S, D], values [P, Hkv, S, Dv]. Pages below `clean` hold finite numbers: where all are streamed, a
     masked nan would still poison a sum."""
 
     least_page_tokens = 4  # small, so that the probe crosses pages
@@ -98,7 +98,7 @@ class StreamedCache(PagedCache):
         if self.dtype == FP8:  # its products are computed by torch on a CPU, which multiplies no fp8
             raise UserError("keys and values in fp8 are for a GPU, this is a CPU", "--kv-cache auto")
         P, S, device, dtype = self.num_pages, self.page_tokens, self.device, self.dtype
-        keys = torch.empty(P, shape.heads, shape.key_dim, S, device=device, dtype=dtype)  # [P, Hkv, D, S]
+        keys = torch.empty(P, shape.heads, S, shape.key_dim, device=device, dtype=dtype)
         return Pages(keys, torch.empty(P, shape.heads, S, shape.value_dim, device=device, dtype=dtype))
 
     def take(self) -> int:
