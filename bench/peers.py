@@ -10,6 +10,7 @@ All draw with T 0.7, top-p 0.8, top-k 20 and a repetition penalty of 1.1 over pr
 default, or OMP_NUM_THREADS where it is set.
 
     ours           lengthen.sampling.engine, fp32, as the stages use it
+    ours-bf16      the same with --dtype bfloat16
     generate       transformers' generate, fp32: prompts sorted by length and padded on the left, batch by batch
     llama.cpp      llama-cpp-python on the GGUF file, in its 4 bits: batch calls, a finished text's place taken at once
     openvino       OpenVINO GenAI's ContinuousBatchingPipeline, weights and arithmetic in fp32
@@ -49,14 +50,14 @@ def threads() -> int:
 
 
 class Ours:
-    def __init__(self, setup: dict[str, Any]):
+    def __init__(self, setup: dict[str, Any], dtype: str = "auto"):
         sys.path.insert(0, str(ROOT))  # only here: others would take our kernels/ for Hugging Face's package
         import lengthen  # noqa: F401  before torch
 
         # isort: split
         from lengthen.models.loading import load_model
 
-        self.loaded = load_model(setup["model"], device="cpu")
+        self.loaded = load_model(setup["model"], device="cpu", dtype=dtype)
 
     def __call__(self, prompts: Prompts, limit: int, seed: int, rows: int, exact: bool) -> Answer:
         from lengthen.sampling.engine import Sampler
@@ -231,6 +232,7 @@ def counted(written: Sequence[Sequence[int]], eos: Sequence[int], seconds: float
 
 ENGINES = {
     "ours": Ours,
+    "ours-bf16": lambda setup: Ours(setup, "bfloat16"),
     "generate": Generate,
     "llama.cpp": LlamaCpp,
     "openvino": OpenVino,
