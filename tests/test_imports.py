@@ -127,15 +127,17 @@ def test_the_package_imports_nothing_of_ours():
     assert imports(ROOT / "lengthen" / "__init__.py") == {"fcntl", "os", "sys"}
 
 
-def test_the_way_in_which_threads_wait_is_the_users_choice_first():
+def test_how_threads_wait_and_memory_is_paged_is_the_users_choice_first():
     """OpenMP reads its policy when torch loads it: threads that always spin made steps ten times as long beside other
-    work. (That every stage imports `lengthen` before torch: tests/test_cli.py.)"""
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    work. torch reads whether to ask for large pages. (Every stage imports `lengthen` before torch: tests/test_cli.py.)
+    """
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
     code = f"import os; import lengthen; print(*(os.environ.get(name) for name in {names}))"
     for given, want in (
-        ({}, "PASSIVE 50000"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
-        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+        ({}, "PASSIVE 50000 1"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7 1"),
+        ({"THP_MEM_ALLOC_ENABLE": "0"}, "PASSIVE 50000 0"),
     ):
         env = {k: v for k, v in os.environ.items() if k not in names} | given
         assert cold.interpreter("-c", code, env=env).stdout.strip() == want

@@ -257,7 +257,8 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     if dtype != "auto":
         return DTYPES[dtype], "as asked for"
     if device.type == "cpu":
-        return torch.float32, "the default on a CPU"
+        faster = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.float32, "the default on a CPU" + "; --dtype bfloat16 is faster on this one" * faster
     return torch.bfloat16, "the default on cuda"
 
 
