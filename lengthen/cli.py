@@ -237,7 +237,7 @@ class ModelFlags:
     device: str = flag("auto", "auto = cuda where there is one, else cpu", device)
     dtype: str = flag(
         "auto",
-        "auto = bf16 on CUDA, else fp32; bfloat16 is faster on a CPU with AMX or AVX-512 BF16, and texts differ a little",
+        "auto = bf16 on CUDA, else fp32; bfloat16 is faster on a CPU with AMX or AVX-512 BF16, and texts differ",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str = flag("auto", "auto = nf4 on CUDA below 40 GB, else none", choices=("auto", "none", "nf4"))

@@ -39,7 +39,7 @@ class Text(NamedTuple):
     """The tokens of one text in a packed batch."""
 
     first: int  # packed index of the first
-    count: int
+    tokens: int
     start: int  # position of the first in the text
     pages: list[int]  # of the text, up to its last token here
 
@@ -154,15 +154,15 @@ def make_batch(
         texts.append(Text(first, count, start, table[: -(-(start + count) // S)]))
         first += count
     chunks = texts[len(decode) :]
-    single, drafting = ([text for text in texts[: len(decode)] if (text.count == 1) is one] for one in (True, False))
+    single, drafting = ([text for text in texts[: len(decode)] if (text.tokens == 1) is one] for one in (True, False))
     pages: list[int] = []
     slots: list[int] = []
     for text in texts:
-        places = range(text.start, text.start + text.count)
+        places = range(text.start, text.start + text.tokens)
         pages.extend(text.pages[p // S] for p in places)
         slots.extend(p % S for p in places)
     if single and drafting:
-        more = QUERY * (max(text.count for text in drafting) - 1)
+        more = QUERY * (max(text.tokens for text in drafting) - 1)
         theirs, others = (sum(len(text.pages) for text in some) for some in (drafting, single))
         if theirs * (COPY + 1 + more) > (theirs + others) * more:  # to gather these pages costs more than it saves
             single, drafting = sorted(single + drafting), []
@@ -174,7 +174,7 @@ def make_batch(
 
 def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_place: bool, alone: bool) -> Group:
     """in_place: the pages are not gathered. alone: there is no other group."""
-    B, Q = len(texts), max(text.count for text in texts)
+    B, Q = len(texts), max(text.tokens for text in texts)
     owned = [(page, row, nth) for row, text in enumerate(texts) for nth, page in enumerate(text.pages)]
     pages = [page for page, _, _ in owned]
     P = max(pages) + 1 if in_place else len(pages)
@@ -182,9 +182,9 @@ def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_pla
     for i, (page, row, nth) in enumerate(owned):
         i = page if in_place else i
         owner[i], first[i] = row, nth * page_tokens
-    spread = [text.first + min(i, text.count - 1) for text in texts for i in range(Q)]
-    gather = [row * Q + i for row, text in enumerate(texts) for i in range(text.count)]
-    packed = [text.first + i for text in texts for i in range(text.count)]
+    spread = [text.first + min(i, text.tokens - 1) for text in texts for i in range(Q)]
+    gather = [row * Q + i for row, text in enumerate(texts) for i in range(text.tokens)]
+    packed = [text.first + i for text in texts for i in range(text.tokens)]
     lengths = [text.start + 1 for text in texts]
     made = [torch.tensor(x, device=device) for x in (lengths, owner, first, pages, spread, gather, packed)]
     mine = made[1] == torch.arange(B, device=device)[:, None]

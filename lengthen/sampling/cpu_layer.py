@@ -45,7 +45,7 @@ def product(layers: Sequence[nn.Linear], norm: nn.Module | None = None, order: T
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    return lay_out(layout_of(*weight.shape, dtype), weight, bias)
+    return lay_out(layout_of(len(weight), weight.shape[1], dtype), weight, bias)
 
 
 class Layer:
