@@ -49,7 +49,7 @@ import lengthen  # noqa: F401  before torch: it sets how OpenMP's threads wait, 
 from extend import shown
 from lengthen.cli import say
 from lengthen.models.chat import fill
-from lengthen.models.loading import LoadedModel, demo_file, load_model
+from lengthen.models.loading import LoadedModel, demo_file, load_model, multiplies_bf16
 from lengthen.sampling.engine import Sampler
 from lengthen.sampling.lookup import Lookup
 from lengthen.sampling.request import Request, Sampling
@@ -103,6 +103,8 @@ def runnable(args: argparse.Namespace, gguf: bool) -> dict[str, str]:
         known = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
         if name == "llama.cpp" and not gguf:
             say("llama.cpp: left out, --model is no GGUF file")
+        elif name == "ours-bf16" and not multiplies_bf16():
+            say("ours-bf16: left out, this CPU has neither AMX nor AVX-512 BF16")
         elif subprocess.run([python, "-c", known]).returncode:
             say(f"{name}: left out; to have it: {needs}; then --python {name}=ITS/bin/python if it is elsewhere")
         else:

@@ -544,7 +544,7 @@ def test_out_of_memory_backs_off_and_the_texts_stay():
     forward = sampler.hook.forward
 
     def limited(batch, ids, *rest):
-        if len(ids) > 300 or len(batch.texts) - len(batch.prefill) > 2:
+        if len(ids) > 300 or len(batch.decode) > 2:
             raise torch.OutOfMemoryError("no memory")
         return forward(batch, ids, *rest)
 

@@ -257,9 +257,13 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     if dtype != "auto":
         return DTYPES[dtype], "as asked for"
     if device.type == "cpu":
-        faster = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.float32, "the default on a CPU" + "; --dtype bfloat16 is faster on this one" * faster
+        return torch.float32, "the default on a CPU" + "; --dtype bfloat16 is faster on this one" * multiplies_bf16()
     return torch.bfloat16, "the default on cuda"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this computer's CPU has products in bf16, which are faster than those in fp32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_quantize(

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import Pages
@@ -49,8 +48,7 @@ class Group:
     """Decoding texts with at most Q tokens each, and the pages that they own."""
 
     lengths: Tensor  # [B] keys that each text's first token sees, itself included
-    owner: Tensor  # [P] text that owns the page; B = none
-    asker: Tensor  # [P] the same, with the last text for none
+    asker: Tensor  # [P] text whose queries the page meets: its owner; of a page that has none, the last
     owned: Tensor  # [B, P] fp32, added to a page's weight: 0 where the text owns it, else UNSEEN
     first: Tensor  # [P] position of the page's first token
     queries: int  # Q
@@ -65,8 +63,8 @@ class Group:
         of a window."""
         if (window, G) not in self._masks:
             device = self.lengths.device
-            length = F.pad(self.lengths, (0, 1), value=-self.queries)  # <= 0 = owned by none, sees nothing
-            length = (length[self.owner][:, None] + torch.arange(self.queries, device=device))[..., None]  # [P, Q, 1]
+            seeing = self.lengths[self.asker][:, None] + torch.arange(self.queries, device=device)  # [P, Q]
+            length = seeing[..., None]
             key = (self.first[:, None] + torch.arange(page_tokens, device=device))[:, None]  # [P, 1, S]
             seen = key < length
             if window:
@@ -83,9 +81,9 @@ class StreamedBatch:
     layers: Mapping[int, Pages]
     page: Tensor  # int64 [T] page that each token's key and value go to
     slot: Tensor  # int64 [T] place inside that page
-    texts: list[Text]
-    groups: list[Group]  # of those of them that decode
-    prefill: list[Text]  # the others
+    decode: list[Text]
+    groups: list[Group]  # the same
+    prefill: list[Text]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         """As batch.Batch has it."""
@@ -98,7 +96,7 @@ class StreamedBatch:
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for group in self.groups if streamed else ():
             out[group.packed] = _stream(q, keys, values, group, rule)
-        for first, count, start, pages in self.prefill if streamed else self.texts:
+        for first, count, start, pages in self.prefill if streamed else self.decode + self.prefill:
             here, total = slice(first, first + count), start + count
             if start == 0:
                 all_k, all_v = k[here].transpose(0, 1), v[here].transpose(0, 1)
@@ -110,14 +108,14 @@ class StreamedBatch:
 
 def _stream(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: Rule) -> Tensor:
     """A group's tokens against its pages: packed q [., Hq, D] -> [n, Hq, D]. Joined over pages in fp32."""
-    P, B, Q, (Hq, D) = len(group.owner), len(group.lengths), group.queries, q.shape[1:]
+    P, B, Q, (Hq, D) = len(group.asker), len(group.lengths), group.queries, q.shape[1:]
     Hkv, S = keys.shape[1:3]
     G = Hq // Hkv
     if group.pages is None:
         keys, values = keys[:P], values[:P]
     else:
         keys, values = keys.index_select(0, group.pages), values.index_select(0, group.pages)
-    # 1) Every page meets its owner's queries. Unowned pages get the last text's, and are masked.
+    # 1) Every page meets its owner's queries.
     q = q[:B] if group.spread is None else q.index_select(0, group.spread)
     q = q.view(B, Q, Hkv, G, D).transpose(1, 2).reshape(B, -1)  # [B, Hkv * Q * G * D]
     asked = q.index_select(0, group.asker).view(P, Hkv, Q * G, D)
@@ -153,8 +151,8 @@ def make_batch(
     for table, start, count in (*decode, *prefill):
         texts.append(Text(first, count, start, table[: -(-(start + count) // S)]))
         first += count
-    chunks = texts[len(decode) :]
-    single, drafting = ([text for text in texts[: len(decode)] if (text.tokens == 1) is one] for one in (True, False))
+    decoding = texts[: len(decode)]
+    single, drafting = ([text for text in decoding if (text.tokens == 1) is one] for one in (True, False))
     pages: list[int] = []
     slots: list[int] = []
     for text in texts:
@@ -169,7 +167,7 @@ def make_batch(
     alone = not (single and drafting)
     groups = [_group(some, S, device, alone or some is single, alone) for some in (single, drafting) if some]
     page, slot = (torch.tensor(x, dtype=torch.long, device=device) for x in (pages, slots))
-    return StreamedBatch(layers, page, slot, texts, groups, chunks)
+    return StreamedBatch(layers, page, slot, decoding, groups, texts[len(decode) :])
 
 
 def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_place: bool, alone: bool) -> Group:
@@ -187,10 +185,9 @@ def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_pla
     packed = [text.first + i for text in texts for i in range(text.tokens)]
     lengths = [text.start + 1 for text in texts]
     made = [torch.tensor(x, device=device) for x in (lengths, owner, first, pages, spread, gather, packed)]
-    mine = made[1] == torch.arange(B, device=device)[:, None]
+    mine = made[1] == torch.arange(B, device=device)[:, None]  # of a page without an owner: no text's
     return Group(
         lengths=made[0],
-        owner=made[1],
         asker=made[1].clamp(max=B - 1),
         owned=torch.zeros(mine.shape, device=device).masked_fill_(~mine, UNSEEN),
         first=made[2],
