@@ -63,12 +63,11 @@ from lengthen.evaluation.judge import JudgeFlags, raise_worst
 from lengthen.evaluation.preferences import compare_runs
 from lengthen.evaluation.probes import probe
 from lengthen.evaluation.quality import judge_answers, quality, show_quality
-from lengthen.evaluation.questions import hash_of
 from lengthen.evaluation.report.figures import length_following
 from lengthen.evaluation.report.page import write_report
 from lengthen.evaluation.scores import complete, read_outputs, rounded, score, show
 from lengthen.jobs import Job, check_inputs
-from lengthen.records import UserError, record_id, replace_file, run_id_of
+from lengthen.records import UserError, hash_of, record_id, replace_file, run_id_of
 from lengthen.sampling.request import Request, Sample
 from lengthen.stage import Stage, Writer, open_job, open_writer
 from lengthen.tasks import Draw, Redraw, run_tasks

@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
             # 2) only now, because the rank of a text depends on all others
             if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed, stage.out.min_yield))
-        summary = job.finish(stage.out.min_yield, **stats)
+        summary = job.finish(**stats)
     cli.emit(summary)
 
 

@@ -301,7 +301,7 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
             for known in [*seeds, *(read_prompts(rules.dedup_against) if rules.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "instructions").statistics()
-        summary = job.finish(stage.out.min_yield, **stats)
+        summary = job.finish(**stats)
     cli.emit(summary)
 
 
@@ -341,7 +341,7 @@ def responses(stage: Stage, inputs: list[str], rules: ResponsesFlags) -> None:
             # 3) only now, because the rank of an answer depends on all others
             if not rules.no_length_bias:
                 job.drop(length_bias_drops(job.records, stage.out.seed, stage.out.min_yield))
-        summary = job.finish(stage.out.min_yield, **stats)
+        summary = job.finish(**stats)
     cli.emit(summary)
 
 
@@ -432,7 +432,7 @@ def constrain(stage: Stage, inputs: list[str], rules: ConstrainFlags) -> None:
             stats = run_tasks(job, tasks, lambda: open_writer(stage, job), "demands").statistics()
             # How many the model did not manage, of those accepted.
             stats["appended"] = sum(record["attempt"] == -1 for record in job.records)
-        summary = job.finish(stage.out.min_yield, **stats)
+        summary = job.finish(**stats)
     cli.emit(summary)
 
 

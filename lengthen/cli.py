@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -72,8 +73,9 @@ def add_command(
     return commands.add_parser(name, help=help, description=help, formatter_class=_Help, allow_abbrev=False)
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
-    """An argparse type: a number of `kind` not below `low`."""
+def at_least(low: float, kind: type = int, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+    wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
 
     def number(text: str) -> Any:
         try:
@@ -81,8 +83,8 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
-        if not value >= low:  # also false for nan
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        if not low <= value <= high:  # also true for nan
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
         return value
 
     return number
@@ -90,17 +92,7 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
 
 def between(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from `low` to `high`."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return value
-
-    return number
+    return at_least(low, float, high)
 
 
 def not_empty(text: str) -> str:

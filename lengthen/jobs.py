@@ -287,6 +287,7 @@ class Job(OneWriter):
         overwrite: bool = False,
         allow_partial: bool = False,
         journal: bool = False,
+        min_yield: int = 1,
     ):
         self.stage, self.output = stage, Path(output)
         self.rejected_path = self.output.with_name(self.output.stem + ".rejected.jsonl")
@@ -295,7 +296,7 @@ class Job(OneWriter):
         self.settings = dict(settings or {})
         self.allow_partial, self.use_journal = allow_partial, journal
         self.counts: Counter[str] = Counter()
-        self.min_yield, self.before = 1, ""
+        self.min_yield, self.before = min_yield, ""
         self.places: dict[str, int] = {}  # id -> its place in the finished files; set by run_tasks
         self.grown: dict[str, Any] = {}  # settings that got larger since what is there was made: their values then
         self.started = self.saved = time.monotonic()
@@ -500,7 +501,7 @@ class Job(OneWriter):
         replace_file(path, b"".join(map(to_line, rows)))
         self.writers[path] = Appender(path)
 
-    def finish(self, min_yield: int = 1, **stats: Any) -> dict:
+    def finish(self, **stats: Any) -> dict:
         """Mark the output complete and return the summary; LowYield when fewer than `min_yield` records came out.
 
         `stats` of a finished run are kept in the sidecar: a no-op resume returns the same numbers.
@@ -529,12 +530,12 @@ class Job(OneWriter):
             "seconds": round(self.meta["seconds"], 1),
             **self.meta.get("stats", {}),
         }
-        if len(self.records) < min_yield:
+        if len(self.records) < self.min_yield:
             # A rejected record's last attempt is in both, so the larger count of each reason is the true one.
             counted = reasons | self.counts
             why = ", ".join(f"{n} x {r}" for r, n in counted.most_common()) or "nothing was tried"
             raise LowYield(
-                f"{self.output}: {len(self.records)} records, --min-yield asks for {min_yield} ({why})",
+                f"{self.output}: {len(self.records)} records, --min-yield asks for {self.min_yield} ({why})",
                 f"{self.remedy(counted)}; *.rejected.jsonl shows what was written",
             )
         return summary

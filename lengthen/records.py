@@ -174,23 +174,24 @@ def new_record(kind: str, **fields: Any) -> dict:
 # Identity. Ids and seeds are hashes, so they depend on neither batch, order nor resume.
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
+def hash_of(*parts: Any) -> str:
+    """16 hex digits that are the same for the same parts."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def record_id(stage: str, parent_id: str, sample: int, scope: str = "") -> str:
     """16 hex digits over (scope, parent, stage, sample). `scope` is the run id where there is no parent."""
-    return _digest(scope, parent_id, stage, sample)[:16]
+    return hash_of(scope, parent_id, stage, sample)
 
 
 def prompt_id(language: str, prompt: str, occurrence: int = 0) -> str:
     """The id of a seed or of a user's own record; `occurrence` counts equal prompts within one file."""
-    return _digest(language, prompt, occurrence)[:16]
+    return hash_of(language, prompt, occurrence)
 
 
 def draw_seed(run_seed: int, id_: str, attempt: int, *more: Any) -> int:
     """The sampling seed of one draw, 63 bits: the same whatever else is in the batch."""
-    return int(_digest(run_seed, id_, attempt, *more)[:16], 16) >> 1
+    return int(hash_of(run_seed, id_, attempt, *more), 16) >> 1
 
 
 def run_id_of(output: str | Path) -> str:

@@ -55,7 +55,7 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
         check_endpoint(stage)
         before = {} if stage.out.overwrite else read_sidecar(stage.out.output).get("settings", {})
         shared["engine"] = before.get("engine", UNKNOWN)  # a finished file is read without a server
-    job = Job(
+    return Job(
         name,
         stage.out.output,
         inputs=inputs,
@@ -64,9 +64,8 @@ def open_job(name: str, stage: Stage, inputs: Sequence[str], settings: dict[str,
         overwrite=stage.out.overwrite,
         allow_partial=stage.out.allow_partial,
         journal=True,
+        min_yield=stage.out.min_yield,
     )
-    job.min_yield = stage.out.min_yield
-    return job
 
 
 def smaller_values(stage: Stage, name: str, value: int) -> list[int]:

@@ -16,7 +16,6 @@ An engine is anything with `add(request)`, `run()` and `progress()`: the sampler
 A request's `key` is (task.id, draw). No torch here: a finished stage ends without loading it.
 """
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -26,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from lengthen import cli
 from lengthen.jobs import Job
+from lengthen.records import hash_of
 
 SHOWN = 10  # accepted records a process shows as they come (Task.to_show)
 EARLY_LOOK = 24  # tries after which it is said when too little will come out
@@ -250,10 +250,6 @@ def run_tasks(job: Job, tasks: Sequence[Task[E, R]], open_engine: Callable[[], E
     return driver.tally
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 class _Driver(Generic[E, R]):
     def __init__(self, job: Job, tasks: Sequence[Task[E, R]]):
         self.job, self.tally = job, Tally()
@@ -262,7 +258,9 @@ class _Driver(Generic[E, R]):
         self.left = dict(self.tasks)  # those not stored yet
         self.others = 0  # accepted records of no task: those of another judge, say
         # A record's fields before anything is drawn: by them an input that says something else is noticed.
-        self.made_of = {id_: _digest(task.record) for id_, task in self.tasks.items()}
+        self.made_of = {
+            id_: hash_of(json.dumps(task.record, sort_keys=True, default=str)) for id_, task in self.tasks.items()
+        }
         self.turns: deque[Task[E, R]] = deque()
         self.asked: dict[Hashable, tuple[Task[E, R], Draw]] = {}  # (id, draw) -> what runs
         self.unscored: dict[tuple[str, Draw], Task[E, R]] = {}

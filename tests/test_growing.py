@@ -117,8 +117,9 @@ def test_the_remedy_of_a_later_iteration_works_when_it_is_applied_literally(loop
     loop("--iterations", "2")
     real = jobs.Job.finish
 
-    def nothing(job, min_yield=1, **stats):  # the second iteration's extensions all fail
-        return real(job, 99 if "iter_2/extended" in str(job.output) else min_yield, **stats)
+    def nothing(job, **stats):  # the second iteration's extensions all fail
+        job.min_yield = 99 if "iter_2/extended" in str(job.output) else job.min_yield
+        return real(job, **stats)
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs.Job, "finish", nothing)
@@ -269,8 +270,8 @@ def test_a_step_is_stale_when_its_input_was_made_afresh_not_when_it_grew(tmp_pat
     source, part = tmp_path / "iter_1" / "responses.jsonl", tmp_path / "iter_1"
 
     def write(output: str, inputs: list[str], **more: object) -> None:
-        with Job("x", output, inputs=inputs, settings={"samples": more.pop("samples", 1)}, **more) as job:
-            job.finish(min_yield=0)
+        with Job("x", output, inputs=inputs, settings={"samples": more.pop("samples", 1)}, min_yield=0, **more) as job:
+            job.finish()
 
     step = run.Step("iter_1", "extend", ("extend.py",), {"input": [str(source)], "output": str(part / "e.jsonl")})
     write(str(source), [])

@@ -30,9 +30,9 @@ from lengthen.endpoint import AllDown, Servers, Unanswered
 from lengthen.evaluation import judge, questions, served
 from lengthen.evaluation.preferences import kappa, preferences
 from lengthen.evaluation.quality import judge_answers
-from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, hash_of, parsed, read_verdict
+from lengthen.evaluation.questions import CRITERIA, WINNERS, Question, cut_middle, parsed, read_verdict
 from lengthen.models import chat
-from lengthen.records import LowYield, UserError, new_record
+from lengthen.records import LowYield, UserError, hash_of, new_record
 from lengthen.stage import Stage
 
 ROOT = Path(__file__).parent.parent
@@ -341,7 +341,7 @@ def test_texts_stand_word_for_word_between_marks_that_they_cannot_hold(kind, lan
 
 
 def test_a_text_that_holds_the_mark_gets_another(monkeypatch):
-    monkeypatch.setattr(questions, "hash_of", lambda number, *texts: number * 8)
+    monkeypatch.setattr(questions, "hash_of", lambda number, *texts: str(number) * 8)
     assert Question("", "quality", "en", "q", ("a",)).mark == "#00000000"
     assert Question("", "quality", "en", "q #00000000", ("a #11111111 b",)).mark == "#22222222"
 

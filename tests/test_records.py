@@ -309,8 +309,8 @@ def test_too_little_yield_is_counted_and_exits_3(tmp_path):
                 j.count("length")  # the attempt that was its last one
                 j.count("ending", 2)
             j.finish()
-    with job(tmp_path) as j:
-        assert j.finish(min_yield=0)["accepted"] == 0
+    with job(tmp_path, min_yield=0) as j:
+        assert j.finish()["accepted"] == 0
 
 
 def test_journal_is_found_again_and_removed_at_the_end(tmp_path):

@@ -171,7 +171,7 @@ def judge_number(number: int, taken: set[int]) -> str:
 
 
 def open_file(folder: Path, journal: bool = True) -> Job:
-    return Job("tasks", folder / "iter_1" / "x.jsonl", settings={"a": 1}, journal=journal)
+    return Job("tasks", folder / "iter_1" / "x.jsonl", settings={"a": 1}, journal=journal, min_yield=0)
 
 
 def records_for(num: int) -> list[dict]:
@@ -192,7 +192,7 @@ def run_all(folder: Path, tasks: list, engine: ScriptedEngine, journal: bool = T
         stats = {}
         if not job.complete:
             stats = run_tasks(job, tasks, lambda: engine, "things").statistics()
-        return {**job.finish(min_yield=0, **stats), "output": "", "seconds": 0}
+        return {**job.finish(**stats), "output": "", "seconds": 0}
 
 
 def stored(folder: Path) -> dict[str, dict]:
@@ -481,11 +481,11 @@ def grow(folder: Path, kind: str, num: int, attempts: int, engine: ScriptedEngin
         for i, r in enumerate(records_for(num))
     ]
     settings = {"count": num, "max_attempts": attempts}
-    with Job("tasks", folder / "iter_1" / "x.jsonl", settings=settings, journal=True) as job:
+    with Job("tasks", folder / "iter_1" / "x.jsonl", settings=settings, journal=True, min_yield=0) as job:
         stats = {}
         if not job.complete:
             stats = run_tasks(job, tasks, lambda: engine or ScriptedEngine(), "things").statistics()
-        return {**job.finish(min_yield=0, **stats), "output": "", "seconds": 0}
+        return {**job.finish(**stats), "output": "", "seconds": 0}
 
 
 def outcomes(folder: Path) -> dict[str, dict]:
@@ -583,7 +583,7 @@ def test_too_little_to_come_is_said_after_a_few_dozen_tries_and_once(tmp_path, c
 
     def run(folder: str, kind: type, num: int) -> str:
         settings = {"max_attempts": 20}
-        with Job("tasks", tmp_path / folder / "x.jsonl", settings=settings, journal=True) as job:
+        with Job("tasks", tmp_path / folder / "x.jsonl", settings=settings, journal=True, min_yield=0) as job:
             run_tasks(job, [kind(r, 20) for r in records_for(num)], ScriptedEngine, "things")
         return capsys.readouterr().err
 

@@ -214,6 +214,7 @@ def ask_judges(
         info={"judges": judges.judge},
         overwrite=stage.out.overwrite,
         allow_partial=stage.out.allow_partial,
+        min_yield=0,
     )
     try:
         with job:
@@ -231,7 +232,7 @@ def ask_judges(
                     except UserError as error:
                         problems.append(error)
             if not problems:
-                job.finish(min_yield=0)
+                job.finish()
     except UserError as error:
         # --overwrite of `answer` would sample all answers again, too; `judge` has no other --output.
         again = f"the --seed and --judge-attempts of before, or rm {folder}/judgements.*  and judge again"

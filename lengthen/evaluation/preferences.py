@@ -16,9 +16,9 @@ from lengthen import cli
 from lengthen.evaluation.intervals import bootstrap, by_query
 from lengthen.evaluation.judge import JudgeFlags, ask_judges, no_verdict, recorded
 from lengthen.evaluation.measures import mean
-from lengthen.evaluation.questions import Question, hash_of
+from lengthen.evaluation.questions import Question
 from lengthen.evaluation.scores import cell, read_outputs, rounded
-from lengthen.records import UserError, replace_file
+from lengthen.records import UserError, hash_of, replace_file
 from lengthen.stage import Stage
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lengthen import cli
 from lengthen.evaluation.measures import OPENING_TOKENS
-from lengthen.evaluation.questions import hash_of
 from lengthen.evaluation.scores import POSITIONS
 from lengthen.jobs import Job
 from lengthen.reading import read_jsonl
+from lengthen.records import hash_of
 from lengthen.stage import Stage, Writer
 from lengthen.text.languages import files
 

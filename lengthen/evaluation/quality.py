@@ -9,9 +9,9 @@ from lengthen import cli
 from lengthen.evaluation.intervals import bootstrap, by_query
 from lengthen.evaluation.judge import JudgeFlags, ask_judges, no_verdict, recorded
 from lengthen.evaluation.measures import mean
-from lengthen.evaluation.questions import CRITERIA, Question, hash_of
+from lengthen.evaluation.questions import CRITERIA, Question
 from lengthen.evaluation.scores import cell, rounded
-from lengthen.records import UserError
+from lengthen.records import UserError, hash_of
 from lengthen.stage import Stage
 
 

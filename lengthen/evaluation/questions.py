@@ -5,7 +5,6 @@ even when a model has no idea of the task, and a judge that cannot reply in the 
 ("10" is one token for one tokenizer and two for another, too.)
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lengthen.models.chat import fill
+from lengthen.records import hash_of
 from lengthen.text.thoughts import without_thought
 
 # The quality criteria of LonGen's evaluation, 1 to 10 each.
@@ -23,11 +23,6 @@ SHORTEST = 200  # characters; texts are not cut below this length
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions
-
-
-def hash_of(*texts: str) -> str:
-    """16 hex digits that are the same for the same texts."""
-    return hashlib.sha256("\x1f".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def cut_middle(text: str, limit: int) -> str:
@@ -53,7 +48,7 @@ class Question:
     def mark(self) -> str:
         """What fences the texts off: it occurs in none of them, cut or whole, and is the same for either order."""
         texts = sorted((self.query, *self.answers))
-        marks = (f"#{hash_of(str(number), *texts)[:8]}" for number in itertools.count())
+        marks = (f"#{hash_of(number, *texts)[:8]}" for number in itertools.count())
         return next(mark for mark in marks if not any(mark in text for text in texts))
 
     def longest(self) -> int:

@@ -10,7 +10,6 @@ Models that think first are asked for the answer alone: templates have switches 
 opens in front of the answer is closed at once, in every prompt and in training alike.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from functools import cache, cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from lengthen.records import UserError
+from lengthen.records import UserError, hash_of
 from lengthen.text import languages
 from lengthen.text.thoughts import closing_of, is_opening, open_thought, without_thought
 
@@ -66,7 +65,7 @@ def fill(name: str, language: str, **fields: object) -> str:
 def template_hashes(asked: str, *names: str) -> dict[str, str]:
     """NAME.LANGUAGE.md -> 16 hex digits of its sha256, in the languages asked for: for a stage's settings."""
     texts = {f"{name}.{code}.md": template(name, code) for name in names for code in languages.chosen(asked)}
-    return {file: hashlib.sha256(text.encode()).hexdigest()[:16] for file, text in texts.items()}
+    return {file: hash_of(text) for file, text in texts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ class Chat:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         template = f"{self.tokenizer.chat_template}{self._answer_header}{self.date}"
-        return hashlib.sha256(f"{rules}\x1f{template}".encode()).hexdigest()[:16]
+        return hash_of(rules, template)
 
     def encode(self, messages: list[dict[str, str]], prefill: str = "") -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header, then of the answer that is begun for it.
