@@ -10,10 +10,11 @@ S and sum_j E_j W_j are sums over the vocabulary: they can be taken `tile` words
 
 1. Derive the two lines from loss = -log softmax(z)_t, without another look at docs/kernels.md. Why is log(1 + S) better
    than logsumexp(z) - z_t for a token that the model is sure of?
-2. Write `loss_and_gradient`. No tensor that it makes may be larger than [T, tile], [tile, H] or [T, H], whichever is
-   the largest: `test_no_logits_are_held` looks.
-3. Where another logit lies 89 above the target's, e^(z_j - z_t) is inf in fp32; and sum_j E_j W_j may be inf a little
-   sooner than S is. Do such rows again, relative to their largest logit r instead: what do loss and dh become?
+2. Where another logit lies 89 above the target's, e^(z_j - z_t) is inf in fp32; and sum_j E_j W_j may be inf a little
+   sooner than S is. `loss_and_gradient`, which is given, does such rows again relative to their largest logit r: what
+   do loss and dh become with E_j = e^(z_j - r)?
+3. Write `relative_to` for any r: with r = z_t it must be as exact as the lines above. No tensor that it makes may be
+   larger than [T, tile], [tile, H] or [T, H], whichever is the largest: `test_no_logits_are_held` looks.
 
 Leads to: kernels/linear_cross_entropy.py, whose docstring is this page.
 
@@ -35,6 +36,20 @@ def loss_and_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, tile: int
 
     The sum of the losses is what is differentiated. tile: words of the vocabulary at a time.
     """
+    zt = (hidden * weight[targets]).sum(1)
+    loss, dh = relative_to(zt, zt, hidden, weight, targets, tile)
+    again = (~(loss < 60)).nonzero()[:, 0]  # far below e^88, and nan is among them
+    if len(again):
+        h, t = hidden[again], targets[again]
+        largest = torch.stack([(h @ weight[i : i + tile].T).amax(1) for i in range(0, len(weight), tile)]).amax(0)
+        loss[again], dh[again] = relative_to(largest, zt[again], h, weight, t, tile)
+    return loss, dh
+
+
+def relative_to(
+    r: Tensor, zt: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The same, of exponentials relative to r [T]. zt [T]: the targets' logits."""
     raise NotImplementedError
 
 

@@ -246,7 +246,7 @@ class SamplingFlags:
     repetition_penalty: float = flag(1.1, "1 = none", at_least(0.01, float))
     max_new_tokens: int = flag(0, "tokens per sample; 0 = min(16384, context - prompt)", at_least(0))
     max_rows: int = flag(
-        0, "texts decoded at a time, per server; 0 = 48 on a CPU, else 256, less where memory is short", at_least(0)
+        0, "texts decoded at a time, per server; 0 = 96 on a CPU, else 256, less where memory is short", at_least(0)
     )
     kv_cache: str = flag(
         "auto", "auto = the model's dtype; fp8 = half the memory of bf16, on a GPU only", choices=("auto", "fp8")

@@ -6,17 +6,6 @@ import torch
 from torch import Tensor
 
 
-def loss_and_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    zt = (hidden * weight[targets]).sum(1)
-    loss, dh = relative_to(zt, zt, hidden, weight, targets, tile)
-    again = (~(loss < 60)).nonzero()[:, 0]  # far below e^88, and nan is among them
-    if len(again):
-        h, t = hidden[again], targets[again]
-        largest = torch.stack([(h @ weight[i : i + tile].T).amax(1) for i in range(0, len(weight), tile)]).amax(0)
-        loss[again], dh[again] = relative_to(largest, zt[again], h, weight, t, tile)
-    return loss, dh
-
-
 def relative_to(r: Tensor, zt: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, tile: int):
     S, U = torch.zeros_like(zt), torch.zeros_like(hidden)
     for start in range(0, len(weight), tile):
