@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from lengthen.errors import UserError
 
-ROWS = {"cpu": 96, "cuda": 256}  # texts at once: from there on, attention takes what reading weights for more would save
+ROWS = {"cpu": 96, "cuda": 256}  # texts at once: beyond, attention takes what reading weights for more would save
 Pairs = Sequence[tuple[list[int], list[int]]]  # (prompt ids, continuation ids), to be scored
 
 
