@@ -376,7 +376,7 @@ def run_steps(
     per_epoch = math.ceil(len(pairs) / flags.pairs_per_step)
     # From here on everything depends on the step number alone: order, rate, dropout, ceiling.
     done, skips, entries = resume(learner, total, folder, processes)
-    speed, source = peak_flops(device)
+    speed, source = peak_flops(device, learner.model.get_input_embeddings().weight.dtype)
     cli.say(f"peak: {speed / 1e12:,.3g} TFLOP/s ({source})" if speed else f"peak of {source}: unknown")
     # Read back from the log, so that a resumed run calls the same losses spikes as an unbroken one.
     losses = [e["loss"] for e in entries if not e["skipped"]]

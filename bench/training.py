@@ -82,7 +82,7 @@ def ours(model: PreTrainedModel, rank: int, vram_gb: float, longest: int) -> Run
     flags = MemoryFlags(vram=vram_gb, auto_shrink=True)
     memory = memory_of(LoraFlags(rank=rank), flags, 32, model, abilities, longest, Processes(), nf4=nf4)
     learner = Learner(model, abilities, memory, adamw(parameters, 1e-5, 32))
-    peak, vocab, cuda = peak_flops(model.device)[0], model.config.vocab_size, model.device.type == "cuda"
+    peak, vocab, cuda = peak_flops(model.device, model.dtype)[0], model.config.vocab_size, model.device.type == "cuda"
 
     def run(tokens: int, count: int) -> tuple[list[float], dict]:
         pair = sample(tokens, vocab)

@@ -46,7 +46,7 @@ def budget_of(family: str, dtype=torch.float32, cuda: bool = False, **changes) -
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, lean_layers, checkpoint, layers, tile_rows):
     """A whole step on the CPU: what the formulae add up to, and what torch's profiler sees."""
     model = with_lora(family, WIDE)
-    abilities, (pair,) = examine(model), some_pairs(1000)
+    abilities, (pair,) = examine(model), some_pairs(1500)  # attention on a CPU has 2 MB of its own
     settings = Recompute(checkpoint, layers, tile_rows=tile_rows)
     if lean_layers:
         assert not lean.install(model, settings).why
@@ -60,7 +60,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(family, lean_layers, ch
     measured = peak_bytes(step, "cpu")
     budget = budget_of(family, **WIDE)
     budget = Budget(budget.shape, None if lean_layers else budget.traced)
-    parts = budget.activations(settings, 1000, len(pair.ids) - pair.num_prompt)
+    parts = budget.activations(settings, 1500, len(pair.ids) - pair.num_prompt)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
 
@@ -318,4 +318,4 @@ def test_live_counts_each_storage_once_and_forgets_it():
 
 def test_cards_by_name():
     assert speeds_of(24).keys() >= {"RTX 4090", "L4"} and "H100" in speeds_of(80)
-    assert measured_flops() > 0
+    assert all(measured_flops(dtype) > 0 for dtype in (torch.float32, torch.bfloat16))

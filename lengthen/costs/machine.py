@@ -12,6 +12,7 @@ holds that memory nor opens a GPU's context. No torch here otherwise.
 import argparse
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -151,7 +152,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     """`ask`, in this process."""
     import torch
 
-    from lengthen.models.loading import memory_of
+    from lengthen.models.loading import choose_dtype, memory_of
     from lengthen.sampling.meter import bandwidth
     from lengthen.training.budget import NF4_BYTES
     from lengthen.training.plan import measured_flops, outline_of, peak_flops
@@ -160,12 +161,15 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     gpu = torch.device("cuda") if not known and torch.cuda.is_available() and flags.device != "cpu" else None
     if gpu:
         name, size = torch.cuda.get_device_name(gpu), float(memory_of(gpu))
-        flops, speed = peak_flops(gpu)[0], bandwidth(gpu)
+        flops, speed = peak_flops(gpu, torch.bfloat16)[0], bandwidth(gpu)
     elif known:
         name, size, flops, speed = card, 1e9 * known.gigabytes, 1e12 * known.tflops, 1e12 * known.bandwidth
     else:
         name, size = f"this CPU, {torch.get_num_threads()} threads", float(physical_memory())
-        flops, speed = max(measured_flops() for _ in range(5)), bandwidth(torch.device("cpu"))
+        asked, _ = choose_dtype(flags.dtype, torch.device("cpu"))
+        # Attention's softmax, norms and the loss are no faster in bf16, where products may be six times as fast.
+        rates = [max(measured_flops(dtype) for _ in range(5)) for dtype in (torch.float32, asked)]
+        flops, speed = statistics.harmonic_mean(rates), bandwidth(torch.device("cpu"))
     if not flops:
         raise UserError(f"no plan for {name}: how fast it is with bf16 is not known", '--plan "A10", or another card')
     cuda = bool(gpu or known)

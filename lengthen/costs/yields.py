@@ -219,7 +219,7 @@ def _instructions(step: Step, flags: Mapping[str, Any], flow: Flow) -> Work:
     # The last one is found after as many turns as halve the rest each time.
     turns = 1 + min(attempts / 2, math.log(max(2, count)) / -math.log(max(1e-9, (1 - passing) ** 2)))
     records = count * (kept if attempts > 1 else passing)
-    read = length - tokens + 2 * (JUDGE + tokens)  # what it continues, and the judge's question with yes and with no
+    read = length - tokens + JUDGE + tokens  # what it continues, and the judge's question, once for yes and no
     sampled = sampling(draws, tokens, read, length, turns * 2 * tokens, 2 * length)
     return replace(sampled, records=records, answer=tokens)
 

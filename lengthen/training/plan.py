@@ -65,7 +65,7 @@ def show_plan(training: Training) -> None:
     lines, record = table(budget, memory, tokens, room)
     speeds = speeds_of(memory.vram) if cuda else {}
     if not training.memory.vram:
-        flops, name = peak_flops(device)
+        flops, name = peak_flops(device, dtype)
         speeds = {name: flops} if flops else speeds
     step = budget.flops([tokens], [tokens], budget.choose(memory, tokens, room))
     lines += [f"at least {step / v:,.2f} s a step at {v / 1e12:,.3g} TFLOP/s: {name}" for name, v in speeds.items()]
@@ -116,13 +116,14 @@ def table(budget: Budget, flags: MemoryFlags, tokens: int, room: float) -> tuple
 # How fast the device could be
 
 
-def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s at the best, where the number is from). 0 for a card that the table does not know."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s at the best, where the number is from). 0 for a card that the table does not know. dtype: the model's."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         card = card_named(name)
         return (1e12 * card.tflops, f"{name}, dense bf16 by its data sheet") if card and card.tflops else (0.0, name)
-    return measured_flops(), f"one matrix product on {torch.get_num_threads()} threads, measured"
+    name = str(dtype).removeprefix("torch.")
+    return measured_flops(dtype), f"one {name} matrix product on {torch.get_num_threads()} threads, measured"
 
 
 def speeds_of(gigabytes: float) -> dict[str, float]:
@@ -131,9 +132,9 @@ def speeds_of(gigabytes: float) -> dict[str, float]:
     return {name: 1e12 * card.tflops for name, card in near.items() if card.tflops}
 
 
-def measured_flops() -> float:
-    """What fp32 matrix products reach on this CPU, FLOP/s."""
-    x = torch.randn(1024, 1024)
+def measured_flops(dtype: torch.dtype) -> float:
+    """What matrix products reach on this CPU, FLOP/s."""
+    x = torch.randn(1024, 1024).to(dtype)
     x @ x
     started = time.perf_counter()
     x @ x
