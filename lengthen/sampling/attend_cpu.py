@@ -24,6 +24,7 @@ from lengthen.models.flash import dense
 from lengthen.sampling.batch import Rule
 from lengthen.sampling.pages import Chunk
 
+SUM = 0  # embedding_bag's mode: rows, each by its weight, are added up
 UNSEEN = -1e30  # added to a score; finite, so that a page with nothing to see gives numbers, which weigh nothing
 
 # The time of each, in units of reading a page and multiplying it by one token's queries: another token's queries;
@@ -49,7 +50,8 @@ class Group:
 
     lengths: Tensor  # [B] keys that each text's first token sees, itself included
     asker: Tensor  # [P] text whose queries the page meets: its owner; of a page that has none, the last
-    owned: Tensor  # [B, P] fp32, added to a page's weight: 0 where the text owns it, else UNSEEN
+    owned: Tensor  # [B, N] the pages of each text, its first one again behind its last
+    over: Tensor  # [B, 1, N] fp32, added to a page's weight: UNSEEN behind the last
     first: Tensor  # [P] position of the page's first token
     queries: int  # Q
     pages: Tensor | None  # [P] which pages of the pool; None = the first P, where they lie
@@ -57,6 +59,7 @@ class Group:
     gather: Tensor | None  # [n] where in [B * Q] the group's tokens are, in packed order; None = B = n
     packed: Tensor  # [n] their packed index
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _bags: list[Tensor] = field(default_factory=list)
 
     def mask(self, window: int, page_tokens: int, G: int) -> Tensor:
         """[P, 1, Q * G, S] fp32, G = 1 for Q = 1: 0 where the owner's token may look, else UNSEEN. One for all layers
@@ -72,6 +75,15 @@ class Group:
             mask = seen.new_zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, UNSEEN)
             self._masks[window, G] = mask.repeat_interleave(G if self.queries > 1 else 1, 1)[:, None]
         return self._masks[window, G]
+
+    def bags(self, C: int) -> list[Tensor]:
+        """[where each text has its pages' results, for all heads and tokens (B * C * N), where each bag begins], for
+        embedding_bag over [P * C]; C = Q * Hq, which is the same for all layers but of odd models."""
+        if not self._bags or len(self._bags[1]) != len(self.owned) * C:
+            N = self.owned.shape[1]
+            where = self.owned[:, None] * C + torch.arange(C, device=self.owned.device)[:, None]  # [B, C, N]
+            self._bags = [where.flatten(), torch.arange(0, where.numel(), N, device=where.device)]
+        return self._bags
 
 
 @dataclass
@@ -123,14 +135,17 @@ def _stream(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: Rule) -
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         asked, keys, values, 0.0, False, attn_mask=mask, scale=rule.scaling
     )
-    # 2) Softmax over the pages of a text: a page weighs what its exponentials sum up to.
-    shares = lse.transpose(1, 2).reshape(P, -1).T[:, None] + group.owned  # [Q * G * Hkv, B, P] fp32
-    pages = out.to(lse.dtype).transpose(1, 2).reshape(P, -1, D).transpose(0, 1)  # [Q * G * Hkv, P, D]
-    out = torch.bmm(shares.softmax(-1), pages).view(Q, G, Hkv, B, D)
+    # 2) Softmax over the pages of a text: a page weighs what its exponentials sum up to. It has C results.
+    C = Q * G * Hkv
+    where, bags = group.bags(C)
+    shares = lse.transpose(1, 2).reshape(-1).index_select(0, where).view(B, C, -1) + group.over  # [B, C, N] fp32
+    pages = out.to(lse.dtype).transpose(1, 2).reshape(-1, D)  # [P * C, D]
+    weights = shares.softmax(-1).flatten()
+    out = torch.embedding_bag(pages, where, bags, False, SUM, False, weights)[0].view(B, Q, G, Hkv, D)
     if rule.sinks is not None:  # they are in the sum, and give nothing
-        total = shares.logsumexp(-1).view(Q, G, Hkv, B)
-        out *= torch.sigmoid(total - rule.sinks.float().view(Hkv, G).T[..., None])[..., None]
-    out = out.permute(3, 0, 2, 1, 4).reshape(B * Q, Hq, D).to(q.dtype)
+        total = shares.logsumexp(-1).view(B, Q, G, Hkv)
+        out = out * torch.sigmoid(total - rule.sinks.float().view(Hkv, G).T)[..., None]
+    out = out.transpose(2, 3).reshape(B * Q, Hq, D).to(q.dtype)
     return out if group.gather is None else out.index_select(0, group.gather)
 
 
@@ -173,23 +188,28 @@ def make_batch(
 def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_place: bool, alone: bool) -> Group:
     """in_place: the pages are not gathered. alone: there is no other group."""
     B, Q = len(texts), max(text.tokens for text in texts)
-    owned = [(page, row, nth) for row, text in enumerate(texts) for nth, page in enumerate(text.pages)]
-    pages = [page for page, _, _ in owned]
-    P = max(pages) + 1 if in_place else len(pages)
-    owner, first = [B] * P, [0] * P
-    for i, (page, row, nth) in enumerate(owned):
-        i = page if in_place else i
-        owner[i], first[i] = row, nth * page_tokens
+    pages = [page for text in texts for page in text.pages]
+    P, N = max(pages) + 1 if in_place else len(pages), max(len(text.pages) for text in texts)
+    owner, first, owned, over = [B - 1] * P, [0] * P, [], []
+    place = 0
+    for row, text in enumerate(texts):
+        places = text.pages if in_place else range(place, place + len(text.pages))
+        place += len(text.pages)
+        for nth, page in enumerate(places):
+            owner[page], first[page] = row, nth * page_tokens
+        missing = N - len(places)
+        owned.append([*places, *[places[0]] * missing])
+        over.append([0.0] * len(places) + [UNSEEN] * missing)
     spread = [text.first + min(i, text.tokens - 1) for text in texts for i in range(Q)]
     gather = [row * Q + i for row, text in enumerate(texts) for i in range(text.tokens)]
     packed = [text.first + i for text in texts for i in range(text.tokens)]
     lengths = [text.start + 1 for text in texts]
     made = [torch.tensor(x, device=device) for x in (lengths, owner, first, pages, spread, gather, packed)]
-    mine = made[1] == torch.arange(B, device=device)[:, None]  # of a page without an owner: no text's
     return Group(
         lengths=made[0],
-        asker=made[1].clamp(max=B - 1),
-        owned=torch.zeros(mine.shape, device=device).masked_fill_(~mine, UNSEEN),
+        asker=made[1],
+        owned=torch.tensor(owned, device=device),
+        over=torch.tensor(over, device=device)[:, None],
         first=made[2],
         queries=Q,
         pages=None if in_place else made[3],
