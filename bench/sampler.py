@@ -8,8 +8,8 @@ turn in the reverse order of the last. A speed-up is the median of the turns' ra
    Rates count useful tokens (up to EOS, EOS included). generate and llama.cpp get the better of --batches, tried once
    on the ragged job; the other engines choose for themselves.
 2. Decode steps: --rows texts at once, all of one length. A step's time is that of 4 + --steps tokens less that of 4,
-   over --steps. Each engine with its default threads, with one thread, and with its default threads beside one other
-   process that never waits.
+   over --steps. Each engine with its default threads and with one thread; ours also with its default threads beside
+   one other process that never waits (a step of generate takes some fifteen times as long there).
 3. --lookup instead: our sampler with and without draft tokens (sampling/lookup.py), --rows texts at once (8 where none
    is given), the same texts by construction, so the same tokens. Two sets: copy-heavy (passages of our LICENSE to be
    repeated, penalty off) and the Extender's ordinary prompts (stage 1 of extend.py on drafts that this model wrote). A
@@ -57,6 +57,7 @@ from lengthen.sampling.request import Request, Sampling
 PROMPTS = ROOT / "prompts" / "en"
 WISHES = ("", " Write one short paragraph.", " Answer in two sentences.", " Answer in one sentence.")
 WARM = 4  # tokens of a text before its steps are timed
+OURS = ("ours", "ours-bf16")
 PLACES = {"default": (0, False), "1 thread": (1, False), "busy": (0, True)}  # threads, a busy neighbour
 
 
@@ -162,20 +163,20 @@ def bench_steps(args: argparse.Namespace, start: Callable, names: Sequence[str],
 
     for engine in engines.values():  # a first call takes what no later one takes
         engine(prompts=same[:2], limit=WARM, seed=0, rows=2, exact=True)
+    shown = [(name, place) for name in names for place in args.places if name in OURS or not place[1]]
     for rows in args.rows:
-        keys = [(name, place, rows) for place in args.places for name in names]
+        keys = [(name, place, rows) for name, place in shown]
         milliseconds |= harness.in_turns(args.runs, keys, step)
         found = ", ".join(f"{name} {statistics.median(milliseconds[name, place, n]):.1f}" for name, place, n in keys)
         say(f"a step of {rows} rows, ms: {found}")
     lines, spelt = [], {place: word for word, place in PLACES.items()}
-    for name in names:
-        for place in args.places:
-            line = [f"{name}, {spelt[place]}"]
-            for rows in args.rows:
-                own, these = milliseconds["ours", place, rows], milliseconds[name, place, rows]
-                ratio = "" if name == "ours" else f" ({statistics.median(harness.ratios(these, own)):.2f})"
-                line.append(f"{statistics.median(these):.1f}{ratio}")
-            lines.append(line)
+    for name, place in shown:
+        line = [f"{name}, {spelt[place]}"]
+        for rows in args.rows:
+            own, these = milliseconds["ours", place, rows], milliseconds[name, place, rows]
+            ratio = "" if name == "ours" else f" ({statistics.median(harness.ratios(these, own)):.2f})"
+            line.append(f"{statistics.median(these):.1f}{ratio}")
+        lines.append(line)
     columns = ["ms per step (times ours)", *(f"{rows} row{'s' * (rows > 1)}" for rows in args.rows)]
     flat = {f"{name}, {spelt[place]}, {rows} rows": some for (name, place, rows), some in milliseconds.items()}
     return harness.table("steps", columns, lines), {"milliseconds_per_step": flat}

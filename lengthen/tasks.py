@@ -267,6 +267,7 @@ class _Driver(Generic[E, R]):
         self.engine: E | None = None
         self.read, self.shown = False, 0  # whether a text was shown as it came; accepted records that were
         self.tried = self.passed = 0
+        self.halfway: set[tuple[str, int]] = set()  # tries of which a part passed: they are longer than those that fail
         self.warned = not job.use_journal  # a judge's verdicts are no yield
 
     def replay(self) -> None:
@@ -365,7 +366,7 @@ class _Driver(Generic[E, R]):
         if len(self.unscored) >= SCORE_BATCH:
             self._score(engine)
         self._take_turns()
-        if self.left and not self.warned and self.tried >= EARLY_LOOK:
+        if self.left and not self.warned and self.tried >= max(EARLY_LOOK, len(self.halfway)):
             self._look_ahead()
 
     def _look_ahead(self) -> None:
@@ -398,8 +399,13 @@ class _Driver(Generic[E, R]):
         if "tokens" in entry:  # an entry of `examine_scores` has none
             self.tally.attempts += 1
             self.tally.tokens += entry["tokens"]
-            if not task.in_turn and (entry["reason"] or task.passes(entry)):
-                self.tried, self.passed = self.tried + 1, self.passed + (not entry["reason"])
+            if not task.in_turn:
+                one = task.id, entry["attempt"]
+                if entry["reason"] or task.passes(entry):
+                    self.tried, self.passed = self.tried + 1, self.passed + (not entry["reason"])
+                    self.halfway.discard(one)
+                else:
+                    self.halfway.add(one)
         if entry.get("reason") and not task.in_turn:
             self.job.count(entry["reason"])
 

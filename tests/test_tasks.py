@@ -592,3 +592,42 @@ def test_too_little_to_come_is_said_after_a_few_dozen_tries_and_once(tmp_path, c
     assert re.search(r"\(\d+% unfinished, \d+% gain\); at this rate about 0 of 10 records", said)
     assert "a larger --max-new-tokens" in said and "--max-attempts 40" in said
     assert "warning:" not in run("good", Toss, 60)
+
+
+class Halves(Toss):
+    """A try of two draws, the second where the first passed, as two times in three."""
+
+    part = 0
+
+    def draws(self) -> list[Draw]:
+        return [] if self.over else [(self.attempt, self.part)]
+
+    def read(self, reply: Got, engine: ScriptedEngine) -> tuple[dict, str]:
+        return {"number": reply.number}, "odd" if not self.part and reply.number % 3 == 0 else ""
+
+    def examine(self, draw: Draw, reply: Got, engine: ScriptedEngine) -> Entry:
+        entry = {**super().examine(draw, reply, engine), "part": draw[1]}
+        return {**entry, "last": False} if not self.passes(entry) and not entry["reason"] else entry
+
+    def passes(self, entry: Entry) -> bool:
+        return not entry["reason"] and entry["part"] == 1
+
+    def apply(self, entry: Entry) -> None:
+        self.part = 0 if self.passes(entry) or entry["reason"] else 1
+        if not self.part:
+            super().apply(entry)
+
+
+class InOrder(ScriptedEngine):
+    def run(self) -> Iterator[Got]:
+        while self.waiting:
+            request = self.waiting.pop(0)
+            yield Got(request, number_of(*request.key))
+
+
+def test_tries_that_are_half_done_are_waited_for_before_too_little_is_said(tmp_path, capsys):
+    """Of the study's first 24 extensions none had passed: what fails ends first, and 56 had come past stage 1."""
+    with Job("tasks", tmp_path / "x.jsonl", settings={"max_attempts": 4}, journal=True) as job:
+        run_tasks(job, [Halves(record, 4) for record in records_for(100)], InOrder, "things")
+    assert job.counts["odd"] > 24 and len(job.records) > 90
+    assert "warning:" not in capsys.readouterr().err
