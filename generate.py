@@ -297,6 +297,11 @@ def instructions(stage: Stage, rules: InstructionsFlags) -> None:
     with open_job("instructions", stage, [*rules.seeds, *rules.dedup_against], settings) as job:
         stats = {}
         if not job.complete:
+            if moved := {record["run_id"] for record in job.records} - {run_id}:  # all would be asked for anew
+                raise job.refuse(
+                    f"{stage.out.output} was begun as {moved.pop()} and is {run_id} now: ids hold that name",
+                    f"give the folder its name back, or start afresh with {cli.spelt('--overwrite')}",
+                )
             # 2) draw, judge and compare, until there are --count or all attempts are used up
             for known in [*seeds, *(read_prompts(rules.dedup_against) if rules.dedup_against else [])]:
                 distinct.add(known["prompt"], known["language"])

@@ -32,6 +32,7 @@ from lengthen.text import languages
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0  # without a terminal: one progress line every so many seconds
+ENOUGH = 10  # finished ones from which the time left is told; of few, a tenth
 OPENING = 320  # characters of a text that is shown while a stage runs
 
 
@@ -365,8 +366,10 @@ class _Ticker:
         if done >= self.total and now - self.started < PLAIN_SECONDS:
             return  # finished before it needed a progress line
         self.shown = now
-        rate = (done - self.first) / (now - self.started)
-        left = f", about {(self.total - done) / rate:.0f} s left" if rate > 0 and done < self.total else ""
+        finished, left = done - self.first, ""
+        # One that ends early says nothing of when 800 will have ended.
+        if finished >= max(1, min(ENOUGH, self.total // ENOUGH)) and done < self.total:
+            left = f", about {(self.total - done) / finished * (now - self.started):.0f} s left"
         say(f"  {self.what} {done}/{self.total} after {now - self.started:.0f} s{left}{'; ' + note if note else ''}")
 
 

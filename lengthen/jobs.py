@@ -393,12 +393,19 @@ class Job(OneWriter):
         self._save("running")
         self._forget(stored)
 
-    def refuse_input(self, why: str) -> UserError:
-        """The error for an input that says something else than before; the sidecar is again what it was."""
+    def refuse(self, message: str, hint: str) -> UserError:
+        """The error for what cannot go on from here; the files are again what they were."""
         if self.before:
             replace_file(sidecar_path(self.output), self.before)
+        if self.work_path in self.writers and not self.journal:
+            self.writers.pop(self.work_path).close()
+            self.work_path.unlink()
         self.complete = True  # nothing is to be saved on the way out
-        return UserError(
+        return UserError(message, hint)
+
+    def refuse_input(self, why: str) -> UserError:
+        """The same for an input that says something else than before."""
+        return self.refuse(
             f"{self.output} was made with inputs that have changed: {why}",
             "records may be added to an input, not changed; --overwrite starts it afresh, another --output keeps both",
         )

@@ -151,6 +151,20 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     assert "12 tok/s" in lines[0] and lines[-1].startswith("  draft 100/100 after 101 s")
 
 
+def test_the_time_left_is_not_told_by_the_first_that_ends(monkeypatch):
+    """Of 800 extensions the first ended after 667 s: "about 533135 s left"."""
+    shown, clock = io.StringIO(), itertools.count(step=cli.PLAIN_SECONDS)
+    monkeypatch.setattr(cli, "console", Console(file=shown, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(clock)))
+    for total, numbers in ((800, (0, 1, 9, 10)), (20, (0, 1, 2))):
+        with cli.progress("x", total=total) as ticker:
+            for done in numbers:
+                ticker.update(done)
+    lines = shown.getvalue().splitlines()
+    assert ["left" in line for line in lines] == [False, False, False, True, False, False, True]
+    assert "10/800 after 40 s, about 3160 s left" in lines[3]
+
+
 def test_on_a_narrow_terminal_the_note_is_cut_and_not_the_count(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(cli, "console", Console(file=shown, width=80, force_terminal=True, color_system=None))

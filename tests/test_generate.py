@@ -212,6 +212,20 @@ def test_both_languages_in_one_run(monkeypatch, tmp_path):
     assert all(set(r["example_ids"]) == ({"z0", "z1"} if r["language"] == "zh" else {"s0", "s1"}) for r in rows)
 
 
+def test_a_run_that_was_renamed_before_it_grew_is_refused_by_both_names(monkeypatch, tmp_path):
+    """Its ids hold the run's name: all records were thrown out as "input-gone" and drawn again."""
+    instructions(monkeypatch, tmp_path / "run", "--count", "4")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "moved" / "iter_1").iterdir()}
+    with pytest.raises(UserError, match="begun as run/iter_1 and is moved/iter_1 now") as caught:
+        instructions(monkeypatch, tmp_path / "moved", "--count", "6")
+    assert "its name back" in caught.value.hint
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "moved" / "iter_1").iterdir()}
+    (tmp_path / "moved").rename(tmp_path / "run")
+    instructions(monkeypatch, tmp_path / "run", "--count", "6")
+    assert len(read_jsonl(tmp_path / "run" / "iter_1" / "instructions.jsonl")) == 6
+
+
 def test_the_next_iteration_asks_for_other_instructions(monkeypatch, tmp_path):
     sampler = instructions(monkeypatch, tmp_path / "a" / "run", "--count", "5")
     rows = read_jsonl(tmp_path / "a" / "run" / "iter_1" / "instructions.jsonl")
