@@ -93,6 +93,25 @@ def test_the_plan_of_the_pilot_is_within_one_and_a_half_times_its_tokens():
         assert 1 / 1.5 <= cost.work.calls / calls <= 1.5, cost.step.label
 
 
+def test_the_plan_of_the_study_is_within_one_and_a_half_times_its_tokens():
+    """Its first two stages: 400 instructions in bf16 (bench/growth.py), 389 and 400 records."""
+    flags = ["--dtype", "bfloat16", "--instructions", "400", "--responses.max-attempts", "2"]
+    expected = plan(XEON, *flags, "--responses.max-new-tokens", "560")[:2]
+    for cost, (calls, tokens) in zip(expected, [(1171, 53_300), (1082, 461_706)], strict=True):
+        assert 1 / 1.2 <= cost.work.calls / calls <= 1.2, cost.step.label
+        assert 1 / 1.2 <= cost.tokens[1] / tokens <= 1.2, cost.step.label
+
+
+def test_what_stays_in_fp32_makes_drawing_and_training_slower_and_not_reading():
+    """The plan took bf16's rate of products from fp32: 17 minutes for 400 instructions that took 208 s."""
+    half = replace(XEON, flops=4 * XEON.flops)
+    for base, slow in zip(plan(half), plan(replace(half, slower=2.5)), strict=True):
+        assert base.seconds and slow.seconds and slow.seconds[1] > base.seconds[1]
+    work, flags = plan(half)[0].work, run.all_settings(steps_of()[0])
+    read = replace(work, tokens=0.0)  # of prompts alone
+    assert half.seconds(read, flags) == replace(half, slower=2.5).seconds(read, flags) < XEON.seconds(read, flags)
+
+
 @pytest.mark.parametrize("over", [3, 5, 9])
 def test_what_was_measured_makes_the_rest_of_the_run_known_better(over):
     """After some stages of the demo: the seconds that are left are within 1.7 times what they then took."""

@@ -12,7 +12,6 @@ holds that memory nor opens a GPU's context. No torch here otherwise.
 import argparse
 import os
 import pickle
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -64,6 +63,7 @@ class Machine:
     kv: float  # bytes of a token's keys and values
     adapter: float  # bytes of an adapter on disk
     training: tuple[tuple[int, float, float], ...]  # (tokens of a row, FLOPs per token, bytes at the peak of its step)
+    slower: float = 1.0  # times that drawing and training take longer, for what stays in fp32
 
     def rows(self, work: Work, flags: Mapping[str, Any]) -> float:
         """Texts that are decoded at a time."""
@@ -87,11 +87,11 @@ class Machine:
         share = {name: value.values[level] for name, value in SHARES.items()}
         if "rank" in flags:  # a training
             per_token = self.looked_up(work.length, 1) - 4 * (1 - work.targets) * self.head
-            return self.opening + work.tokens * per_token / self.flops / share["training"]
+            return self.opening + work.tokens * per_token * self.slower / self.flops / share["training"]
         # The longest chain of calls goes on when other texts have ended: steps with few texts cost as many weights.
         steps = max(work.tokens / self.rows(work, flags), min(work.serial, work.tokens))
         read = steps * self.step + work.tokens * work.length * self.token(flags)
-        drawing = read / self.bandwidth + work.tokens * 2 * (self.linear + self.head) / self.flops
+        drawing = read / self.bandwidth + work.tokens * 2 * (self.linear + self.head) * self.slower / self.flops
         reading = work.read * 2 * self.linear / self.flops
         return self.opening + drawing / share["writing"] + reading / share["reading"]
 
@@ -157,7 +157,7 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     from lengthen.training.budget import NF4_BYTES
     from lengthen.training.plan import measured_flops, outline_of, peak_flops
 
-    known = card_named(card)
+    known, slower = card_named(card), 1.0
     gpu = torch.device("cuda") if not known and torch.cuda.is_available() and flags.device != "cpu" else None
     if gpu:
         name, size = torch.cuda.get_device_name(gpu), float(memory_of(gpu))
@@ -167,9 +167,9 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
     else:
         name, size = f"this CPU, {torch.get_num_threads()} threads", float(physical_memory())
         asked, _ = choose_dtype(flags.dtype, torch.device("cpu"))
+        flops, fp32 = (max(measured_flops(dtype) for _ in range(5)) for dtype in (asked, torch.float32))
         # Attention's softmax, norms and the loss are no faster in bf16, where products may be six times as fast.
-        rates = [max(measured_flops(dtype) for _ in range(5)) for dtype in (torch.float32, asked)]
-        flops, speed = statistics.harmonic_mean(rates), bandwidth(torch.device("cpu"))
+        slower, speed = max(1.0, (1 + flops / fp32) / 2), bandwidth(torch.device("cpu"))
     if not flops:
         raise UserError(f"no plan for {name}: how fast it is with bf16 is not known", '--plan "A10", or another card')
     cuda = bool(gpu or known)
@@ -194,4 +194,5 @@ def find_out(card: str, flags: ModelFlags, lora: LoraFlags, memory: MemoryFlags,
         kv=2.0 * shape.layers * shape.key * shape.item,
         adapter=4.0 * shape.lora,
         training=tuple((n, budget.flops_per_token(n, how), budget.card_bytes(how, n)) for n, how in chosen),
+        slower=slower,
     )
