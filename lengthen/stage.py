@@ -151,13 +151,15 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
         adapter=stage.model.adapter,
         paths=[(os.path.abspath(ours), theirs) for ours, theirs in (p.split("=", 1) for p in flags.endpoint_path)],
     )
-    before = job.settings.get("engine", UNKNOWN)
-    if before not in (UNKNOWN, served.kind):
+    before, [(url, likely)] = job.settings.get("engine", UNKNOWN), served.likely.values()
+    other = f"begun through {before}, {url} is {served.kind}" if before not in (UNKNOWN, served.kind) else ""
+    if not served.agrees(job.info.get("likely", likely), likely):
+        other = f"begun with other weights than {url} holds"
+    if other:
         served.close()
-        hint = "--overwrite starts it afresh, another --output keeps both"
-        raise UserError(f"{job.output} was begun through {before}, {flags.endpoint[0]} is {served.kind}", hint)
+        raise UserError(f"{job.output} was {other}", "--overwrite starts it afresh, another --output keeps both")
     job.settings["engine"] = served.kind
-    job.update_info(endpoint=served.notes, key=bool(key), date=chat.date)
+    job.update_info(endpoint=served.notes, key=bool(key), date=chat.date, likely=likely)
     say_settings(
         stage,
         [

@@ -585,6 +585,9 @@ def test_a_stage_killed_with_its_server_goes_on_where_it_was(tmp_path, writer, m
     assert "same command" in caught.value.hint
     before = out.read_text().splitlines()
     assert len(before) >= 3
+    with Stub(lacks="weights") as other, pytest.raises(UserError, match="begun with other weights than http"):
+        generate.main([*command, "--endpoint", other.url])
+    assert out.read_text().splitlines() == before
     with Stub(write=prose_of) as again:
         generate.main([*command, "--endpoint", again.url])
         assert len(again.requests) <= 12 - len(before), "a text was drawn twice"

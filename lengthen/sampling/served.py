@@ -289,8 +289,12 @@ class Served:
         model = self._model(call) if self.lora else ""
         mean = sum(values) / len(values)
         other, expected = self.likely.setdefault(model, (call.server.url, mean))
-        if not abs(mean - expected) < NATS:
+        if not self.agrees(mean, expected):
             raise UserError(f"{call.server.url} and {other} hold different weights", "the same model on every server")
+
+    def agrees(self, mean: float, expected: float) -> bool:
+        """Whether two mean log-probabilities of PATTERN can be those of the same weights."""
+        return abs(mean - expected) < NATS
 
     async def _probe_seeds(self, call: Call) -> None:
         drawn = [await self._drawn(call, temperature=2.0, seed=seed) for seed in (1, 1, 2, 3)]
