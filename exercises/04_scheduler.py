@@ -15,11 +15,12 @@ The queue and the pages are given; `schedule` is yours:
 
 1. It first admits. It looks at the text at the front of the queue: is a row free, and are there free pages for its
    prompt, for what it has written, and for one token more? If so it runs, and the next one is looked at; if not,
-   nothing more is admitted in this step. Pages promised to a text in this step are not free for the next one.
+   nothing more is admitted in this step. Admission only counts pages: those that it has promised in this step are not
+   free for the next text, and it is item 2 that takes them, without the one token more.
 2. Then every running text, oldest first, gets the pages that its tokens need in this step: those for prompt + written.
 3. Where no page is free, the youngest running text is preempted: its pages are free again, it keeps what it has
-   written, and it goes to the front of the queue. It may be the very text that asked for a page. The oldest never is,
-   as long as the pool can hold any one text: so all come to an end.
+   written, and it goes to the front of the queue. It may be the very text that asked for a page, or one admitted a
+   moment ago. The oldest never is, as long as the pool can hold any one text and a token more: so all come to an end.
 4. On paper: what goes wrong if the oldest text is preempted instead? And if a preempted text goes to the end of the
    queue?
 
@@ -85,10 +86,12 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
     while texts := scheduler.schedule():
         steps += 1
         held = [page for text in texts for page in text.pages]
-        assert len(texts) <= max_rows and len(held) == len(set(held)) and set(held) <= set(range(num_pages))
+        assert len(texts) <= max_rows, "more than max_rows run"
+        assert len(held) == len(set(held)), "two texts hold one page"
         assert sorted(held + list(scheduler.free)) == list(range(num_pages)), "a page is lost"
         assert all(text.written == drawn[text.key] for text in texts), "what it has written is lost"
-        assert all(len(text.pages) == -(-(text.prompt + text.written) // PAGE_TOKENS) for text in texts)
+        needed = {text.key: -(-(text.prompt + text.written) // PAGE_TOKENS) for text in texts}
+        assert needed == {text.key: len(text.pages) for text in texts}, "pages for prompt + written, no more, no fewer"
         if last:
             assert last[0].key in finished or texts[0] is last[0], "the oldest was preempted"
         assert all(one.key > text.key for one in scheduler.waiting for text in texts), "overtaken"
@@ -104,7 +107,7 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
                 finished.append(text.key)
                 scheduler.finish(text)
         room = len(scheduler.free)
-    assert sorted(finished) == list(range(len(lengths)))
+    assert sorted(finished) == list(range(len(lengths))), "schedule() gave [] while texts were left"
     return steps, preemptions
 
 

@@ -6,23 +6,26 @@ two sums, S [BM] and U [BM, H].
 
 1. Given: load the BM rows h [BM, H] once (BH = the next power of two of H; columns beyond H read as 0), their targets,
    and the rows W_t in the same way; multiply and add up, which is z_t.
-2. For each tile of BN words: load W [BN, H], z = tl.dot(h, tl.trans(W)), E = e^(z - z_t), 0 for the target itself and
-   for words beyond V; then S += sum of E, U += tl.dot(E, W).
+2. For each tile of BN words: load W [BN, BH], masked in words and in columns, z = tl.dot(h, tl.trans(W)), E = e^(z -
+   z_t), 0 for the target itself and for words beyond V (masked, they have z = 0, not -inf); then S += sum of E, U +=
+   tl.dot(E, W).
 3. Store log(1 + S) and (U - S W_t) / (1 + S). In fp32 1 + S loses a small S, and the interpreter has no log1p: below
    S = 1e-3 take S - S²/2 + S³/3.
-4. Launch it: loss_kernel[(programs,)](tensors and numbers, BM=16, BN=32, BH=...); tl.dot wants no side below 16.
+4. Launch it: loss_kernel[(triton.cdiv(T, 16),)](tensors and numbers, BM=16, BN=32, BH=...), BH the next power of two
+   (triton.next_power_of_2), but 16 at least: tl.dot wants no side below.
+5. On paper: how much memory does the kernel read for T rows, when W does not fit the cache? What does BM change?
 
 Of Triton you need no more than what stands there, tl.zeros, tl.dot, tl.trans, tl.where, tl.exp and tl.log, and a plain
 `for start in range(0, V, BN)`. Its tutorials "Vector Addition" and "Matrix Multiplication" show them:
 https://triton-lang.org/main/getting-started/tutorials/
 
 Everything is in fp32 here, and no row of the tests overflows. Give tl.dot input_precision="ieee": else a GPU takes
-TF32, with three digits. The loads of words at or after V are masked, and the loads and stores of rows at or after T. A
-store without its mask writes into memory that is not its own, and Python may die of it ("free(): invalid next size").
-A warning of an overflow, though, only comes from the branch of tl.where that is not taken.
+TF32, with three digits (the interpreter does not). The loads of words at or after V are masked, and the loads and
+stores of rows at or after T. A store without its mask writes into memory that is not its own, and Python may die of it
+("free(): invalid next size"). A warning of an overflow, though, only comes from the branch of tl.where that is not
+taken.
 
-How much memory does the kernel read for T rows, when W does not fit the cache? What does BM change? (The project's
-kernel divides the vocabulary among programs as well, and stores E: see `_gemm_exp_kernel`.)
+The project's kernel divides the vocabulary among programs as well, and stores E: see `_gemm_exp_kernel`.
 
 Leads to: kernels/linear_cross_entropy_triton.py.
 
@@ -100,7 +103,10 @@ def test_it_is_torchs_loss():
 def test_a_sure_token_keeps_its_digits():
     hidden, weight, targets = example(16, 64, 32)
     hidden = weight[targets].contiguous()
-    loss, _ = loss_and_gradient(hidden, weight, targets)
+    loss, dh = loss_and_gradient(hidden, weight, targets)
     z = hidden.double() @ weight.double().T
-    z = (z - z.gather(1, targets[:, None])).scatter(1, targets[:, None], float("-inf"))
-    torch.testing.assert_close(loss.double(), z.exp().sum(1).log1p(), rtol=1e-3, atol=0)
+    E = (z - z.gather(1, targets[:, None])).scatter(1, targets[:, None], float("-inf")).exp()
+    S = E.sum(1)
+    torch.testing.assert_close(loss.double(), S.log1p(), rtol=1e-3, atol=0)
+    want = (E @ weight.double() - S[:, None] * weight[targets].double()) / (1 + S)[:, None]
+    assert ((dh - want).norm(dim=1) <= 1e-3 * want.norm(dim=1)).all()

@@ -1,5 +1,5 @@
 """With the oldest preempted, two long texts can take each other's pages for ever. At the end of the queue, a preempted
-text waits for all others, and what it has computed must be computed again late instead of soon.
+text is overtaken by all that came after it, and where more keep coming it may never end.
 """
 
 from collections import deque

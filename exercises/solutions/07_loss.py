@@ -1,5 +1,9 @@
-"""-log softmax_t = log sum_j e^(z_j) - z_t = log(1 + S): near p = 1 nothing is subtracted from something as large.
-Relative to r: with o = z_t - r, loss = log(e^o + S) - o and dh = (U - S W_t) / (e^o + S), U and S relative to r.
+"""loss = -log softmax_t = log sum_j e^(z_j) - z_t = log(1 + S). With p = softmax, dloss/dz_j = p_j for j != t, which is
+E_j / (1 + S), and p_t - 1 = -S / (1 + S): times W_j and added up that is dh. Near p_t = 1, S is tiny and log1p keeps
+its digits, where logsumexp(z) - z_t is the difference of two nearly equal numbers.
+
+Relative to r, with o = z_t - r: the 1 becomes e^o, so loss = log(e^o + S) - o and dh = (U - S W_t) / (e^o + S). e^o + S
+is 1 + (expm1(o) + S): for r = z_t that is log1p(S) again.
 """
 
 import torch

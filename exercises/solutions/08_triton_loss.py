@@ -1,6 +1,6 @@
-"""Every program reads all of W: T / BM times its size. A larger BM reads less, and needs registers for U [BM, H];
-with H = 3,584 there are not enough of them, and that is why the project's kernel stores E and leaves E W to a
-second product.
+"""Every program reads all of W: ceil(T / BM) times V H numbers, and h and W_t once. A larger BM reads less, and needs
+registers for U [BM, H]; with H = 3,584 (Qwen2.5-7B) there are not enough of them, and that is why the project's kernel
+stores E and leaves E W to a second product.
 
 log(1 + S): Triton has no log1p in the interpreter. For S below 1e-3, S - S^2 / 2 + S^3 / 3 is exact in fp32.
 """
