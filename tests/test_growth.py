@@ -32,12 +32,12 @@ VOCABULARY = (ROOT / "README.md").read_text().split()[:400]
 
 def texts(step: Step, kind: str, rows: list[dict], dropped: int) -> None:
     """A stage's file with its sidecar; the first `dropped` records go by the length bias."""
-    with Job(kind, step.output) as job:
+    with Job(kind, step.output, min_yield=0) as job:
         if not job.complete:
             for row in rows:
                 job.accept(row)
             job.drop({row["id"]: "length-bias" for row in rows[:dropped]})
-        job.finish(0, tokens=100)
+        job.finish(tokens=100)
 
 
 LOOPING = (180, "length")  # the longest, but it does not end

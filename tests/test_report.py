@@ -66,7 +66,7 @@ def make_run(run: Path, iterations: int = 2, drafts: int = 24, queries: int = 12
 def write_stage(stage: str, path: Path, accepted: list, rejected: dict, finish: bool = True, **stats: object) -> None:
     """Through Job, as the stages do: sidecar, rejected file and all."""
     settings, info = {"samples": 2, "min_gain": 1.2, "seed": 0}, {"model": "smollm2", "device": "cpu"}
-    with Job(stage, path, settings=settings, info=info) as job:
+    with Job(stage, path, settings=settings, info=info, min_yield=0) as job:
         for record in accepted:
             job.accept(record)
         for reason, records in rejected.items():
@@ -75,7 +75,7 @@ def write_stage(stage: str, path: Path, accepted: list, rejected: dict, finish: 
                 job.reject(record, reason)
         job.seconds_before = 60.0 * (1 + len(path.stem) % 5)
         if finish:
-            job.finish(0, tokens=120 * (len(accepted) + 1), **stats)
+            job.finish(tokens=120 * (len(accepted) + 1), **stats)
 
 
 def extended_record(key: object, draft_words: int, rounds: list[int], **fields: object) -> dict:

@@ -776,7 +776,7 @@ def test_three_spikes_in_a_row_stop_the_run_and_it_goes_on(run, tmp_path, monkey
 
 def test_a_line_and_a_record_a_step(run):
     _, log, err = run()
-    assert err.count("% of peak") == len(log) == 14 and "TFLOP/s (one matrix product on" in err
+    assert err.count("% of peak") == len(log) == 14 and "TFLOP/s (one float32 matrix product on" in err
     for entry in log:
         assert 0 < entry["peak_percent"] < 400 and 0 < entry["peak_gb"] < 64
         assert entry["reason"] == "" and entry["grad_norm"] > 0
