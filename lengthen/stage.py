@@ -136,7 +136,7 @@ def check_endpoint(stage: Stage) -> None:
 def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     """The servers of --endpoint, with the tokenizer and the template of --model. No weights are loaded."""
     from lengthen.models.loading import context_length, load_chat, load_config
-    from lengthen.sampling.served import Served
+    from lengthen.sampling.served import Served, same_weights
 
     key, flags = key_from(KEY), stage.sampling
     config = load_config(stage.model.model, stage.model.trust_remote_code)
@@ -153,7 +153,7 @@ def open_served(stage: Stage, job: Job) -> "tuple[Vocabulary, Served]":
     )
     before, [(url, likely)] = job.settings.get("engine", UNKNOWN), served.likely.values()
     other = f"begun through {before}, {url} is {served.kind}" if before not in (UNKNOWN, served.kind) else ""
-    if not served.agrees(job.info.get("likely", likely), likely):
+    if not same_weights(job.info.get("likely", likely), likely):
         other = f"begun with other weights than {url} holds"
     if other:
         served.close()

@@ -190,26 +190,25 @@ def _group(texts: Sequence[Text], page_tokens: int, device: torch.device, in_pla
     B, Q = len(texts), max(text.tokens for text in texts)
     pages = [page for text in texts for page in text.pages]
     P, N = max(pages) + 1 if in_place else len(pages), max(len(text.pages) for text in texts)
-    owner, first, owned, over = [B - 1] * P, [0] * P, [], []
-    place = 0
+    owner, first, owned = [B - 1] * P, [0] * P, []
+    place = iter(pages if in_place else range(P))
     for row, text in enumerate(texts):
-        places = text.pages if in_place else range(place, place + len(text.pages))
-        place += len(text.pages)
+        places = [next(place) for _ in text.pages]
         for nth, page in enumerate(places):
             owner[page], first[page] = row, nth * page_tokens
-        missing = N - len(places)
-        owned.append([*places, *[places[0]] * missing])
-        over.append([0.0] * len(places) + [UNSEEN] * missing)
+        owned.append(places + places[:1] * (N - len(places)))
     spread = [text.first + min(i, text.tokens - 1) for text in texts for i in range(Q)]
     gather = [row * Q + i for row, text in enumerate(texts) for i in range(text.tokens)]
     packed = [text.first + i for text in texts for i in range(text.tokens)]
     lengths = [text.start + 1 for text in texts]
     made = [torch.tensor(x, device=device) for x in (lengths, owner, first, pages, spread, gather, packed)]
+    held = torch.tensor([len(text.pages) for text in texts], device=device)[:, None, None]
+    behind = torch.arange(N, device=device) >= held  # [B, 1, N]
     return Group(
         lengths=made[0],
         asker=made[1],
         owned=torch.tensor(owned, device=device),
-        over=torch.tensor(over, device=device)[:, None],
+        over=torch.zeros(behind.shape, device=device).masked_fill_(behind, UNSEEN),
         first=made[2],
         queries=Q,
         pages=None if in_place else made[3],

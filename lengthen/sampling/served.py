@@ -31,6 +31,11 @@ PROCESSOR = "VLLM_USE_V2_MODEL_RUNNER=0 and --logits-processors lengthen.samplin
 SERVER = "vllm serve MODEL --generation-config vllm (docs/more_than_one_gpu.md)"
 
 
+def same_weights(mean: float, expected: float) -> bool:
+    """Whether two mean log-probabilities of PATTERN can be those of the same weights."""
+    return abs(mean - expected) < NATS
+
+
 class Served:
     """`servers` are greeted by this object. `eos_ids`, `context`: as for the Sampler; the context is the servers' where
     theirs is shorter. `adapter`: a folder, "" = none; `paths`: (ours, the servers') beginnings of its path.
@@ -289,12 +294,8 @@ class Served:
         model = self._model(call) if self.lora else ""
         mean = sum(values) / len(values)
         other, expected = self.likely.setdefault(model, (call.server.url, mean))
-        if not self.agrees(mean, expected):
+        if not same_weights(mean, expected):
             raise UserError(f"{call.server.url} and {other} hold different weights", "the same model on every server")
-
-    def agrees(self, mean: float, expected: float) -> bool:
-        """Whether two mean log-probabilities of PATTERN can be those of the same weights."""
-        return abs(mean - expected) < NATS
 
     async def _probe_seeds(self, call: Call) -> None:
         drawn = [await self._drawn(call, temperature=2.0, seed=seed) for seed in (1, 1, 2, 3)]
