@@ -28,8 +28,9 @@ Departures from the paper and its release:
     draft's own words (--penalty-scope all is the release's way).
  7. --stages takes any number. Stage i of N enriches the first i of N parts of the text, prefilled with two thirds of
     what each stage before it wrote. 2 is the paper's; 1 is the control, a single call without a prefix.
- 8. Jobs run side by side, each at its own stage: another text takes the place of a finished one at once. The longest
-    drafts start first, and the slowest are waited for, because they are the longest.
+ 8. Jobs run side by side, each at its own stage: another text takes the place of a finished one at once, the next call
+    of the same job before a new one. The longest drafts start first, so that none of them
+    is waited for at the end.
  9. --one-pair spends the tokens on more instructions: the jobs of an instruction run one after the other, those of its
     longest draft first, until one is accepted; the rest are rejected as "has-pair" without a call. Ids and seeds of
     the calls that are made stay the same.
@@ -232,11 +233,12 @@ class Extension(Task[Writer, Sample]):
         draft = self.draft()
         content = fill("extend", self.record["language"], instruction=self.record["prompt"], draft=draft)
         # Tokens: at least as long as what it enriches, less what it is prefilled with. The sampler starts the longest
-        # first, also when they come back for their next call.
+        # first; but before that the next calls of jobs that have begun, whose prompts begin like those before.
         expected = max(1, len(writer.chat.encode_text(draft)) - len(writer.chat.encode_text(self.prefix)))
         # Over the draft, the repetition penalty would drive the Extender away from the draft's own words.
         whole = self.rules.penalty_scope == "all"
-        return writer.request(self.id, draw, content, self.prefix, penalize_prompt=whole, expected_tokens=expected)
+        hints = {"expected_tokens": expected, "follows": draw != (0, 0, 1)}
+        return writer.request(self.id, draw, content, self.prefix, penalize_prompt=whole, **hints)
 
     def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
         """The journal entry of a sample: with reason "", `text` is a round (the last stage) or a prefix."""

@@ -198,8 +198,9 @@ class Writer:
         min_new_tokens: int = 0,
         penalize_prompt: bool = True,
         expected_tokens: int = 0,
+        follows: bool = False,
     ) -> Request:
-        """One draw of a task. `limit`: as in `sampling_of`; `expected_tokens`: a guess, 0 = like those finished.
+        """One draw of a task. `limit`: as in `sampling_of`; `expected_tokens`, `follows`: as in Request.
 
         penalize_prompt: False = the repetition penalty counts the prefill and the output, but not the user's turn.
         """
@@ -209,7 +210,7 @@ class Writer:
         ids = self.encode(content)
         penalty_from = 0 if penalize_prompt else len(ids)
         ids += self.chat.encode_text(prefill) if prefill else []
-        return Request((id_, draw), ids, seed, sampling, penalty_from, expected_tokens)
+        return Request((id_, draw), ids, seed, sampling, penalty_from, expected_tokens, follows)
 
     def add(self, request: Request) -> None:
         self.sampler.add(request)

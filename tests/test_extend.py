@@ -374,6 +374,8 @@ def test_the_longest_drafts_start_first_and_seeds_differ(monkeypatch, tmp_path):
     lengths = [len(r.prompt_ids) for r in sampler.requests[:8]]
     assert lengths == sorted(lengths, reverse=True)
     assert len({r.seed for r in sampler.requests}) == len(sampler.requests)
+    first = [r.key[1] == (0, 0, 1) for r in sampler.requests]
+    assert [r.follows for r in sampler.requests] == [not one for one in first] and any(first) and not all(first)
 
 
 @pytest.mark.parametrize("flags", [("--samples", "1"), ("--samples", "2", "--one-pair")], ids=["jobs", "one-pair"])

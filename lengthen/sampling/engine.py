@@ -52,7 +52,7 @@ class Sampler:
     """Writes texts for the requests given to `add`. The model's attention is its own whenever the caller has control.
 
     `eos_ids` end a text. `context` is the model's, in tokens. `max_rows`: texts at once, 0 = auto. `kv_tokens`: room
-    for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU; on CUDA nine tenths of what a pass of
+    for keys and values, in tokens, 0 = auto (a fifth of the memory on a CPU; on CUDA nine tenths of what a pass of
     the largest size leaves). `prefill_tokens`: prompt tokens in one step, 0 = auto. `page_tokens`: 0 = auto (64 on a
     CPU, 256 on CUDA). `lookup`: whether draft tokens are looked up in a text; the texts are the same either way.
     `kv_dtype`: of keys and values, None = the model's; float8_e4m3fn on a GPU halves them, and texts differ a little.

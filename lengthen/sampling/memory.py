@@ -12,16 +12,18 @@ from lengthen.sampling.hook import Hook
 from lengthen.sampling.prefix_cache import PrefixCache
 from lengthen.sampling.scheduler import LEAST_CHUNK
 
-CPU_SHARE = 4  # keys and values get a quarter of a computer's memory
+CPU_SHARE = 5  # keys and values get a fifth of a computer's memory, the prefix cache up to half as much again
 CUDA_SHARE = 0.9  # of what the largest step leaves on a GPU; the rest is for the allocator's fragments
-PREFIX_SHARE = 8  # the prefix cache gets an eighth of the pages, or as many more where it has copies
+# Pages of the prefix cache, as a share of all: on a GPU of the same pages, on a CPU copies. A job's next call finds its
+# prompt there if there is room for the prompts of all that run meanwhile.
+PREFIX_SHARE = {"cpu": 2, "cuda": 8}
 HINT = "a smaller model, or --quantize nf4"
 
 
 def kv_room(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, context: int, rows: int) -> tuple[int, int]:
     """(tokens that there is room for, prompt tokens in a step): `chunk`, or fewer if these do not fit.
 
-    A quarter of the memory of a computer; on CUDA nine tenths of what a step of the largest size leaves.
+    A fifth of the memory of a computer; on CUDA nine tenths of what a step of the largest size leaves.
     """
     room = physical_memory() // CPU_SHARE
     if hook.device.type == "cuda":
@@ -72,7 +74,7 @@ def make_caches(
     while pages > 0:
         try:
             cache = make_cache(hook.shapes, pages, page_tokens, hook.device, dtype)
-            prefixes = PrefixCache(cache.prefix_pages(-(-pages // PREFIX_SHARE)))
+            prefixes = PrefixCache(cache.prefix_pages(-(-pages // PREFIX_SHARE[hook.device.type])))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -42,6 +42,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     penalty_from: int = 0  # prompt ids from this index on count for the repetition penalty; output ids always do
     expected_tokens: int = 0  # a guess of the output's length: orders the queue, holds room; 0 = like those finished
+    follows: bool = False  # another call of what was begun goes first: the prefix cache still has what they share
 
     def misfit(self, context: int) -> str:
         """Why it cannot be run in a context of so many tokens, "" = it can."""

@@ -7,8 +7,9 @@
 
 1. Continuous batching: a step is one token of every row that decodes, then chunks of new prompts up to a token budget.
    A finished text's place is taken in the next step. There is no padding.
-2. Waiting requests start with the longest expected one, so that no long text is left alone at the end; preempted ones
-   come before all. They are admitted by the length they are expected to reach, not by the longest they may reach.
+2. Waiting requests start with the longest expected one, so that no long text is left alone at the end; before them
+   come those that follow another (what they share is still in the prefix cache), and preempted ones before all. They
+   are admitted by the length they are expected to reach, not by the longest they may reach.
 3. When the pages run out all the same, the youngest row is preempted: it gives its pages back, keeps its tokens, and is
    computed again later. The oldest row never is, so there is always progress.
 4. A prompt that begins like one that ran attaches to its pages (sampling/prefix_cache.py).
@@ -123,7 +124,7 @@ class Step:
 class Waiting(NamedTuple):
     """An entry of the queue: compared from the left, and `order` is unique."""
 
-    started: int  # 0 = a preempted row, which goes first
+    kind: int  # 0 = a preempted row, which goes first; 1 = a request that follows another; 2 = a new one
     rank: int  # minus the expected tokens: the longest first
     order: int
     waiting: Request | Row
@@ -188,7 +189,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request whose prompt fits the context."""
-        heapq.heappush(self.queue, Waiting(1, -request.expected_tokens, self.added, request))
+        heapq.heappush(self.queue, Waiting(2 - request.follows, -request.expected_tokens, self.added, request))
         self.added += 1  # ties of the queue go by order
 
     def schedule(self, busy: Sequence[Row] = ()) -> Step:

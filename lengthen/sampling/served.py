@@ -8,6 +8,7 @@ it gets its first request, and what a stage needs and a server lacks is refused 
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,8 @@ class Served:
         if needs - self.needs:
             self.needs |= needs
             self.servers.meet()
-        self.servers.add(request, lambda call: self._complete(call, request), request.expected_tokens)
+        expected = math.inf if request.follows else request.expected_tokens
+        self.servers.add(request, lambda call: self._complete(call, request), expected)
 
     def run(self) -> Iterator[Sample]:
         """Yields each sample as it finishes. UserError at the end if requests are left that no server has answered."""
