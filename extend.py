@@ -237,8 +237,12 @@ class Extension(Task[Writer, Sample]):
         expected = max(1, len(writer.chat.encode_text(draft)) - len(writer.chat.encode_text(self.prefix)))
         # Over the draft, the repetition penalty would drive the Extender away from the draft's own words.
         whole = self.rules.penalty_scope == "all"
-        hints = {"expected_tokens": expected, "follows": draw != (0, 0, 1)}
-        return writer.request(self.id, draw, content, self.prefix, penalize_prompt=whole, **hints)
+        return writer.request(
+            *(self.id, draw, content, self.prefix),
+            penalize_prompt=whole,
+            expected_tokens=expected,
+            follows=draw != (0, 0, 1),
+        )
 
     def examine(self, draw: Draw, sample: Sample, writer: Writer) -> Entry:
         """The journal entry of a sample: with reason "", `text` is a round (the last stage) or a prefix."""
