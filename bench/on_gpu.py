@@ -59,7 +59,7 @@ from harness import ROOT
 PACKAGES = "torch transformers triton bitsandbytes flash_attn flash_attn_interface liger_kernel quack cutlass".split()
 PACKAGES += "trl peft vllm unsloth gguf jsonlines".split()
 SHORTEST = 15.0  # s: with less left a step is not started
-KERNEL_TESTS = "sampling_tail gpu_layer linear_cross_entropy attention attend_gpu layer_passes".split()
+KERNEL_TESTS = "sampling_tail gpu_layer linear_cross_entropy attention attend layer_passes".split()
 KERNEL_TESTS += "flash packed lean graphs".split()
 
 

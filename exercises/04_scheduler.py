@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 
 from lengthen.sampling import scheduler as project
 from lengthen.sampling.pages import PagePool
-from lengthen.sampling.prefix_cache import CopiedPages, PrefixCache
+from lengthen.sampling.prefix_cache import PrefixCache
 from lengthen.sampling.request import Request, Sampling
 
 
@@ -114,7 +114,7 @@ def drive(lengths: list[int], prompts: list[int], max_rows: int, num_pages: int)
 def steps_of_the_project(lengths: list[int], prompts: list[int], max_rows: int) -> int:
     pool = PagePool(10_000, PAGE_TOKENS)
     scheduler = project.Scheduler(
-        *(pool, PrefixCache(CopiedPages(PagePool(1, PAGE_TOKENS), pool))),
+        *(pool, PrefixCache(pool, 0)),
         **{"context": 10_000, "max_rows": max_rows, "prefill_tokens": 100_000},
     )
     for key, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Triton kernels, each beside its plain-torch reference.
+"""Kernels, each beside its plain-torch reference: Triton for a GPU, Numba for a CPU.
 
 A Hugging Face package has this name too, and transformers and bitsandbytes may import it. Where one is installed, its
 folder is searched after ours for submodules (`kernels.layer.mode`), and its own names (`kernels.get_kernel`) are
@@ -11,7 +11,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON, HAS_NUMBA = (find_spec(name) is not None for name in ("triton", "numba"))
 
 
 def _find_namesake() -> ModuleSpec | None:

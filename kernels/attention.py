@@ -16,26 +16,30 @@ Query j of the Q stands at position lengths[b] - Q + j. So a row with fewer than
 at a negative position sees nothing and gets 0, and so does every query of a text of length 0 (the padding rows of a
 captured CUDA graph), for which no page is read.
 
-Layout: keys [P, Hkv, S, D] and values [P, Hkv, S, Dv], S tokens in a page (a power of two from 16; 256 on a GPU). The S
-tokens of one key head are one piece of memory, 64 KB for S = 256, D = 128 in 16 bits, so a thread block streams whole
-DRAM rows; FlashAttention's [P, S, Hkv, D] would give it 256-byte bites. All G = Hq / Hkv query heads of a key head and
-all Q tokens are the rows of one matrix product: a key is read once for G * Q queries. Reading is what decoding costs:
-Qwen2.5-7B has 57,344 bytes per token, 7.5 GB for 64 texts of 2,048 tokens, 2.2 ms at 3.35 TB/s.
+Layout: keys [P, Hkv, S, D] and values [P, Hkv, S, Dv], S tokens in a page (a power of two, for Triton from 16; 256 on
+a GPU, 64 on a CPU). The S tokens of one key head are one piece of memory, 64 KB for S = 256, D = 128 in 16 bits, so a
+thread block streams whole DRAM rows; FlashAttention's [P, S, Hkv, D] would give it 256-byte bites. All G = Hq / Hkv
+query heads of a key head and all Q tokens are the rows of one matrix product: a key is read once for G * Q queries.
+Reading is what decoding costs: Qwen2.5-7B has 57,344 bytes per token, 7.5 GB for 64 texts of 2,048 tokens, 2.2 ms at
+3.35 TB/s.
 
 fp8: pages in float8_e4m3fn with an fp32 scale per token and key head, [P, Hkv, S]: finer than one per page or per head,
 and nothing has to be calibrated or requantised when a page fills; 3 % more bytes at D = 128. scale = amax / 448.
 
 dtypes: q in fp16, bf16 or fp32; pages in q's dtype or e4m3; scores, exponentials and sums in fp32. The Triton kernels
-(attention_triton.py) run for CUDA tensors, the plain-torch references below elsewhere, one contract.
+(attention_triton.py) run for CUDA tensors, Numba's (cpu.py) for bf16 and fp32 on a CPU, the plain-torch
+references below elsewhere, one contract.
 Not supported: gradients, more than 8 queries per text, key heads with different page tables.
 """
 
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import HAS_TRITON
+from . import HAS_NUMBA, HAS_TRITON
 from .layer_passes import rms_norm, rotate_
 
 MAX_QUERIES = 8
@@ -164,7 +168,11 @@ def _check_pages(pages: Pages, heads: int, dims: tuple[int, int], dtype: torch.d
     _need(shape[1] == heads, f"the pages have {shape[1]} key heads, not {heads}")
     _need((keys.shape[3], values.shape[3]) == dims, f"the pages have head sizes {keys.shape[3]}, {values.shape[3]}")
     size = shape[2]
-    _need(size >= 16 and size & (size - 1) == 0, f"a page must hold a power of two of tokens, 16 or more, not {size}")
+    least = 16 if device.type == "cuda" else 1
+    _need(
+        size >= least and size & (size - 1) == 0,
+        f"a page must hold a power of two of tokens, {least} or more, not {size}",
+    )
     fp8 = keys.dtype == torch.float8_e4m3fn
     _need(dtype in DTYPES, f"fp16, bf16 or fp32 is needed, not {dtype}")
     _need(keys.dtype == values.dtype and (fp8 or keys.dtype == dtype), f"pages of {keys.dtype} for {dtype}")
@@ -186,24 +194,25 @@ def _int32(x: Tensor, shape: tuple[int, ...], name: str, device: torch.device) -
     _need(x.device == device and x.stride(-1) == 1, f"{name} must lie on {device}, entry beside entry")
 
 
-def _on_kernels(path: str, device: torch.device) -> bool:
-    """Whether the Triton kernels run: what "auto" means here, or the path that was named, or an error."""
-    if path == "torch":
-        return False
-    _need(path in ("auto", "triton"), f"path must be auto, torch or triton, not {path!r}")
-    if HAS_TRITON:
-        if device.type == "cuda":
-            return True
-        if path == "triton":
-            from . import attention_triton as fast
+@cache
+def _kernels(path: str, cuda: bool, dtype: torch.dtype) -> ModuleType | None:
+    """The kernels that run, None = the references: what "auto" means here, or the path that was named, or an error."""
+    _need(path in ("auto", "torch", "triton", "numba"), f"path must be auto, torch, triton or numba, not {path!r}")
+    served = dtype in (torch.float32, torch.bfloat16)  # of the pages
+    if HAS_TRITON and (path == "triton" or (path == "auto" and cuda)):
+        from . import attention_triton as triton
 
-            if fast.INTERPRET:
-                return True
-    _need(path == "auto", "path 'triton' needs triton and a GPU (or TRITON_INTERPRET=1)")
-    return False
+        if cuda or triton.INTERPRET:
+            return triton
+    if HAS_NUMBA and not cuda and served and path in ("auto", "numba"):
+        from . import cpu as numba
+
+        return numba
+    _need(path != "triton", "path 'triton' needs triton and a GPU (or TRITON_INTERPRET=1)")
+    _need(path != "numba", "path 'numba' needs numba, a CPU, and pages in fp32 or bf16")
+    return None
 
 
-@torch.no_grad()
 def paged_attention(
     q: Tensor,
     pages: Pages,
@@ -216,19 +225,58 @@ def paged_attention(
     sinks: Tensor | None = None,
     splits: int = 0,
     path: str = "auto",
+    check: bool = True,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """q [B, Q, Hq, D] against the pages of each text -> [B, Q, Hq, Dv] in q's dtype. Nothing is read on the host.
+
+    counts: on a CPU, int32 [B]: each text has so many queries, and q is [sum of counts, Hq, D], text by text; so is
+    what is returned.
 
     table: int32 [B, W], the pages of each text in order; entries after its last page are not looked at (-1, say).
     lengths: int32 [B], keys of each text, those of its Q queries included; at most W * S. The kernels take every bound
     from it on the device: a graph captured with short texts serves long ones.
     window: keys a query sees, its own included, 0 = all. softcap: bound c of the scores, or None. sinks: [Hq] or None.
     splits: the most parts that one text's keys are divided into, 0 = by the card and the shapes.
-    path: "auto", or for tests "torch", "triton". Raises ValueError, one line, for shapes, dtypes and devices.
+    path: "auto", or for tests "torch", "triton", "numba". Raises ValueError, one line, for shapes, dtypes and devices,
+    which check=False takes as right: in a decoding step of few texts that is a tenth of the time.
     """
-    _need(q.ndim == 4, f"q must be [B, Q, Hq, D], not {list(q.shape)}")
-    B, Q, Hq, D = q.shape
-    _need(1 <= Q <= MAX_QUERIES, f"1 to {MAX_QUERIES} queries per text, not {Q}")
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if check:
+        _check(q, pages, table, lengths, window, softcap, sinks, splits, counts)
+    kernels = _kernels(path, q.is_cuda, pages.keys.dtype) if len(q) else None
+    if kernels and counts is None:
+        return kernels.decode(q, pages, table, lengths, splits=splits, **options)
+    if kernels:
+        return kernels.decode_packed(q, pages, table, lengths, counts, **options)
+    if counts is None:
+        return paged_attention_reference(q, pages, table, lengths, **options)
+    texts = zip(q.split(counts.tolist()), table[:, None], lengths[:, None], strict=True)
+    outs = [paged_attention_reference(some[None], pages, pages_of, n, **options)[0] for some, pages_of, n in texts]
+    return torch.cat(outs)
+
+
+def _check(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    splits: int,
+    counts: Tensor | None,
+) -> None:
+    B = len(lengths)
+    if counts is None:
+        _need(q.ndim == 4, f"q must be [B, Q, Hq, D], not {list(q.shape)}")
+        _need(1 <= q.shape[1] <= MAX_QUERIES, f"1 to {MAX_QUERIES} queries per text, not {q.shape[1]}")
+        B = len(q)
+    else:
+        _int32(counts, (B,), "counts", q.device)
+        _need(not q.is_cuda, "counts are for a CPU")
+        _need(q.ndim == 3 and len(q) == int(counts.sum()), f"q is {list(q.shape)} for {int(counts.sum())} queries")
+    Hq, D = q.shape[-2:]
     Hkv = pages.keys.shape[1]
     _need(Hq % Hkv == 0, f"{Hq} query heads do not divide over {Hkv} key heads")
     _check_pages(pages, Hkv, (D, pages.values.shape[-1]), q.dtype, q.device)
@@ -237,36 +285,40 @@ def paged_attention(
     _need(window >= 0 and splits >= 0, f"window {window} and splits {splits} must not be negative")
     _need(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
     _need(sinks is None or sinks.shape == (Hq,), f"sinks must be [{Hq}]")
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    if B and _on_kernels(path, q.device):
-        from . import attention_triton as fast
-
-        return fast.decode(q, pages, table, lengths, splits=splits, **options)
-    return paged_attention_reference(q, pages, table, lengths, **options)
 
 
-@torch.no_grad()
-def store_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor, *, path: str = "auto") -> None:
+def store_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor, *, path: str = "auto", check: bool = True) -> None:
     """Puts k [T, Hkv, D] and v [T, Hkv, Dv] into their places; fp8 pages get quantised numbers and their scales.
 
-    slots: int32 [T], page * S + place in the page, -1 = nowhere. No place may be named twice.
+    slots: int32 [T], page * S + place in the page, -1 = nowhere. No place may be named twice. check: as above.
     """
-    _check_new(k, v, pages, slots)
-    if len(k) and _on_kernels(path, k.device):
-        from . import attention_triton as fast
-
-        fast.place(None, k, v, pages, slots, None)
+    if check:
+        _check_new(k, v, pages, slots)
+    if len(k) and (kernels := _kernels(path, k.is_cuda, pages.keys.dtype)):
+        kernels.place(None, k, v, pages, slots, None)
     else:
         store_pages_reference(k, v, pages, slots)
 
 
-@torch.no_grad()
-def place(q: Tensor, k: Tensor, v: Tensor, pages: Pages, slots: Tensor, turn: Turn, *, path: str = "auto") -> None:
+def place(
+    q: Tensor, k: Tensor, v: Tensor, pages: Pages, slots: Tensor, turn: Turn, *, path: str = "auto", check: bool = True
+) -> None:
     """Norms and positions for q [T, Hq, D] and k [T, Hkv, D], in place, then `store_pages`: one pass over the three.
 
-    They may be parts of one matrix: only the numbers of a head must lie side by side. D is even.
+    They may be parts of one matrix: only the numbers of a head must lie side by side. D is even. check: as above.
     """
-    _check_new(k, v, pages, slots)
+    if check:
+        _check_new(k, v, pages, slots)
+        _check_turn(q, k, turn)
+    adjacent = all(x.stride(1) == x.shape[2] for x in (q, k))  # heads; what Numba's kernel takes
+    kernels = _kernels(path, k.is_cuda, pages.keys.dtype)
+    if len(k) and (adjacent or k.is_cuda or path == "triton") and kernels:
+        kernels.place(q, k, v, pages, slots, turn)
+    else:
+        place_reference(q, k, v, pages, slots, turn)
+
+
+def _check_turn(q: Tensor, k: Tensor, turn: Turn) -> None:
     shape = (len(k), k.shape[2])
     _need(q.ndim == 3 and (q.shape[0], q.shape[2]) == shape, f"q is {list(q.shape)}, k {list(k.shape)}")
     _need(q.dtype == k.dtype and q.device == k.device, f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}")
@@ -275,12 +327,6 @@ def place(q: Tensor, k: Tensor, v: Tensor, pages: Pages, slots: Tensor, turn: Tu
         _need(x.shape == shape and x.is_contiguous() and x.device == k.device, f"cos and sin must be {list(shape)}")
     for x in turn.norms or ():
         _need(x.shape == shape[1:] and x.is_contiguous() and x.device == k.device, f"norms must be [{shape[1]}]")
-    if len(k) and _on_kernels(path, k.device):
-        from . import attention_triton as fast
-
-        fast.place(q, k, v, pages, slots, turn)
-    else:
-        place_reference(q, k, v, pages, slots, turn)
 
 
 def _check_new(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:

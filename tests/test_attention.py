@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.attention as attention
+from kernels import HAS_NUMBA
 from kernels.attention import Pages, Turn, paged_attention, place, quantise, store_pages
 
 try:
@@ -20,14 +21,24 @@ except ModuleNotFoundError:  # no triton on this platform: the torch path is the
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(fast is None, reason="triton is not installed")
-paths = ["torch", pytest.param("triton", marks=needs_triton)]
+needs_numba = pytest.mark.skipif(not HAS_NUMBA or DEVICE == "cuda", reason="numba is for a CPU, and not installed")
+numba, triton = pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)
+paths = ["torch", numba, triton]
 
 
 def split_by(*splits: int) -> list:
-    """-> (path, splits) to run: the torch path has no splits, the kernel is to be tried with each of these."""
-    return [("torch", 1), *(pytest.param("triton", n, marks=needs_triton) for n in splits)]
+    """-> (path, splits) to run: only Triton's kernel has splits, and is to be tried with each of these."""
+    return [
+        ("torch", 1),
+        pytest.param("numba", 1, marks=needs_numba),
+        *(pytest.param("triton", n, marks=needs_triton) for n in splits),
+    ]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_path = [("torch", dtype) for dtype in DTYPES]
+every_path += [pytest.param("numba", dtype, marks=needs_numba) for dtype in DTYPES[:2]]
+every_path += [pytest.param("triton", dtype, marks=needs_triton) for dtype in DTYPES]
 EPS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -113,7 +124,9 @@ def test_ragged_lengths_and_page_edges(path, splits):
 @pytest.mark.parametrize(
     ("path", "splits", "window"),
     # windows over several splits are crossed in test_softcap_window_and_sinks
-    [("torch", 1, 0), ("torch", 1, 7), *(pytest.param("triton", *x, marks=needs_triton) for x in ((3, 0), (1, 7)))],
+    [("torch", 1, 0), ("torch", 1, 7)]
+    + [pytest.param("numba", 1, window, marks=needs_numba) for window in (0, 7)]
+    + [pytest.param("triton", *x, marks=needs_triton) for x in ((3, 0), (1, 7))],
 )
 def test_drafts_are_causal_among_themselves(path, splits, window):
     """Q = 5, also for texts shorter than 5 tokens: the queries in front of their start give zeros."""
@@ -132,16 +145,16 @@ def test_verification_is_decoding_token_by_token():
 # G = 1: no grouping; 3: SmolLM2; 4: Llama-3; 7: Qwen2.5-7B, no power of two; 8: Llama-70B. With Q = 8, 64 rows of a
 # tile are full at G = 8, and G = 9 needs a second tile.
 @pytest.mark.parametrize("G, Q", [(1, 1), (3, 1), (4, 3), (7, 1), (7, 8), (8, 1), (9, 8)])
-@needs_triton
-def test_groups_of_query_heads(G, Q):
-    check(make_case([20, 35] if Q == 1 else [20], Q=Q, G=G, D=16, Hkv=2 if Q == 1 else 1), "triton", 2)
+@pytest.mark.parametrize("path", [numba, triton])
+def test_groups_of_query_heads(path, G, Q):
+    check(make_case([20, 35] if Q == 1 else [20], Q=Q, G=G, D=16, Hkv=2 if Q == 1 else 1), path, 2)
 
 
 @pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (256, 256), (96, 96), (80, 80), (192, 128), (16, 32)])
-@needs_triton
-def test_head_sizes(D, Dv):
+@pytest.mark.parametrize("path", [numba, triton])
+def test_head_sizes(path, D, Dv):
     """Also those that are padded to a power of two (Phi-3's 96, 80), and values of another size than keys (MLA)."""
-    check(make_case([20, 33], D=D, Dv=Dv), "triton", 2)
+    check(make_case([20, 33], D=D, Dv=Dv), path, 2)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +175,52 @@ def test_sixteen_bits(dtype, splits):
     check(make_case([40, 7, 0], Q=2, G=3, dtype=dtype), "triton", splits)
 
 
-@needs_triton
-def test_scores_far_apart_neither_overflow_nor_vanish():
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bf16_on_a_cpu_by_any_number_of_threads(threads):
+    """Enough pages that they are shared out; a thread's texts are not another's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(make_case([400, 7, 0, 90, 1], Q=2, G=3, dtype=torch.bfloat16), "numba")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", [numba, triton])
+def test_scores_far_apart_neither_overflow_nor_vanish(path):
     """Scores of +-400, the largest in another split than the rest: 2^(m_i - m) is 0 for all others."""
     q, pages, table, lengths = make_case([64])
     pages.keys[table[0, 2].long(), :, 3] *= 40
-    got = check((q, pages, table, lengths), "triton", 4, scale=1.0)
+    got = check((q, pages, table, lengths), path, 4, scale=1.0)
     assert got.any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="packed queries are for a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["torch", numba])
+def test_packed_queries_are_those_of_each_text(path, dtype):
+    """Every text with its own number of drafts: the same numbers as a call for each, bit by bit."""
+    q, pages, table, lengths = make_case([40, 300, 7, 20], Q=8, G=3, dtype=dtype)
+    counts = torch.tensor([1, 5, 7, 8], dtype=torch.int32)
+    packed = torch.cat([q[b, -n:] for b, n in enumerate(counts.tolist())])
+    options = {"scale": 0.125, "window": 30, "path": path}
+    got = paged_attention(packed, pages, table, lengths, counts=counts, **options).split(counts.tolist())
+    for b, n in enumerate(counts.tolist()):
+        alone = paged_attention(q[b : b + 1, -n:], pages, table[b : b + 1], lengths[b : b + 1], **options)
+        assert torch.equal(got[b], alone[0])
+    with pytest.raises(ValueError, match="for 20 queries"):
+        paged_attention(packed, pages, table, lengths, counts=counts - torch.tensor([0, 1, 0, 0]).int(), **options)
+
+
+@pytest.mark.parametrize("path", ["torch", numba])
+def test_a_nan_arrives(path):
+    """In a key or a value that is seen: what is not a number must not become one."""
+    for pool in (0, 1):
+        case = make_case([20, 20])
+        case[1][pool][case[2][0, 1].long(), :, 2, 5] = torch.nan
+        got = paged_attention(*case, scale=0.1, path=path)
+        assert got[0].isnan().any() and got[1].isfinite().all()
 
 
 @pytest.mark.parametrize("path", paths)
@@ -218,8 +270,7 @@ def make_store(T, dtype, Hkv=3, D=40, Dv=64, P=4, S=16, fp8=False):
     return k.to(DEVICE, dtype), v.to(DEVICE, dtype), Pages(*pools, *scales), slots.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("path", paths)
+@pytest.mark.parametrize("path, dtype", every_path)
 def test_store_writes_its_slots_and_nothing_else(path, dtype):
     k, v, pages, slots = make_store(23, dtype)
     store_pages(k, v, pages, slots, path=path)
@@ -277,14 +328,13 @@ def turned64(x, norm, turn):
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("path", paths)
+@pytest.mark.parametrize("path, dtype", every_path)
 def test_placing_turns_queries_and_keys_and_stores(path, dtype, norms):
     joint, (q, k, v), pages, slots, turn = make_turn(dtype, norms)
     want = [turned64(x, norm, turn) for x, norm in zip((q, k), turn.norms or (None, None), strict=True)]
     values = v.clone()
     place(q, k, v, pages, slots, turn, path=path)
-    bound = EPS[dtype] * (2 if path == "torch" else 1)  # torch rounds after the norm, too
+    bound = EPS[dtype] * (1 if path == "triton" else 2)  # the others round after the norm, too
     for got, one in zip((q, k), want, strict=True):
         assert ((got.double() - one).abs() <= bound * (1 + one.abs())).all()
     assert torch.equal(v, values) and joint[:, :2].isnan().all()
@@ -322,7 +372,7 @@ def test_placing_names_bad_arguments():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("path", paths)
+@pytest.mark.parametrize("path", ["torch", triton])
 def test_fp8_pages(path, dtype):
     """The same numbers as an oracle that is given the quantised pages; and those are near the ones they stand for.
     Values of magnitude 200: fp16 would lose small weights times small scales."""
@@ -406,8 +456,10 @@ def test_bad_arguments_are_named(change, message):
 
 
 def test_a_cpu_without_the_interpreter_runs_the_reference(monkeypatch):
+    """Of fp16, which Numba has no kernels for."""
     case = tuple(
-        x.cpu() if isinstance(x, torch.Tensor) else Pages(x.keys.cpu(), x.values.cpu()) for x in make_case([20])
+        x.cpu() if isinstance(x, torch.Tensor) else Pages(x.keys.cpu(), x.values.cpu())
+        for x in make_case([20], dtype=torch.float16)
     )
     monkeypatch.setattr(attention, "paged_attention_reference", lambda *_, **__: "the reference")
     assert paged_attention(*case, scale=1.0) == "the reference"

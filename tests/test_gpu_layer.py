@@ -10,8 +10,8 @@ import importlib.util
 
 import pytest
 import torch
-from test_attend_gpu import generate
-from test_cpu_layer import LEAN, random_model
+from test_attend import generate
+from test_layer import LEAN, random_model
 from test_sampler import make_prompts, write
 from tiny import FAMILIES
 
@@ -19,8 +19,8 @@ import kernels.attention
 from kernels import layer_passes
 from lengthen.models import lora
 from lengthen.sampling import cache as caches
-from lengthen.sampling import gpu_layer, hook
-from lengthen.sampling.cache import BlockTableCache
+from lengthen.sampling import hook, layer
+from lengthen.sampling.cache import PagedCache
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.request import Request, Sampling
 
@@ -28,18 +28,17 @@ from lengthen.sampling.request import Request, Sampling
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
     """Pages and layers are a GPU's."""
-    monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
-    monkeypatch.setattr(hook, "lender", lambda device: gpu_layer.forwards)
+    monkeypatch.setattr(caches, "on_gpu", lambda device: True)
 
 
-def lent(hook: Hook) -> list[gpu_layer.Layer]:
-    return [forward for _, forward in hook.replaced if isinstance(forward, gpu_layer.Layer)]
+def lent(hook: Hook) -> list[layer.Layer]:
+    return [forward for _, forward in hook.replaced if isinstance(forward, layer.Layer)]
 
 
 @torch.no_grad()
 def logits(hook: Hook, texts: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
     """Of the last `counts` tokens of each text, in one pass over them: what comes before is in the pages."""
-    cache = BlockTableCache(hook.shapes, 40, 16, torch.device("cpu"), hook.dtype)
+    cache = PagedCache(hook.shapes, 40, 16, torch.device("cpu"), hook.dtype)
     tables = [[cache.take() for _ in range(4)] for _ in texts]
     for table, ids, count in zip(tables, texts, counts, strict=True):
         if first := len(ids) - count:
@@ -109,13 +108,13 @@ def test_large_key_biases_keep_the_layers_that_are_lent(sharp, monkeypatch):
 
 
 def test_a_wrong_layer_is_found_among_large_key_biases(sharp, monkeypatch):
-    own = gpu_layer.Layer.__call__
+    own = layer.Layer.__call__
 
     def wrong(self, x, **known):
         return own(self, x, **known) * (1.1 if self.index == 3 else 1)
 
     monkeypatch.setattr(hook, "BOUND_16_BITS", 1e-3)
-    monkeypatch.setattr(gpu_layer.Layer, "__call__", wrong)
+    monkeypatch.setattr(layer.Layer, "__call__", wrong)
     ours = Hook(sharp)
     assert not lent(ours)
     assert ours.notes and ours.notes[0].startswith("8 layers run on the model's own code, which is slower: the logits")
@@ -176,8 +175,8 @@ def test_the_model_is_itself_again_after_a_pass():
 
 def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
     model, ids = random_model("llama"), torch.randint(3, 400, (20,))
-    own = gpu_layer.Layer.__call__
-    monkeypatch.setattr(gpu_layer.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
+    own = layer.Layer.__call__
+    monkeypatch.setattr(layer.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
     hook = Hook(model)
     assert not hook.replaced
     torch.testing.assert_close(logits(hook, [ids], [1]), own_logits(model, [ids], [1]), rtol=1e-4, atol=1e-4)
@@ -199,10 +198,10 @@ def test_other_activations_and_replaced_modules_keep_their_code():
 
 @pytest.mark.parametrize("error", [AttributeError("no attribute"), ValueError("not enough values")])
 def test_remote_code_with_the_name_of_a_known_layer_keeps_its_code(monkeypatch, error):
-    def lacks(self, layer, window):
+    def lacks(self, *given):
         raise error
 
-    monkeypatch.setattr(gpu_layer.Layer, "__init__", lacks)
+    monkeypatch.setattr(layer.Layer, "__init__", lacks)
     assert not Hook(random_model("llama")).replaced
 
 
@@ -210,8 +209,8 @@ def test_remote_code_with_the_name_of_a_known_layer_keeps_its_code(monkeypatch, 
 def test_lora_inside(targets):
     model = random_model("qwen2")
     lora.attach(model, rank=4, alpha=8, targets=targets)
-    for layer in lora.lora_layers(model).values():
-        torch.nn.init.normal_(layer.B, std=0.2)
+    for adapted in lora.lora_layers(model).values():
+        torch.nn.init.normal_(adapted.B, std=0.2)
     some, counts = texts(), [1, 2, 30]
     own = own_logits(model, some, counts)
     assert (own - own_logits(random_model("qwen2"), some, counts)).norm() > 0.1 * own.norm()
@@ -226,13 +225,13 @@ def test_four_bit_weights(adapted, same_nf4_on_every_cpu):
     from bitsandbytes.nn import Linear4bit
 
     model = random_model("qwen2", hidden_size=128, intermediate_size=128, head_dim=32)
-    for layer in model.model.layers:
-        for name, old in [(n, m) for n, m in layer.named_modules() if type(m) is torch.nn.Linear]:
+    for one in model.model.layers:
+        for name, old in [(n, m) for n, m in one.named_modules() if type(m) is torch.nn.Linear]:
             bias = old.bias is not None
             new = Linear4bit(old.in_features, old.out_features, bias, torch.float32, quant_type="nf4")
             new.load_state_dict(old.state_dict())
             parent, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, new.to("cpu"))
+            setattr(one.get_submodule(parent), leaf, new.to("cpu"))
     if adapted:
         lora.attach(model, rank=4, alpha=8)
         for one in lora.lora_layers(model).values():
@@ -251,7 +250,9 @@ def test_on_the_kernels_themselves(monkeypatch, family):
     """In Triton's interpreter: decoding, drafts, and a prompt's chunk."""
     model, some, counts = random_model(family), texts(), [1, 3, 40]
     own, hook = own_logits(model, some, counts), Hook(model)
-    monkeypatch.setattr(kernels.attention, "_on_kernels", lambda path, device: True)
+    from kernels import attention_triton
+
+    monkeypatch.setattr(kernels.attention, "_kernels", lambda *_: attention_triton)
     monkeypatch.setattr(layer_passes, "_fast", lambda x: True)
     torch.testing.assert_close(logits(hook, some, counts), own, rtol=1e-4, atol=1e-4)
 
@@ -284,7 +285,7 @@ def test_gpu_logits_are_the_models_own(family, dtype):
         model = model.to(dtype)
         own = model(input_ids=ids).logits[0]
         hook = Hook(model)
-        cache = BlockTableCache(hook.shapes, 4, 16, ids.device, dtype)
+        cache = PagedCache(hook.shapes, 4, 16, ids.device, dtype)
         table, at = [cache.take() for _ in range(3)], torch.arange(40, device="cuda")
         ours = [hook.forward(cache.batch([], [(table, 0, 30)]), ids[0, :30], at[:30], at[:30])]
         for i in range(30, 40):

@@ -12,15 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_attend_gpu import expect_little, generate, write_hopefully
-from test_sampler import EOS, break_forward, make_prompts, make_sampler, write
+from test_attend import expect_little, generate, write_hopefully
+from test_sampler import EOS, assert_every_page_came_back, break_forward, make_prompts, make_sampler, write
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lengthen.records import UserError
-from lengthen.sampling import attend_gpu, cpu_layer, gpu_layer, graphs, hook
+from lengthen.sampling import attend, graphs
 from lengthen.sampling import cache as caches
-from lengthen.sampling.cache import BlockTableCache, StreamedCache
 from lengthen.sampling.graphs import DecodeGraphs, Shape, buckets
 from lengthen.sampling.request import Request, Sampling
 
@@ -29,8 +28,7 @@ OPTIONS = {"page_tokens": 16, "prefill_tokens": 64}
 
 @pytest.fixture
 def block_tables(monkeypatch):
-    monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
-    monkeypatch.setattr(hook, "lender", lambda device: gpu_layer.forwards)
+    monkeypatch.setattr(caches, "on_gpu", lambda device: True)
 
 
 @pytest.fixture
@@ -104,20 +102,13 @@ ENDS = {EOS, *range(3, 60)}  # rare tokens that end texts in the middle of burst
 
 @pytest.fixture(scope="module")
 def plain() -> dict:
-    """The mixed requests over the pages that a CPU streams, step by step."""
+    """The mixed requests step by step, as a CPU does."""
     samples = write(tiny_model("qwen3"), mixed_requests(), eos_ids=ENDS, max_rows=7, **OPTIONS)
     assert samples[None].graphs is None
     return samples
 
 
-def assert_every_page_came_back(sampler) -> None:
-    """It is free, or the tree of prompts holds it, and nobody else."""
-    held = [node.page for node in sampler.scheduler.prefixes.order]
-    assert sorted([*sampler.cache.free, *held]) == list(range(sampler.cache.num_pages))
-    assert all(sampler.cache.holders[page] == 1 for page in held)
-
-
-@pytest.mark.parametrize("options", [{"max_rows": 6}, {"max_rows": 4, "kv_tokens": 304, "context": 300}])
+@pytest.mark.parametrize("options", [{"max_rows": 6}, {"max_rows": 9, "kv_tokens": 240, "context": 240}])
 def test_bursts_write_what_single_steps_write(block_tables, bursts, plain, monkeypatch, options):
     """Sampled and greedy, token by token and in how they end; the second run has too few pages and preempts rows."""
     own, excess = DecodeGraphs._load, []
@@ -257,8 +248,7 @@ def test_a_draw_among_too_many_ties_is_left_to_the_caller(block_tables, bursts, 
     requests = [Request(i, p, i, Sampling(max_new_tokens=20, top_p=1)) for i, p in enumerate(make_prompts(3))]
     ours = write(model, requests, **OPTIONS)
     assert any(0 in one for one in bursts)
-    monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
-    monkeypatch.setattr(hook, "lender", lambda device: cpu_layer.forwards)
+    monkeypatch.setattr(caches, "on_gpu", lambda device: False)
     theirs = write(model, requests, **OPTIONS)
     assert all(ours[i].token_ids == theirs[i].token_ids for i in range(3))
 
@@ -448,7 +438,7 @@ def test_a_step_does_the_same_operations_whatever_the_buffers_hold(block_tables,
     lengths, with other settings, one beyond its limit, one row in excess)."""
     operations = Operations()
     for name in ("store_pages", "place", "paged_attention"):
-        monkeypatch.setattr(attend_gpu, name, operations.opaque(getattr(attend_gpu, name)))
+        monkeypatch.setattr(attend, name, operations.opaque(getattr(attend, name)))
     monkeypatch.setattr(DecodeGraphs, "serves", lambda self, rows: False)
     sampler = make_sampler(tiny_model(family), **OPTIONS)
     recorded = []

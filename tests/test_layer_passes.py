@@ -8,10 +8,12 @@ Shapes: a row per program and many rows per program of RMSNorm, ragged against e
 import pytest
 import torch
 
-from kernels import HAS_TRITON, layer_passes
+from kernels import HAS_NUMBA, HAS_TRITON, layer_passes
 
-PATHS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_numba = pytest.mark.skipif(not HAS_NUMBA or DEVICE == "cuda", reason="numba is for a CPU, and not installed")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+PATHS = ["torch", pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 # One rounding of the result, and fp32 sums: half a unit in the last place, doubled.
@@ -20,9 +22,11 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 @pytest.fixture(params=PATHS)
 def passes(request, monkeypatch):
-    """The module's functions, by torch or by Triton (on a CPU: in its interpreter)."""
-    if request.param == "torch":
+    """The module's functions, by torch, by Numba where it has them, or by Triton (on a CPU: in its interpreter)."""
+    if request.param != "triton":
         monkeypatch.setattr(layer_passes, "_fast", lambda x: False)
+        if request.param == "torch":
+            monkeypatch.setattr(layer_passes, "_on_numba", lambda x: False)
         return layer_passes
     from kernels import layer_passes_triton
 

@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
-from test_sampler import EOS, TOKENIZER, make_prompts, make_sampler, write
+from test_sampler import EOS, TOKENIZER, assert_every_page_came_back, make_prompts, make_sampler, write
 from tiny import tiny_model
 
-from lengthen.sampling.cache import make_cache
+from lengthen.sampling.cache import PagedCache
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.lookup import COSTS, LONGEST, DraftCosts, Lookup, allot
 from lengthen.sampling.request import Request, Sampling
@@ -69,7 +69,7 @@ def test_preempted_in_the_middle_of_a_copy(copier):
     tight = {sample.request.key: sample.token_ids for sample in sampler.run()}
     assert sampler.stats["preemptions"] >= 2 and sampler.stats["accepted_tokens"] > 20
     assert tight == {i: roomy[i].token_ids for i in range(8)}
-    assert sorted(sampler.cache.free) == list(range(sampler.cache.num_pages))
+    assert_every_page_came_back(sampler)
 
 
 def scripted(script: list[int], prompt: list[int], **sampling) -> tuple:
@@ -113,16 +113,11 @@ def test_several_tokens_of_a_text_in_one_pass(family):
     """Rows with 1, 4 and 8 tokens beside each other against the model's own pass; then over their stale keys."""
     model = tiny_model(family)
     hook, texts = Hook(model), [torch.randint(3, 400, (n,)) for n in (31, 40, 50, 44)]
-    cache = make_cache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)
+    cache = PagedCache(hook.shapes, 32, 8, torch.device("cpu"), torch.float32)
     tables = [[cache.take() for _ in range(8)] for _ in texts]
     with torch.no_grad():
         own = [model(input_ids=ids[None]).logits[0] for ids in texts]
-        for counts, groups in (
-            ((1, 4, 8, 1), [(4, 8, True)]),
-            ((8, 1, 1, 1), [(3, 1, True), (1, 8, False)]),  # one with drafts: its pages are gathered
-            ((2, 2, 2, 2), [(4, 2, True)]),
-            ((1, 1, 1, 1), [(4, 1, True)]),
-        ):
+        for counts in ((1, 4, 8, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 1, 1, 1)):
             starts = [len(ids) - count for ids, count in zip(texts, counts, strict=True)]
             for table, ids, start in zip(tables, texts, starts, strict=True):
                 hook.forward(cache.batch([], [(table, 0, start)]), ids[:start], torch.arange(start), torch.tensor([0]))
@@ -138,7 +133,7 @@ def test_several_tokens_of_a_text_in_one_pass(family):
             got = hook.forward(batch, ids, at, torch.arange(sum(counts)))
             want = torch.cat([logits[start:] for logits, start in zip(own, starts, strict=True)])
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-            assert [(len(group.lengths), group.queries, group.pages is None) for group in batch.groups] == groups
+            assert batch.counts.tolist() == list(counts)
 
 
 # ---------------------------------------------------------------------------------------------------------

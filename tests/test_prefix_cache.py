@@ -1,26 +1,23 @@
-"""The prefix cache against a search through all prompts, with its pages in a pool of its own and shared with the texts.
+"""The prefix cache against a search through all prompts, its pages shared with the texts.
 
 python -m pytest -q tests/test_prefix_cache.py
 """
 
 import random
 
-import pytest
 import torch
 
-from lengthen.sampling.cache import BlockTableCache, LayerShape, PagedCache, StreamedCache
+from lengthen.sampling.cache import LayerShape, PagedCache
 from lengthen.sampling.prefix_cache import Node, PrefixCache, common_prefix
 
 SHAPES = {0: LayerShape(1, 1, 1, 0), 3: LayerShape(1, 1, 1, 0)}
 S = 4  # tokens in a page
-BACKENDS = [StreamedCache, BlockTableCache]
 
 
-def make(backend: type[PagedCache], texts: int, room: int) -> tuple[PagedCache, PrefixCache]:
-    """A cache with pages for texts, and for `room` pages of prefixes wherever these lie."""
-    shared = room if backend is BlockTableCache else 0
-    cache = backend(SHAPES, texts + shared, S, torch.device("cpu"), torch.float32)
-    return cache, PrefixCache(cache.prefix_pages(room))
+def make(texts: int, room: int) -> tuple[PagedCache, PrefixCache]:
+    """A cache with pages for texts, and for `room` pages of prefixes."""
+    cache = PagedCache(SHAPES, texts + room, S, torch.device("cpu"), torch.float32)
+    return cache, PrefixCache(cache, room)
 
 
 def number(ids: list[int], layer: int) -> int:
@@ -59,16 +56,15 @@ def attach(cache: PagedCache, prefixes: PrefixCache, ids: list[int]) -> int:
     prefixes.detach(copied)
     want = [[number(ids[: i + 1], layer) for i in range(count)] for layer in SHAPES]
     assert len(pages) == -(-count // S) and read(cache, pages, count) == want
-    assert len(own) == (count // S if isinstance(cache, BlockTableCache) else 0)
+    assert len(own) == count // S
     cache.give_back(pages)
     return count
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_longest_known_beginning_is_found_with_its_contents(backend):
+def test_the_longest_known_beginning_is_found_with_its_contents():
     """Random prompts over 3 ids, so that many share beginnings; with room for all of them."""
     rng, known = random.Random(0), []
-    cache, prefixes = make(backend, 16, 400)
+    cache, prefixes = make(16, 400)
     for _ in range(120):
         ids = [rng.randrange(3) for _ in range(rng.randrange(1, 20))]
         best = max((common_prefix(ids, other) for other in known), default=0)
@@ -77,9 +73,8 @@ def test_the_longest_known_beginning_is_found_with_its_contents(backend):
         known.append(ids)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_least_recently_used_make_room(backend):
-    cache, prefixes = make(backend, 4, 6)
+def test_the_least_recently_used_make_room():
+    cache, prefixes = make(4, 6)
     prompts = [[n] * 8 for n in range(4)]  # two pages each
     for n in (0, 1, 2, 0, 3):  # 0 is used again, so 1 is the oldest when 3 comes
         remember(cache, prefixes, prompts[n])
@@ -90,12 +85,11 @@ def test_the_least_recently_used_make_room(backend):
     assert [attach(cache, prefixes, [*prompts[n], 9]) for n in range(4)] == [0, 0, 8, 8]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_random_use_keeps_the_tree_whole(backend):
+def test_random_use_keeps_the_tree_whole():
     """What is found is right however often pages were taken over; every page is free or in the tree, once."""
     rng = random.Random(1)
-    cache, prefixes = make(backend, 16, 12)
-    pool = prefixes.pages.pool
+    cache, prefixes = make(16, 12)
+    pool = prefixes.pool
     for _ in range(400):
         ids = [rng.randrange(2) for _ in range(rng.randrange(1, 30))]
         attach(cache, prefixes, ids)
@@ -112,28 +106,24 @@ def nodes(node: Node):
         yield from nodes(child)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_prompt_larger_than_the_room_is_not_kept(backend):
-    cache, prefixes = make(backend, 4, 2)
+def test_a_prompt_larger_than_the_room_is_not_kept():
+    cache, prefixes = make(4, 2)
     remember(cache, prefixes, list(range(12)))
     assert not prefixes.order and prefixes.find(list(range(12))) == ([], 0)
     prefixes.close()
     assert prefixes.find([1, 2, 3]) == ([], 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_shared_pages_are_of_use_to_a_text_that_has_none(backend):
-    """A page that somebody reads is not free when the tree forgets it; without such readers prefixes make room."""
-    cache, prefixes = make(backend, 2, 4)
+def test_only_shared_pages_are_of_use_to_a_text_that_has_none():
+    """A page that somebody reads is not free when the tree forgets it; without such readers prefixes make room. How
+    many pages that would make is known beforehand."""
+    cache, prefixes = make(2, 4)
     remember(cache, prefixes, list(range(8)))
     while cache.free:
         cache.take()
-    held = dict(prefixes.order)
-    if backend is StreamedCache:
-        assert not prefixes.make_free() and list(prefixes.order) == list(held)
-        return
+    assert prefixes.spare() == 2
     pages, count = prefixes.find([*range(8), 9])
     own, _ = prefixes.attach(pages, count)
-    assert not prefixes.make_free() and not prefixes.order
+    assert prefixes.spare() == 0 and not prefixes.make_free() and not prefixes.order
     cache.give_back(own)
     assert prefixes.make_free()

@@ -13,20 +13,19 @@ import pytest
 
 from lengthen.sampling.lookup import DraftCosts
 from lengthen.sampling.pages import PagePool
-from lengthen.sampling.prefix_cache import CopiedPages, PrefixCache, SharedPages
+from lengthen.sampling.prefix_cache import PrefixCache
 from lengthen.sampling.request import Request, Sampling
 from lengthen.sampling.scheduler import LEAST_CHUNK, WORTH_WAITING, Row, Scheduler, Step
 
 CONTEXT = 256  # tokens
 
 
-def make(pages: int = 64, room: int = 8, shared: bool = True, drafts: bool = False, **sizes) -> Scheduler:
-    """Pages of 16 tokens; `room` of them, or as many more, for prefixes."""
+def make(pages: int = 64, room: int = 8, drafts: bool = False, **sizes) -> Scheduler:
+    """Pages of 16 tokens; `room` of them at most for prefixes."""
     page_tokens = 16
     pool = PagePool(pages, page_tokens)
-    prefixes = SharedPages(pool, room) if shared else CopiedPages(PagePool(room, page_tokens), pool)
     sizes = {"context": CONTEXT, "max_rows": 8, "prefill_tokens": 64, **sizes}
-    return Scheduler(pool, PrefixCache(prefixes), drafts=DraftCosts(24, 0.0) if drafts else None, **sizes)
+    return Scheduler(pool, PrefixCache(pool, room), drafts=DraftCosts(24, 0.0) if drafts else None, **sizes)
 
 
 def token_of(row: Row, drafts: int = 0) -> int:
@@ -57,7 +56,7 @@ def drive(scheduler: Scheduler, lengths: dict[int, int]) -> Iterator[tuple[Step,
 def check(scheduler: Scheduler, step: Step) -> None:
     """No page is lost, held twice by mistake, or written to by two; no row computes beyond its pages."""
     pool = scheduler.pool
-    tree = tree_pages(scheduler) if scheduler.prefixes.pages.pool is pool else set()
+    tree = tree_pages(scheduler)
     holders = [int(page in tree) for page in range(pool.num_pages)]
     for row in scheduler.rows:
         assert row.slot >= 0 and row.computed <= min(len(row.ids), pool.page_tokens * len(row.pages))
@@ -106,12 +105,11 @@ def test_a_hundred_thousand_prompts():
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["", "drafts"])
-@pytest.mark.parametrize("shared", [False, True], ids=["copied prefixes", "shared prefixes"])
 @pytest.mark.parametrize("seed", range(3))
-def test_invariants_hold_in_every_step(shared, drafts, seed):
+def test_invariants_hold_in_every_step(drafts, seed):
     """Random prompts with common beginnings, few pages, texts longer than expected: rows are preempted all the time."""
     rng = random.Random(seed)
-    scheduler = make(pages=18, shared=shared, drafts=drafts)
+    scheduler = make(pages=18, drafts=drafts)
     scheduler.lengths.mean_output, scheduler.lengths.learn = 2.0, lambda request, written: None
     heads = [[rng.randrange(50) for _ in range(rng.randrange(1, 90))] for _ in range(4)]
     lengths = {key: rng.randrange(1, 120) for key in range(60)}

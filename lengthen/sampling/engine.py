@@ -9,9 +9,8 @@
 One step is schedule -> forward -> draw -> advance, each a module of its own, to be read in this order:
 
     scheduler.py     which tokens of which texts the next forward pass computes: admission, chunks, drafts, preemption
-    hook.py          the pass: the unmodified model on packed tokens, with our attention (attend_cpu.py, attend_gpu.py)
-                     over a paged KV cache (pages.py, cache.py, prefix_cache.py), in few operations (cpu_layer.py,
-                     gpu_layer.py)
+    hook.py          the pass: the unmodified model on packed tokens, with our attention (attend.py) over a paged KV
+                     cache (pages.py, cache.py, prefix_cache.py), in few operations (layer.py, layouts.py)
     draw.py          from logits to tokens, as in Hugging Face's processors and in vLLM
     stopping.py      whether a text ends with its newest token
 
@@ -35,7 +34,8 @@ from lengthen.errors import out_of_memory
 from lengthen.models.errors import logits_not_finite
 from lengthen.models.threads import Neighbours
 from lengthen.models.upload import upload
-from lengthen.sampling.cache import BlockTableCache, bytes_per_token
+from lengthen.sampling import cache as caches
+from lengthen.sampling.cache import bytes_per_token
 from lengthen.sampling.draw import NOT_FINITE, Drawer
 from lengthen.sampling.graphs import DecodeGraphs
 from lengthen.sampling.hook import Hook
@@ -52,7 +52,7 @@ class Sampler:
     """Writes texts for the requests given to `add`. The model's attention is its own whenever the caller has control.
 
     `eos_ids` end a text. `context` is the model's, in tokens. `max_rows`: texts at once, 0 = auto. `kv_tokens`: room
-    for keys and values, in tokens, 0 = auto (a fifth of the memory on a CPU; on CUDA nine tenths of what a pass of
+    for keys and values, in tokens, 0 = auto (a quarter of the memory on a CPU; on CUDA nine tenths of what a pass of
     the largest size leaves). `prefill_tokens`: prompt tokens in one step, 0 = auto. `page_tokens`: 0 = auto (64 on a
     CPU, 256 on CUDA). `lookup`: whether draft tokens are looked up in a text; the texts are the same either way.
     `kv_dtype`: of keys and values, None = the model's; float8_e4m3fn on a GPU halves them, and texts differ a little.
@@ -113,7 +113,7 @@ class Sampler:
         )
         self.drawer = Drawer(max_rows, unknown, self.eos_ids, self.device)
         self.graphs: DecodeGraphs | None = None
-        if isinstance(self.cache, BlockTableCache):
+        if caches.on_gpu(self.device):
             size = {"rows": max_rows, "context": self.context}
             self.graphs = DecodeGraphs(
                 self.hook, self.cache, **size, unknown=unknown, eos_ids=self.eos_ids, notes=self.notes
@@ -201,7 +201,7 @@ class Sampler:
             tokens_per_second=self.meter.tokens_per_second,
             roofline=self.meter.roofline(self.device),
             rows=len(self.scheduler.rows),
-            kv=1 - len(self.cache.free) / self.cache.num_pages,
+            kv=1 - (len(self.cache.free) + self.scheduler.prefixes.spare()) / self.cache.num_pages,
             preemptions=int(self.stats["preemptions"]),
             accepted=self.stats["accepted_tokens"] / max(1, self.stats["steps"]),
         )
@@ -295,9 +295,6 @@ class Sampler:
         hidden: what the head is given, [len(keep), H], instead.
         """
         work = step.work
-        # Pages of all rows may be moved together, also of those that have no tokens in this step.
-        rows = {id(row): row for row in [*self.scheduler.rows, *(row for row, _ in work)]}
-        self.cache.compact([row.pages for row in rows.values()])
         decode, prefill = ([(row.pages, row.computed, count) for row, count in x] for x in (step.decode, step.prefill))
         ids = [t for row, count in work for t in (*row.ids[row.computed : row.computed + count], *row.draft)]
         positions = [p for row, count in work for p in range(row.computed, row.computed + count)]

@@ -42,8 +42,8 @@ from torch import Tensor
 from kernels.sampling_tail import END, NEVER, Noise, Rules, draw_above, lowest, tail
 from lengthen.errors import out_of_memory
 from lengthen.models.upload import pinned, upload
-from lengthen.sampling.attend_gpu import QUERIES, TableBatch
-from lengthen.sampling.cache import BlockTableCache
+from lengthen.sampling.attend import QUERIES, TableBatch
+from lengthen.sampling.cache import PagedCache
 from lengthen.sampling.draw import CANDIDATES, GREEDY, is_free, keep, race, signed, top_candidates
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.scheduler import Row
@@ -90,7 +90,7 @@ class DecodeGraphs:
     def __init__(
         self,
         hook: Hook,
-        cache: BlockTableCache,
+        cache: PagedCache,
         *,
         rows: int,
         context: int,

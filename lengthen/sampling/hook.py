@@ -8,9 +8,9 @@ transformers hands down to that function. (Nemotron's layers keep it to themselv
 batch for the time of the pass.)
 
 Not every model can be carried so. `Hook` compares a packed pass, and one split over pages, with the model's own before
-the first use: a model that would be silently wrong is refused by name. On a GPU a model of
-16 bits whose logits are further apart is judged layer by layer against fp32: large key biases (Qwen2.5) make any two
-roundings differ.
+the first use: a model that would be silently wrong is refused by name. A model of 16 bits whose logits are further
+apart is judged layer by layer against fp32: large key biases (Qwen2.5), and layers that are few numbers wide (SmolLM2),
+make any two roundings differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,9 +30,9 @@ from lengthen.models.families import PLAIN_LAYERS, REBUILT_LAYERS
 from lengthen.models.flash import dense
 from lengthen.records import UserError
 from lengthen.sampling import cache as caches
-from lengthen.sampling import cpu_layer, gpu_layer
 from lengthen.sampling.batch import Batch, Rule
-from lengthen.sampling.cache import LayerShape, make_cache
+from lengthen.sampling.cache import LayerShape, PagedCache, least_page_tokens
+from lengthen.sampling.layer import forwards
 
 NAME = "lengthen_paged"  # key in transformers' registry
 PROBE, SPLIT = 8, 5  # tokens of the probe; of its prefill chunk, the others are decoded
@@ -77,11 +77,6 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-def lender(device: torch.device) -> Callable[[nn.Module, dict[int, int]], list[tuple[nn.Module, Callable]]]:
-    """What lends a model faster layers on a device. Tests put the other one in its place, as with cache.backend."""
-    return gpu_layer.forwards if device.type == "cuda" else cpu_layer.forwards
-
-
 class ProbeBatch:
     """One text in no pages: attends to the batch itself and notes what each layer hands to attention."""
 
@@ -104,7 +99,7 @@ class Hook:
         self.model = model
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, x) for x in ("device", "dtype"))
         self.holders: list[Any] = []  # modules that hold the batch, of a model that does not hand it down
-        # Forwards that stand in for modules' own while a batch is running (cpu_layer.py, gpu_layer.py).
+        # Forwards that stand in for modules' own while a batch is running (layer.py).
         self.replaced: list[tuple[nn.Module, Callable]] = []
         self.notes: list[str] = []  # lines for people
         configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
@@ -189,7 +184,7 @@ class Hook:
         if why := self._judge("a packed pass", alone, ids, own):
             self._refuse(why)
         windows = {layer: shape.window for layer, shape in batch.shapes.items()}
-        self.replaced = lender(self.device)(self.model, windows)
+        self.replaced = forwards(self.model, windows, caches.on_gpu(self.device))
         try:
             why = self._judge("a pass split over pages", split, ids, own)
         except (AttributeError, TypeError, ValueError) as error:  # remote code with the name of a known layer
@@ -203,18 +198,14 @@ class Hook:
         if why:
             self._refuse(why)
         known = {m for m in self.model.modules() if type(m).__name__ in REBUILT_LAYERS}
-        if slow := len(known - {module for module, _ in self.replaced}) if self._on_block_tables() else 0:
+        if slow := len(known - {module for module, _ in self.replaced}):
             reason = dropped or "they are not quite what they look like"
             self.notes.append(f"{slow} layers run on the model's own code, which is slower: {reason}")
         return batch.shapes
 
-    def _on_block_tables(self) -> bool:
-        """Whether this is a GPU, or a test's."""
-        return caches.backend(self.device) is caches.BlockTableCache
-
     def _split(self, shapes: dict[int, LayerShape], ids: Tensor) -> Tensor:
         """The logits [PROBE, V] of the probe's tokens: a prefill chunk, then token by token, through pages."""
-        cache = make_cache(shapes, 3, 0, self.device, self.dtype)
+        cache = PagedCache(shapes, 3, least_page_tokens(self.device), self.device, self.dtype)
         table, every = [cache.take() for _ in range(3)], torch.arange(PROBE, device=self.device)
         chunk = cache.batch([], [(table, 0, SPLIT)])  # on a CPU over two pages
         logits = [self.forward(chunk, ids[:SPLIT], every[:SPLIT], every[:SPLIT])]
@@ -226,7 +217,7 @@ class Hook:
     def _judge(self, what: str, run: Callable[[Tensor], Tensor], ids: Tensor, own: Tensor) -> str:
         """Why a pass is not the model's own, "" = it is. run: ids [PROBE] -> logits [PROBE, V]."""
         why = self._differs(what, run(ids), own)
-        if not why or own.dtype in BOUNDS or not self._on_block_tables():
+        if not why or own.dtype in BOUNDS:
             return why
         try:
             return "" if self._as_near(run, ids) else why

@@ -6,24 +6,22 @@ from torch import Tensor
 from lengthen.errors import out_of_memory
 from lengthen.models.cards import physical_memory
 from lengthen.records import UserError
-from lengthen.sampling.cache import PagedCache, bytes_per_token, make_cache
+from lengthen.sampling.cache import PagedCache, bytes_per_token
 from lengthen.sampling.draw import draw
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.prefix_cache import PrefixCache
 from lengthen.sampling.scheduler import LEAST_CHUNK
 
-CPU_SHARE = 5  # keys and values get a fifth of a computer's memory, the prefix cache up to half as much again
+CPU_SHARE = 4  # keys and values get a quarter of a computer's memory
 CUDA_SHARE = 0.9  # of what the largest step leaves on a GPU; the rest is for the allocator's fragments
-# Pages of the prefix cache, as a share of all: on a GPU of the same pages, on a CPU copies. A job's next call finds its
-# prompt there if there is room for the prompts of all that run meanwhile.
-PREFIX_SHARE = {"cpu": 2, "cuda": 8}
+PREFIX_SHARE = 2  # the prefix cache may hold half of the pages: those that no text needs
 HINT = "a smaller model, or --quantize nf4"
 
 
 def kv_room(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, context: int, rows: int) -> tuple[int, int]:
     """(tokens that there is room for, prompt tokens in a step): `chunk`, or fewer if these do not fit.
 
-    A fifth of the memory of a computer; on CUDA nine tenths of what a step of the largest size leaves.
+    A quarter of the memory of a computer; on CUDA nine tenths of what a step of the largest size leaves.
     """
     room = physical_memory() // CPU_SHARE
     if hook.device.type == "cuda":
@@ -56,7 +54,7 @@ def _largest_step(hook: Hook, dtype: torch.dtype, page_tokens: int, chunk: int, 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if cuda else 0
-    cache = make_cache(hook.shapes, -(-chunk // page_tokens), page_tokens, device, dtype)
+    cache = PagedCache(hook.shapes, -(-chunk // page_tokens), page_tokens, device, dtype)
     every = torch.arange(chunk, device=device)
     last = every[-1:].expand(rows)  # logits of as many rows as may ever draw at once
     batch = cache.batch([], [(list(range(cache.num_pages)), 0, chunk)])
@@ -73,8 +71,8 @@ def make_caches(
     asked = pages
     while pages > 0:
         try:
-            cache = make_cache(hook.shapes, pages, page_tokens, hook.device, dtype)
-            prefixes = PrefixCache(cache.prefix_pages(-(-pages // PREFIX_SHARE[hook.device.type])))
+            cache = PagedCache(hook.shapes, pages, page_tokens, hook.device, dtype)
+            prefixes = PrefixCache(cache, -(-pages // PREFIX_SHARE))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -25,7 +25,7 @@ class PagePool:
 
     def take(self) -> int:
         """A free page, held once. IndexError where none is free."""
-        page = heapq.heappop(self.free)  # the lowest: a CPU streams the range up to the highest page in use
+        page = heapq.heappop(self.free)
         self.holders[page] = 1
         return page
 
@@ -42,8 +42,8 @@ class PagePool:
                 heapq.heappush(self.free, page)
         pages.clear()  # the caller's block table: nobody reads these pages through it again
 
-    def copy(self, source: Sequence[int], target: Sequence[int], of: "PagePool | None" = None) -> None:
-        """Contents of pages into others; `of`: the pool of the source where it is another. Here there are none."""
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Contents of pages into others. Here there are none."""
 
     def close(self) -> None:
         """Gives the memory of the contents back. Here there is none."""

@@ -298,7 +298,8 @@ class Scheduler:
                 row = Row.of(row, entry.order, self.context, self.special)
             needed = self._expected_pages(row)  # all of them: it has none
             # With no row running the next is admitted whatever it needs: a single text always fits.
-            if self.rows and needed + reserved > len(self.pool.free):
+            free = len(self.pool.free)
+            if self.rows and needed + reserved > free and needed + reserved > free + self.prefixes.spare():
                 heapq.heappush(self.queue, entry)  # it stays the next: nobody overtakes it, however short
                 break
             reserved += needed

@@ -1,11 +1,10 @@
-"""Attention through block tables, on a GPU: new keys go to their pages, kernels read the pages where they lie.
+"""Attention through block tables: new keys go to their pages, kernels read the pages where they lie.
 
-What sampling/attend_cpu.py does by streaming the pool, done by kernels/attention.py: `store_pages`, then for decoding
-texts `paged_attention` (one new token each, up to 8 with drafts), and for prefill chunks FlashAttention over the keys
-gathered out of their pages (models/flash.py). Everything that a kernel needs to know lies in int32 tensors on the
-device, so a batch that only decodes can be captured in a CUDA graph (sampling/graphs.py).
-
-On a CPU the same code runs on the kernels' torch references: slower than streaming, and tested that way.
+kernels/attention.py does the work: `store_pages`, then for decoding texts `paged_attention` (one new token each, up to
+8 with drafts), and for prefill chunks FlashAttention over the keys gathered out of their pages (models/flash.py).
+Everything that a kernel needs to know lies in int32 tensors on the device, so a batch that only decodes can be captured
+in a CUDA graph (sampling/graphs.py). There every text has as many queries as the one with the most drafts; on a CPU,
+where a query costs time, each has its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ QUERIES = (1, 2, 4, 8)  # Q is rounded up to one of these: each has kernels, and
 class TableBatch:
     """Which packed token belongs to which text, in one forward pass: decoding texts first, then prefill chunks.
 
-    A text with fewer than Q tokens repeats its first one in front, and those results are dropped.
+    On a GPU a text with fewer than Q tokens repeats its first one in front, and those results are dropped.
     """
 
     layers: Mapping[int, Pages]
@@ -38,6 +37,7 @@ class TableBatch:
     table: Tensor  # int32 [B, W] pages of each decoding text, -1 after its last
     lengths: Tensor  # int32 [B] keys of each decoding text, its new tokens included
     decode_tokens: int  # packed tokens of decoding texts
+    counts: Tensor | None = None  # int32 [B] tokens of each decoding text, on a CPU
     spread: Tensor | None = None  # int64 [B * Q] packed index of each query; None where Q = 1
     gather: Tensor | None = None  # int64 [decode_tokens] where in [B * Q] a packed token is
     bounds: Bounds | None = None  # of the prefill chunks; None = there are none
@@ -45,12 +45,12 @@ class TableBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         """As batch.Batch has it."""
-        store_pages(k, v, self.layers[layer], self.slots)  # first: a token sees its own key
+        store_pages(k, v, self.layers[layer], self.slots, check=False)  # first: a token sees its own key
         return self._attend(layer, q, k, v, rule)
 
     def turn_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule, turn: Turn) -> Tensor:
         """The same of q and k without norms and positions, which they get here, in place."""
-        place(q, k, v, self.layers[layer], self.slots, turn)
+        place(q, k, v, self.layers[layer], self.slots, turn, check=False)
         return self._attend(layer, q, k, v, rule)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
@@ -58,9 +58,12 @@ class TableBatch:
         results = []  # decoding texts, then prefill chunks: packed order
         if n:
             queries = q[:n] if self.spread is None else q.index_select(0, self.spread)
-            queries = queries.unflatten(0, (len(self.lengths), -1))  # [B, Q, Hq, D]
+            if self.counts is None:
+                queries = queries.unflatten(0, (len(self.lengths), -1))  # [B, Q, Hq, D]
             options: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap, "sinks": sinks}
-            out = paged_attention(queries, pages, self.table, self.lengths, **options).flatten(0, 1)
+            options |= {"counts": self.counts, "check": False}
+            out = paged_attention(queries, pages, self.table, self.lengths, **options)
+            out = out if self.counts is not None else out.flatten(0, 1)
             results.append(out if self.gather is None else out.index_select(0, self.gather))
         if self.bounds:
             if self.stored:
@@ -79,8 +82,12 @@ def make_batch(
     device: torch.device,
     decode: Sequence[Chunk],
     prefill: Sequence[Chunk],
+    padded: bool,
 ) -> TableBatch:
-    """The batch of decoding texts, each with its newest token and its drafts, followed by prefill chunks."""
+    """The batch of decoding texts, each with its newest token and its drafts, followed by prefill chunks.
+
+    padded: all decoding texts have as many queries.
+    """
     S = page_tokens
 
     def ints(x: list, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -96,7 +103,9 @@ def make_batch(
     lengths = [start + count for _, start, count in decode]  # the new tokens included
     decode_tokens = sum(count for _, _, count in decode)
     batch = TableBatch(layers, ints(slots), ints(table).view(-1, width), ints(lengths), decode_tokens)
-    if Q > 1:
+    if not padded:
+        batch.counts = ints([count for _, _, count in decode])
+    elif Q > 1:
         spread: list[int] = []
         gather: list[int] = []
         end = 0

@@ -1,6 +1,6 @@
 """The decoder layer in few operations against the model's own code.
 
-python -m pytest -q tests/test_cpu_layer.py
+python -m pytest -q tests/test_layer.py
 """
 
 import pytest
@@ -8,10 +8,10 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from lengthen.models import lora
-from lengthen.sampling import cpu_layer
-from lengthen.sampling.cache import make_cache
+from lengthen.sampling import layer
+from lengthen.sampling.cache import PagedCache
 from lengthen.sampling.engine import Sampler
-from lengthen.sampling.hook import Hook, ProbeBatch
+from lengthen.sampling.hook import Hook
 from lengthen.sampling.request import Request, Sampling
 
 LEAN = ("llama", "qwen2", "qwen3", "mistral")
@@ -30,9 +30,10 @@ def random_model(family: str, **changes: object):
 
 
 def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
-    at = torch.arange(len(ids))
+    """Of a prompt's chunk."""
+    cache, at = PagedCache(hook.shapes, 4, 32, torch.device("cpu"), hook.dtype), torch.arange(len(ids))
     with torch.no_grad():
-        return hook.forward(ProbeBatch(), ids, at, at)
+        return hook.forward(cache.batch([], [([cache.take(), cache.take()], 0, len(ids))]), ids, at, at)
 
 
 def usable(layout: str) -> bool:
@@ -52,14 +53,14 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_own(family, layout, monkeypatch):
-    monkeypatch.setattr(cpu_layer, "layout_of", lambda *_: layout)
+    monkeypatch.setattr(layer, "layout_of", lambda *_: layout)
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = random_model(family, **biases)
     ids = torch.randint(3, 400, (20,))
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
     hook = Hook(model)
-    layers = [forward for _, forward in hook.replaced if isinstance(forward, cpu_layer.Layer)]
+    layers = [forward for _, forward in hook.replaced if isinstance(forward, layer.Layer)]
     assert len(layers) == (model.config.num_hidden_layers if family in LEAN else 0)
     assert any(module is model.lm_head for module, _ in hook.replaced)
     for count in (1, 2, 20):
@@ -69,17 +70,19 @@ def test_logits_are_the_models_own(family, layout, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_product_serves_any_number_of_rows(layout, monkeypatch):
     """Laid out for one number of rows, used with others; sizes that no block divides."""
-    monkeypatch.setattr(cpu_layer, "layout_of", lambda *_: layout)
+    monkeypatch.setattr(layer, "layout_of", lambda *_: layout)
     for out, width in ((5, 3), (771, 333), (960, 576)):
         one, two = torch.nn.Linear(width, out), torch.nn.Linear(width, 2 * out, bias=False)
-        times = cpu_layer.product([one, two])
+        times = layer.Product([one, two], torch.float32, laid_out=True)
+        alone = layer.Product([one], torch.float32, laid_out=True)
         for rows in (1, 2, 7, 48, 511, 512, 513, 1100):
             x = torch.randn(rows, width)
             with torch.no_grad():
                 want = torch.cat([one(x), two(x)], 1)
-            torch.testing.assert_close(times(x), want, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(times(x[None]), want[None], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(times(x.t().contiguous().t()), want, rtol=1e-4, atol=1e-4)
+            for given in (x, x.t().contiguous().t()):
+                torch.testing.assert_close(torch.cat([*times(given)], 1), want, rtol=1e-4, atol=1e-4)
+            alone.add_to(total := torch.ones(rows, out), x)
+            torch.testing.assert_close(total, 1 + want[:, :out], rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_itself_again_after_a_pass():
@@ -104,8 +107,8 @@ def test_a_layer_that_only_looks_like_a_known_one_keeps_its_code(monkeypatch):
 
     right, sampler = write()
     assert sampler.hook.replaced
-    own = cpu_layer.Layer.__call__
-    monkeypatch.setattr(cpu_layer.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
+    own = layer.Layer.__call__
+    monkeypatch.setattr(layer.Layer, "__call__", lambda self, x, **known: own(self, x, **known) * 1.5)
     ids, sampler = write()
     assert not sampler.hook.replaced
     assert ids == right
@@ -115,9 +118,8 @@ def test_lora_inside_a_layer_is_not_passed_over():
     """Layers over 4-bit weights hold LoRA modules: products of the bare weights would forget the adapter."""
     model = random_model("llama")
     lora.attach(model, rank=4, alpha=8)
-    assert not any(cpu_layer.known(module) for module in model.modules())
-    for layer in lora.lora_layers(model).values():
-        torch.nn.init.normal_(layer.B, std=0.2)
+    for adapted in lora.lora_layers(model).values():
+        torch.nn.init.normal_(adapted.B, std=0.2)
     ids = torch.randint(3, 400, (12,))
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
@@ -125,7 +127,7 @@ def test_lora_inside_a_layer_is_not_passed_over():
 
 
 def test_a_hook_inside_a_layer_is_still_called():
-    """The CPU's layer calls no module inside: it stood in for layers that somebody listens to, too."""
+    """Ours calls no module inside: it stood in for layers that somebody listens to, too."""
     model, heard = random_model("llama"), []
     model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
     hook = Hook(model)
@@ -136,8 +138,15 @@ def test_a_hook_inside_a_layer_is_still_called():
 
 def test_no_copies_of_a_model_that_fills_the_memory(monkeypatch):
     model = random_model("llama")
-    monkeypatch.setattr(cpu_layer, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)
-    assert Hook(model).replaced == []
+    """Its weights become views of the joint ones, as on a GPU."""
+    ids = torch.randint(3, 400, (12,))
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0]
+    monkeypatch.setattr(layer, "physical_memory", lambda: 4 * 4 * model.num_parameters() - 4)
+    monkeypatch.setattr(layer, "lay_out", None)
+    hook = Hook(model)
+    assert len(hook.replaced) == model.config.num_hidden_layers + 1
+    torch.testing.assert_close(logits(hook, ids), own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", LEAN)
@@ -148,14 +157,21 @@ def test_bf16_is_as_near_to_fp32_as_the_models_own_code(family):
         hook = Hook(model)
         ours = logits(hook, ids)
         exact = model.double()(input_ids=ids[None]).logits[0]  # of the rounded weights
-    assert sum(isinstance(forward, cpu_layer.Layer) for _, forward in hook.replaced) == model.config.num_hidden_layers
+    assert sum(isinstance(forward, layer.Layer) for _, forward in hook.replaced) == model.config.num_hidden_layers
     assert ours.dtype == torch.bfloat16
     ours_off, own_off = ((x - exact).square().mean().sqrt() for x in (ours, own))
     assert ours_off < 1.2 * own_off
 
 
-def test_fp16_keeps_its_code():
-    assert Hook(random_model("llama").to(torch.float16)).replaced == []
+def test_fp16_is_served_by_the_references():
+    """Neither the kernels of a CPU nor its layouts know it."""
+    model, ids = random_model("llama"), torch.randint(3, 400, (20,))
+    with torch.no_grad():
+        exact = model(input_ids=ids[None]).logits[0]
+        own = model.to(torch.float16)(input_ids=ids[None]).logits[0]
+    hook = Hook(model)
+    assert len(hook.replaced) == model.config.num_hidden_layers + 1
+    assert (logits(hook, ids) - exact).norm() < 1.2 * (own - exact).norm()
 
 
 @pytest.mark.parametrize("sharp", [1.0, 60.0])
@@ -164,13 +180,13 @@ def test_attention_over_pages_whose_scores_lie_far_apart(family, sharp):
     """Scores of some hundred: a page's exponentials would overflow, or vanish beside another's."""
     model = random_model(family)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(sharp)
+        for one in model.model.layers:
+            one.self_attn.q_proj.weight.mul_(sharp)
     ids = torch.randint(3, 400, (40,))  # longer than mistral's window of 24
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
     hook = Hook(model)
-    cache = make_cache(hook.shapes, 8, 8, torch.device("cpu"), torch.float32)
+    cache = PagedCache(hook.shapes, 8, 8, torch.device("cpu"), torch.float32)
     pages = [cache.take() for _ in range(8)]
     with torch.no_grad():
         hook.forward(cache.batch([], [(pages, 0, 30)]), ids[:30], torch.arange(30), torch.tensor([29]))

@@ -1,8 +1,8 @@
-"""The GPU's code path on a CPU: block tables, slots and lengths go to the kernels' torch references.
+"""The GPU's code path on a CPU: block tables, slots and lengths go to the kernels that a CPU has.
 
-    pytest tests/test_attend_gpu.py
+    pytest tests/test_attend.py
 
-Oracles: transformers' generate, one prompt at a time, and the pages that a CPU streams (tests/test_sampler.py).
+Oracles: transformers' generate, one prompt at a time, and what a CPU does (tests/test_sampler.py).
 """
 
 import sys
@@ -22,8 +22,7 @@ from lengthen.models import flash
 from lengthen.models.flash import Bounds, Varlen, attend_chunks
 from lengthen.records import UserError
 from lengthen.sampling import cache as caches
-from lengthen.sampling import cpu_layer, gpu_layer, hook
-from lengthen.sampling.cache import BlockTableCache, LayerShape, StreamedCache, bytes_per_token
+from lengthen.sampling.cache import LayerShape, PagedCache, bytes_per_token
 from lengthen.sampling.hook import Hook
 from lengthen.sampling.request import Request, Sampling
 
@@ -33,7 +32,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=24)
 @pytest.fixture
 def block_tables(monkeypatch):
     """Caches and layers are a GPU's from here on; what nobody stored is nan, as it may be there."""
-    own = BlockTableCache._allocate
+    own = PagedCache._allocate
 
     def poisoned(self, shape):
         pages = own(self, shape)
@@ -42,9 +41,8 @@ def block_tables(monkeypatch):
                 pool.fill_(torch.nan)
         return pages
 
-    monkeypatch.setattr(caches, "backend", lambda device: BlockTableCache)
-    monkeypatch.setattr(hook, "lender", lambda device: gpu_layer.forwards)
-    monkeypatch.setattr(BlockTableCache, "_allocate", poisoned)
+    monkeypatch.setattr(caches, "on_gpu", lambda device: True)
+    monkeypatch.setattr(PagedCache, "_allocate", poisoned)
 
 
 def generate(model, prompt: list[int], count: int) -> list[int]:
@@ -73,22 +71,21 @@ def test_greedy_is_generate_token_by_token(block_tables, family):
     of at most 30 tokens, so that later chunks read their keys out of the pages."""
     model, prompts = tiny_model(family), make_prompts(8)
     samples = write(model, [Request(i, p, i, GREEDY) for i, p in enumerate(prompts)], page_tokens=16)
-    assert isinstance(samples[None].cache, BlockTableCache)
+    assert isinstance(samples[None].cache, PagedCache)
     for i, prompt in enumerate(prompts):
         assert samples[i].token_ids == generate(model, prompt, 24), i
 
 
-def test_sampled_texts_are_those_of_the_streamed_pool(block_tables, monkeypatch):
+def test_sampled_texts_are_those_of_a_cpus_own_path(block_tables, monkeypatch):
     """Sampling, shared prompts, few pages (rows are preempted): the same tokens by both ways."""
     model, prompts = tiny_model("qwen3"), [p * 3 for p in make_prompts(5)]
     requests = [
         Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
     ]
-    options = {"page_tokens": 16, "kv_tokens": 320, "context": 300}
+    options = {"page_tokens": 16, "kv_tokens": 224, "context": 200}
     ours = write_hopefully(model, requests, **options)
     assert ours[None].stats["shared_tokens"] and ours[None].stats["preemptions"]
-    monkeypatch.setattr(caches, "backend", lambda device: StreamedCache)
-    monkeypatch.setattr(hook, "lender", lambda device: cpu_layer.forwards)
+    monkeypatch.setattr(caches, "on_gpu", lambda device: False)
     theirs = write(model, requests, **options)
     for key in (request.key for request in requests):
         assert ours[key].token_ids == theirs[key].token_ids
@@ -154,7 +151,7 @@ def test_fp8_texts_do_not_depend_on_their_neighbours(block_tables):
     requests = [
         Request((i, j), p, 7 * i + j, Sampling(max_new_tokens=40)) for i, p in enumerate(prompts) for j in (0, 1)
     ]
-    options = {"page_tokens": 16, "kv_tokens": 320, "context": 300, "kv_dtype": torch.float8_e4m3fn}
+    options = {"page_tokens": 16, "kv_tokens": 224, "context": 200, "kv_dtype": torch.float8_e4m3fn}
     together = write_hopefully(model, requests, **options)
     assert together[None].stats["shared_tokens"] and together[None].stats["preemptions"]
     for request in requests:
@@ -168,7 +165,7 @@ def test_fp8_pages_take_half_of_bf16s_memory_and_their_scales():
     assert size == {torch.bfloat16: 4 * 256 * 2, torch.float8_e4m3fn: 4 * (256 + 8)}
 
 
-def test_fp8_pages_are_refused_where_pages_are_streamed():
+def test_fp8_pages_are_refused_on_a_cpu():
     with pytest.raises(UserError, match="fp8 are for a GPU"):
         make_sampler(tiny_model("llama"), kv_dtype=torch.float8_e4m3fn)
 
@@ -178,7 +175,7 @@ def test_remembered_prompts_make_room_for_running_texts(block_tables):
     model, (first, second) = tiny_model(), (p * 2 for p in make_prompts(2, 40))
     sampler = make_sampler(model, page_tokens=16, kv_tokens=128, context=128, eos_ids=set())
     prefixes = sampler.scheduler.prefixes
-    prefixes.pages.room = 8
+    prefixes.room = 8
     for i, prompt in enumerate((first, second)):
         sampler.add(Request(i, prompt[:30], i, Sampling(max_new_tokens=90 if i else 4)))
         list(sampler.run())
@@ -192,15 +189,17 @@ def test_the_kernels_themselves_write_the_same(block_tables, monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("compiled kernels take no CPU tensors")
+    from kernels import attention_triton
+
     model, prompts = tiny_model(), make_prompts(2, 20)
     greedy = Sampling(temperature=0, max_new_tokens=4)
     calls = []
 
-    def interpreted(path, device):
+    def interpreted(path, cuda, dtype):
         calls.append(path)
-        return True
+        return attention_triton
 
-    monkeypatch.setattr(kernels.attention, "_on_kernels", interpreted)
+    monkeypatch.setattr(kernels.attention, "_kernels", interpreted)
     monkeypatch.setattr(kernels.layer_passes, "_fast", lambda x: True)
     monkeypatch.setattr(kernels.sampling_tail, "_fast", lambda x: True)
     sizes = {"page_tokens": 16, "context": 32, "max_rows": 2}  # few pages, few splits: few programs to interpret
@@ -214,7 +213,7 @@ def test_a_batch_with_drafts_is_one_forward_pass(block_tables):
     """A text with two draft tokens, one with none, one with seven, and the second chunk of a prompt: the logits of one
     packed pass are those of whole texts."""
     model, ours = (m := tiny_model("gemma3")), Hook(m)
-    cache = BlockTableCache(ours.shapes, 40, 16, torch.device("cpu"), torch.float32)
+    cache = PagedCache(ours.shapes, 40, 16, torch.device("cpu"), torch.float32)
     texts = [[int(t) for t in torch.randint(3, 500, (n,))] for n in (40, 17, 30, 50)]
     tables = [[cache.take() for _ in range(4)] for _ in texts]
     known, new = [37, 16, 22, 20], [3, 1, 8, 30]
