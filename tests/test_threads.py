@@ -1,6 +1,7 @@
 """Whether OpenMP's threads sleep while others are busy. pytest -q tests/test_threads.py"""
 
 import os
+import sys
 import time
 
 import pytest
@@ -45,7 +46,23 @@ def test_crowded_is_when_others_leave_fewer_processors_than_threads(idle, own, t
     assert crowded(Usage(5.0, 7.0, 3.0), Usage(7.0, 7.0 + 2 * idle, 3.0 + 2 * own), threads) is expected
 
 
-@pytest.mark.skipif(threads.libgomp() is None, reason="torch has another OpenMP runtime here")
+def test_numbas_team_is_one_of_those_that_sleep():
+    """Numba has an OpenMP runtime of its own: its threads, awake beside torch's, made a step four times as long."""
+    numba = pytest.importorskip("numba")
+
+    @numba.njit(parallel=True)
+    def both(x):
+        for i in numba.prange(len(x)):
+            x[i] += 1
+        return x
+
+    assert both(torch.zeros(2).numpy()).tolist() == [1, 1]
+    if numba.threading_layer() != "omp" or not sys.platform.startswith("linux"):
+        pytest.skip("Numba has another pool here")
+    assert len(threads.libgomps()) == 2
+
+
+@pytest.mark.skipif(not threads.libgomps(), reason="torch has another OpenMP runtime here")
 def test_a_helper_team_comes_with_a_neighbour_and_goes_with_it(monkeypatch):
     """libgomp's own condition for sleeping: more of its threads than processors, and no longer when they are gone."""
     a = torch.randn(300, 300)

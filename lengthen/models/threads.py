@@ -48,25 +48,25 @@ def crowded(before: Usage, now: Usage, threads: int) -> bool:
     return left < threads - SLACK
 
 
-def libgomp() -> Any:
-    """The one that torch has loaded; None = it uses another runtime."""
+def libgomps() -> list[Any]:
+    """Those that are loaded: torch has its own, Numba the system's, with a team of threads each."""
     try:
         names = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-        return ctypes.CDLL(next(name for name in names if "libgomp" in name))
-    except (OSError, StopIteration):
-        return None
+        return [ctypes.CDLL(name) for name in sorted({name for name in names if "libgomp" in name})]
+    except OSError:
+        return []
 
 
 class Neighbours:
     """Has this process's threads sleep while they wait, as long as others are busy: `look` in a loop, `close` after."""
 
     def __init__(self) -> None:
-        self.before, self.library = usage(), libgomp()
+        self.before = usage()
         self.helper: tuple[threading.Thread, threading.Event] | None = None
 
     def look(self) -> None:
         """Costs nothing but once a second, then a tenth of a millisecond."""
-        if not (self.before and self.library) or time.monotonic() - self.before.wall < EVERY:
+        if not self.before or time.monotonic() - self.before.wall < EVERY:
             return
         before, self.before = self.before, usage()
         if self.before:
@@ -89,6 +89,6 @@ class Neighbours:
 
     def _hold(self, done: threading.Event) -> None:
         """A team with more threads than there are processors; each calls a function that has no effect."""
-        lib = self.library
-        lib.GOMP_parallel(ctypes.cast(lib.omp_get_num_procs, ctypes.c_void_p), None, lib.omp_get_num_procs() + 1, 0)
+        for lib in libgomps():
+            lib.GOMP_parallel(ctypes.cast(lib.omp_get_num_procs, ctypes.c_void_p), None, lib.omp_get_num_procs() + 1, 0)
         done.wait()
