@@ -193,24 +193,10 @@ def _work(length: int, count: int, S: int) -> int:
 
 
 @njit(**OPTIONS)
-def _pairs(
-    first: int,
-    last: int,
-    q: Any,
-    apart: int,
-    counts: Any,
-    keys: Any,
-    values: Any,
-    table: Any,
-    lengths: Any,
-    sinks: Any,
-    scale: Any,
-    window: int,
-    softcap: Any,
-    out: Any,
-) -> None:
-    """Pairs first..last of B * Hkv. q: rows of Hq * D, as_rows. sinks [Hq] or [0], softcap 0 = none; out [n, Hq, Dv];
-    the others as in `paged_attention`."""
+def _pairs(first: int, last: int, given: Any) -> None:
+    """Pairs first..last of B * Hkv. `given`: q, rows of Hq * D, as_rows; sinks [Hq] or [0], softcap 0 = none; out
+    [n, Hq, Dv]; the others as in `paged_attention`."""
+    q, apart, counts, keys, values, table, lengths, sinks, scale, window, softcap, out = given
     (_, Hkv, S, D), (_, Hq, Dv) = keys.shape, out.shape
     G, Q = Hq // Hkv, 0
     for b in range(len(counts)):
@@ -276,22 +262,8 @@ def _pairs(
 
 
 @njit(parallel=True, **OPTIONS)
-def _shared_out(
-    threads: int,
-    q: Any,
-    apart: int,
-    counts: Any,
-    keys: Any,
-    values: Any,
-    table: Any,
-    lengths: Any,
-    sinks: Any,
-    scale: Any,
-    window: int,
-    softcap: Any,
-    out: Any,
-) -> None:
-    Hkv, S = keys.shape[1:3]
+def _shared_out(threads: int, given: Any) -> None:
+    counts, (_, Hkv, S, _), lengths = given[2], given[3].shape, given[6]
     work = 0
     for b in range(len(lengths)):
         work += _work(lengths[b], counts[b], S) * Hkv
@@ -303,7 +275,7 @@ def _shared_out(
             ends[thread] = pair
         done += _work(lengths[pair // Hkv], counts[pair // Hkv], S)
     for i in prange(threads):
-        _pairs(ends[i], ends[i + 1], q, apart, counts, keys, values, table, lengths, sinks, scale, window, softcap, out)
+        _pairs(ends[i], ends[i + 1], given)
 
 
 def decode(q: Tensor, pages: Any, table: Tensor, lengths: Tensor, *, splits: int, **settings: Any) -> Tensor:
@@ -337,9 +309,9 @@ def decode_packed(
     given += f32(scale), window, f32(softcap or 0), as_array(out)
     threads = torch.get_num_threads()
     if threads == 1 or int(ends.sum()) * Hkv < ALONE * S:
-        _pairs(0, len(ends) * Hkv, *given)
+        _pairs(0, len(ends) * Hkv, given)
     else:
-        _shared_out(threads, *given)
+        _shared_out(threads, given)
     return out
 
 
