@@ -17,8 +17,10 @@ Compiled once for each machine and dtype, some ten seconds, and kept beside this
 kernels are in one file: Numba notices a change of the file that a kernel stands in, and of no other.
 """
 
+import functools
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import njit, prange, types
@@ -262,20 +264,35 @@ def _pairs(first: int, last: int, given: Any) -> None:
 
 
 @njit(parallel=True, **OPTIONS)
-def _shared_out(threads: int, given: Any) -> None:
+def _shared_out(parts: int, given: Any) -> None:
     counts, (_, Hkv, S, _), lengths = given[2], given[3].shape, given[6]
     work = 0
     for b in range(len(lengths)):
         work += _work(lengths[b], counts[b], S) * Hkv
-    ends = np.full(threads + 1, len(lengths) * Hkv)  # pairs: a thread's last is the next one's first
-    ends[0] = done = thread = 0
+    ends = np.full(parts + 1, len(lengths) * Hkv)  # pairs: a part's last is the next one's first
+    ends[0] = done = part = 0
     for pair in range(len(lengths) * Hkv):
-        if done * threads >= (thread + 1) * work:
-            thread += 1
-            ends[thread] = pair
+        if done * parts >= (part + 1) * work:
+            part += 1
+            ends[part] = pair
         done += _work(lengths[pair // Hkv], counts[pair // Hkv], S)
-    for i in prange(threads):
+    for i in prange(parts):
         _pairs(ends[i], ends[i + 1], given)
+
+
+def threads() -> int:
+    """How many threads to share work out to: torch's."""
+    if (wanted := torch.get_num_threads()) > 1:
+        _start(wanted)
+    return wanted
+
+
+@functools.cache
+def _start(wanted: int) -> None:
+    """Numba's threads, before they are used: their start sets torch's number, too, to that of the processors."""
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # there only once numba is imported
+    numba.set_num_threads(min(wanted, most))
+    torch.set_num_threads(wanted)
 
 
 def decode(q: Tensor, pages: Any, table: Tensor, lengths: Tensor, *, splits: int, **settings: Any) -> Tensor:
@@ -307,11 +324,10 @@ def decode_packed(
     )
     given += (ends := lengths.numpy()), NO_SINKS if sinks is None else sinks.float().numpy()
     given += f32(scale), window, f32(softcap or 0), as_array(out)
-    threads = torch.get_num_threads()
-    if threads == 1 or int(ends.sum()) * Hkv < ALONE * S:
+    if int(ends.sum()) * Hkv < ALONE * S or (parts := threads()) == 1:
         _pairs(0, len(ends) * Hkv, given)
     else:
-        _shared_out(threads, given)
+        _shared_out(parts, given)
     return out
 
 
@@ -405,10 +421,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     given = *(as_array(y) for y in (x.flatten(0, -2), weight)), f32(eps), as_array(out.flatten(0, -2))
-    if x.numel() < SMALL or (threads := torch.get_num_threads()) == 1:
+    if x.numel() < SMALL or (parts := threads()) == 1:
         _rms_norm(*given)
     else:
-        _rms_norm_shared(threads, *given)
+        _rms_norm_shared(parts, *given)
     return out
 
 
@@ -416,8 +432,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As layer_passes.swiglu; fp32 and bf16 on a CPU, rows as far apart in both."""
     out = gate.new_empty(gate.shape)
     (g, apart), (u, _) = as_rows(gate), as_rows(up)
-    if out.numel() < SMALL or (threads := torch.get_num_threads()) == 1:
+    if out.numel() < SMALL or (parts := threads()) == 1:
         _swiglu(g, u, apart, 0, len(out), as_array(out))
     else:
-        _swiglu_shared(threads, g, u, apart, as_array(out))
+        _swiglu_shared(parts, g, u, apart, as_array(out))
     return out

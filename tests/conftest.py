@@ -6,6 +6,7 @@ The environment is set before anything imports torch or Triton, which read it on
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
@@ -41,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads_stay_as_they_were() -> Iterator[None]:
+    """Two threads add up in another order than one, and children have one: the next test would compare apples."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(autouse=True)
