@@ -308,6 +308,7 @@ def test_which_kernel_serves_which_inputs(monkeypatch):
             self.shape, self.dtype = (9, 4, dim), dtype
 
     monkeypatch.setattr(flash, "_ampere", lambda device: True)
+    monkeypatch.setattr(flash.flash_hopper, "activated", lambda device, head: False)
     for installed in (True, False):
         monkeypatch.setattr(flash, "_has_flash_attn", lambda installed=installed: installed)
         own = flash._flash_attn if installed else flash._torch_flash
