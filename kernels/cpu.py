@@ -13,6 +13,8 @@ length: they are unrolled, with the row in registers.
 NumPy has no bf16, so a bf16 tensor comes as its bits, uint16 (`as_array`). `wide` and `narrow` are compiled for either
 dtype: the first returns fp32, the second what an array holds, rounded to nearest, ties to even.
 
+A layer of few tokens is one call for all of it (`Layer`).
+
 Compiled once for each machine and dtype, some ten seconds, and kept beside this file (or in NUMBA_CACHE_DIR). All
 kernels are in one file: Numba notices a change of the file that a kernel stands in, and of no other.
 """
@@ -43,6 +45,8 @@ UNSEEN, ZERO = f32(-1e30), f32(0)
 NO_SINKS = np.empty(0, f32)
 # What one thread does sooner than a second one is woken: pages of all pairs; numbers of a pass.
 ALONE, SMALL = 24, 20_000
+# Tokens up to which a whole layer is one call: with more, MKL's or oneDNN's products are faster.
+FEW = {torch.float32: 4, torch.bfloat16: 1}
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -263,27 +267,33 @@ def _pairs(first: int, last: int, given: Any) -> None:
                 out[row + m // G, h * G + m % G, d] = narrow(out, sums[m, d] / divisor)
 
 
-@njit(parallel=True, **OPTIONS)
-def _shared_out(parts: int, given: Any) -> None:
-    counts, (_, Hkv, S, _), lengths = given[2], given[3].shape, given[6]
+@njit(**OPTIONS)
+def _ends(parts: int, counts: Any, lengths: Any, Hkv: int, S: int) -> Any:
+    """[parts + 1]: where the shares of the B * Hkv pairs end; a part's last is the next one's first."""
     work = 0
     for b in range(len(lengths)):
         work += _work(lengths[b], counts[b], S) * Hkv
-    ends = np.full(parts + 1, len(lengths) * Hkv)  # pairs: a part's last is the next one's first
-    ends[0] = done = part = 0
+    ends = np.empty(parts + 1, np.int64)
+    done = part = 0
     for pair in range(len(lengths) * Hkv):
-        if done * parts >= (part + 1) * work:
-            part += 1
+        while part < parts and done * parts >= part * work:
             ends[part] = pair
+            part += 1
         done += _work(lengths[pair // Hkv], counts[pair // Hkv], S)
+    ends[part:] = len(lengths) * Hkv
+    return ends
+
+
+@njit(parallel=True, **OPTIONS)
+def _shared_out(parts: int, given: Any) -> None:
+    ends = _ends(parts, given[2], given[6], given[3].shape[1], given[3].shape[2])
     for i in prange(parts):
         _pairs(ends[i], ends[i + 1], given)
 
 
 def threads() -> int:
     """How many threads to share work out to: torch's."""
-    if (wanted := torch.get_num_threads()) > 1:
-        _start(wanted)
+    _start(wanted := torch.get_num_threads())
     return wanted
 
 
@@ -437,3 +447,109 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     else:
         _swiglu_shared(parts, g, u, apart, as_array(out))
     return out
+
+
+# ---- a whole decoder layer, for few tokens ---------------------------------------------------------------------------
+# A product with few rows takes as long as its weights take to come from memory, and what Python does between two of
+# them as long as that. So a layer is one call, and its weights are read as they lie.
+
+
+@njit(inline="always")
+def _add(y: Any, at: int, more: Any, bias: Any, o: int) -> None:
+    y[at + o] = narrow(y, wide(y[at + o]) + (more + wide(bias[o]) if len(bias) else more))
+
+
+@njit(**OPTIONS)
+def _times(x: Any, w: Any, bias: Any, y: Any, apart: int, part: int, parts: int) -> None:
+    """y += x W^T + bias, this part of its columns. x [T, in] fp32, W [out, in], bias or [0]; y: T rows, as_rows.
+
+    Four rows of W are read side by side; a second token finds them in the first cache.
+    """
+    T, N = x.shape
+    fours, last = len(w) // 4, len(w) if part + 1 == parts else (part + 1) * (len(w) // 4) // parts * 4
+    o = part * fours // parts * 4
+    while o + 4 <= last:
+        for t in range(T):
+            a, b, c, e = ZERO, ZERO, ZERO, ZERO
+            for d in range(N):
+                z = x[t, d]
+                a += z * wide(w[o, d])
+                b += z * wide(w[o + 1, d])
+                c += z * wide(w[o + 2, d])
+                e += z * wide(w[o + 3, d])
+            _add(y, t * apart, a, bias, o)
+            _add(y, t * apart, b, bias, o + 1)
+            _add(y, t * apart, c, bias, o + 2)
+            _add(y, t * apart, e, bias, o + 3)
+        o += 4
+    while o < last:
+        for t in range(T):
+            a = ZERO
+            for d in range(N):
+                a += x[t, d] * wide(w[o, d])
+            _add(y, t * apart, a, bias, o)
+        o += 1
+
+
+@njit(parallel=True, **OPTIONS)
+def _products(parts: int, x: Any, weights: Any, biases: Any, ys: Any, apart: int) -> None:
+    """`_times` for layers with the same input, by all threads."""
+    for i in prange(parts):
+        for j in range(len(weights)):
+            _times(x, weights[j], biases[j], ys[j], apart, i, parts)
+
+
+@njit(**OPTIONS)
+def _layer(parts: int, x: Any, linears: Any, norms: Any, turn: Any, slots: Any, given: Any) -> None:
+    """See Layer; x [T, H] is changed."""
+    weights, biases = linears
+    norm1, eps1, norm2, eps2 = norms
+    cos, sin, q_norm, k_norm, eps = turn
+    keys, values = given[1:3]
+    (T, H), (_, Hkv, _, D), Dv, M = x.shape, keys.shape, values.shape[3], len(weights[4])
+    at_k = len(weights[0])
+    at_v = at_k + Hkv * D
+    width, Hq = at_v + Hkv * Dv, at_k // D
+
+    n, rows = np.empty((T, H), f32), x.reshape(T * H)
+    _rms_norm(x, norm1, eps1, n)
+    q = np.zeros(T * width, x.dtype)
+    k, v = q[at_k:], q[at_v:]
+    _products(parts, n, weights[:3], biases[:3], (q, k, v), width)
+    _turn(q, width, Hq, cos, sin, q_norm, eps)
+    _turn(k, width, Hkv, cos, sin, k_norm, eps)
+    _store(k, width, v, width, keys, values, slots)
+    out = np.empty((T, Hq, Dv), f32)
+    _shared_out(parts, (q, width) + given + (out,))
+    _products(parts, out.reshape(T, Hq * Dv), weights[3:4], biases[3:4], (rows,), H)
+
+    _rms_norm(x, norm2, eps2, n)
+    gate, up, act = np.zeros(T * M, x.dtype), np.zeros(T * M, x.dtype), np.empty((T, M), f32)
+    _products(parts, n, weights[4:6], biases[4:6], (gate, up), M)
+    _swiglu(gate, up, M, 0, T, act)
+    _products(parts, act, weights[6:], biases[6:], (rows,), H)
+
+
+class Layer:
+    """A decoder layer of the Llama, Mistral, Qwen2 and Qwen3 kind, for up to `most` tokens on a CPU; fp32 and bf16.
+
+    linears: (weight [out, in], bias or None) of q, k, v, o, gate, up and down. norms: (weight [H], eps) of the layer's
+    two. head_norms: of q and k, [D] each, or None, with their eps. The weights are read where they lie.
+    """
+
+    def __init__(self, linears: Any, norms: Any, head_norms: Any, eps: float, scale: float, window: int):
+        none = linears[0][0][0, :0]
+        self.most = FEW[none.dtype]
+        biases = (as_array(none if bias is None else bias) for _, bias in linears)
+        self.linears = tuple(as_array(weight) for weight, _ in linears), tuple(biases)
+        self.norms = tuple(x for weight, e in norms for x in (as_array(weight), f32(e)))
+        self.head_norms = (*map(as_array, head_norms or (none, none)), f32(eps))
+        self.rule = NO_SINKS, f32(scale), window, ZERO
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: Any, slots: Tensor, batch: Any) -> None:
+        """x [T, H] += attention, then the MLP, of decoding texts. cos, sin [T, D]; slots [T]; batch: counts, table and
+        lengths, as attention.paged_attention has them."""
+        counts, table, lengths = (one.numpy() for one in batch)
+        given = (counts, as_array(pages.keys), as_array(pages.values), table, lengths, *self.rule)
+        turn = (as_array(cos), as_array(sin), *self.head_norms)
+        _layer(threads(), as_array(x), self.linears, self.norms, turn, slots.numpy(), given)

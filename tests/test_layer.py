@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+from kernels import HAS_NUMBA
 from lengthen.models import lora
 from lengthen.sampling import layer
 from lengthen.sampling.cache import PagedCache
@@ -34,6 +35,15 @@ def logits(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
     cache, at = PagedCache(hook.shapes, 4, 32, torch.device("cpu"), hook.dtype), torch.arange(len(ids))
     with torch.no_grad():
         return hook.forward(cache.batch([], [([cache.take(), cache.take()], 0, len(ids))]), ids, at, at)
+
+
+def one_by_one(hook: Hook, ids: torch.Tensor) -> torch.Tensor:
+    """As a text is written: steps of one token."""
+    cache, at = PagedCache(hook.shapes, 4, 32, torch.device("cpu"), hook.dtype), torch.arange(len(ids))
+    table = [cache.take(), cache.take()]
+    steps = [(ids[i : i + 1], at[i : i + 1], cache.batch([(table, i, 1)], [])) for i in range(len(ids))]
+    with torch.no_grad():
+        return torch.cat([hook.forward(batch, token, place, at[:1]) for token, place, batch in steps])
 
 
 def usable(layout: str) -> bool:
@@ -65,6 +75,35 @@ def test_logits_are_the_models_own(family, layout, monkeypatch):
     assert any(module is model.lm_head for module, _ in hook.replaced)
     for count in (1, 2, 20):
         torch.testing.assert_close(logits(hook, ids[:count]), own[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="the call is Numba's")
+@pytest.mark.parametrize("counts", [(1,), (2,), (1, 1), (1, 3), (1, 1, 1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("family", LEAN)
+def test_a_step_of_few_tokens_is_one_call_and_the_models_own(family, counts, monkeypatch):
+    """Texts of different lengths, with and without drafts; weights and a window that no number of threads divides."""
+    from kernels import cpu
+
+    calls, own_call = [], cpu.Layer.__call__
+    monkeypatch.setattr(cpu.Layer, "__call__", lambda self, *given: calls.append(1) or own_call(self, *given))
+    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model = random_model(family, **biases)
+    hook = Hook(model)
+    cache = PagedCache(hook.shapes, 12, 32, torch.device("cpu"), hook.dtype)
+    texts = [torch.randint(3, 400, (37 + 3 * i + count,)) for i, count in enumerate(counts)]
+    tables = [[cache.take(), cache.take()] for _ in texts]
+    at = [torch.arange(len(ids) - count, len(ids)) for ids, count in zip(texts, counts, strict=True)]
+    with torch.no_grad():
+        for ids, table, new in zip(texts, tables, at, strict=True):
+            before = torch.arange(new[0])
+            hook.forward(cache.batch([], [(table, 0, len(before))]), ids[before], before, before)
+        del calls[:]
+        batch = cache.batch([(table, int(new[0]), len(new)) for table, new in zip(tables, at, strict=True)], [])
+        every = torch.arange(sum(counts))
+        got = hook.forward(batch, torch.cat([i[n] for i, n in zip(texts, at, strict=True)]), torch.cat(at), every)
+        own = [model(input_ids=ids[None]).logits[0, new] for ids, new in zip(texts, at, strict=True)]
+    assert len(calls) == (model.config.num_hidden_layers if sum(counts) <= 4 else 0)
+    torch.testing.assert_close(got, torch.cat(own), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -155,12 +194,13 @@ def test_bf16_is_as_near_to_fp32_as_the_models_own_code(family):
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits[0]
         hook = Hook(model)
-        ours = logits(hook, ids)
+        passes = logits(hook, ids), one_by_one(hook, ids)
         exact = model.double()(input_ids=ids[None]).logits[0]  # of the rounded weights
     assert sum(isinstance(forward, layer.Layer) for _, forward in hook.replaced) == model.config.num_hidden_layers
-    assert ours.dtype == torch.bfloat16
-    ours_off, own_off = ((x - exact).square().mean().sqrt() for x in (ours, own))
-    assert ours_off < 1.2 * own_off
+    for ours in passes:
+        assert ours.dtype == torch.bfloat16
+        ours_off, own_off = ((x - exact).square().mean().sqrt() for x in (ours, own))
+        assert ours_off < 1.2 * own_off
 
 
 def test_fp16_is_served_by_the_references():

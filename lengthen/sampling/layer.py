@@ -15,7 +15,8 @@ The parts are kernels/attention.py's and kernels/layer_passes.py's. On a GPU the
 joint matrices take no memory: the model's weights become views of them, with the same numbers. On a CPU weights are
 laid out as the processor multiplies them fastest (sampling/layouts.py), also those outside of such layers. These are
 copies, so they are only made of models that take a quarter of the machine's memory or less. An adapter merged into the
-weights is in them.
+weights is in them. A step of one to four texts waits for its weights alone: there a plain layer is one call of
+kernels/cpu.Layer, by the weights as they are.
 
 What is not plain is called as it is: a 4-bit layer is a product of its own, whose result one more kernel adds to x.
 LoRA over it adds a product for each group of layers with the same input and one for each layer; its matrices are copied
@@ -35,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import HAS_NUMBA
 from kernels.attention import Turn
 from kernels.layer_passes import rms_norm, swiglu
 from lengthen.errors import out_of_memory
@@ -146,6 +148,13 @@ class Layer:
         if hasattr(attention, "q_norm"):  # Qwen3
             self.head_norms = attention.q_norm.weight, attention.k_norm.weight
             self.eps = attention.q_norm.variance_epsilon
+        self.for_few: Any = None  # cpu.Layer: all of it, for a step of few texts
+        linears = [getattr(attention, f"{name}_proj") for name in "qkvo"] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if HAS_NUMBA and all(type(m) is nn.Linear and m.weight.is_contiguous() and has_layouts(m) for m in linears):
+            from kernels import cpu
+
+            given = [(m.weight, m.bias) for m in linears], (self.norm1, self.norm2), self.head_norms, self.eps
+            self.for_few = cpu.Layer(*given, *self.rule[:2])
 
     @torch.no_grad()
     def __call__(
@@ -154,8 +163,13 @@ class Layer:
         """x [1, T, H], changed in place, (cos, sin) [1, T, D] each -> x. Called as the model calls its own layer."""
         h = x[0]
         cos, sin = (codes[0].contiguous() for codes in position_embeddings)
+        batch, pages = lengthen_batch, lengthen_batch.layers[self.index]
+        decodes = batch.counts is not None and not batch.bounds and pages.keys.dtype == h.dtype
+        if self.for_few and decodes and len(h) <= self.for_few.most:
+            self.for_few(h, cos, sin, pages, batch.slots, (batch.counts, batch.table, batch.lengths))
+            return x
         q, k, v = (y.unflatten(1, (-1, self.head)) for y in self.qkv(rms_norm(h, *self.norm1)))  # [T, heads, D]
-        out = lengthen_batch.turn_and_attend(self.index, q, k, v, self.rule, Turn(cos, sin, self.head_norms, self.eps))
+        out = batch.turn_and_attend(self.index, q, k, v, self.rule, Turn(cos, sin, self.head_norms, self.eps))
         self.out.add_to(h, out.flatten(1))
         gate, up = self.gate_up(rms_norm(h, *self.norm2))  # [T, I] each
         self.down.add_to(h, swiglu(gate, up))
