@@ -464,6 +464,19 @@ def show(result: dict) -> None:
         cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
+def as_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of the answers to held-out instructions, as a document has them."""
+    keys = [key for key, (*_, where) in COLUMNS.items() if "eval" in where.split()]
+    lines = [
+        [model, *(cell(row[k]["value"], COLUMNS[k][1], row[k]["interval"]) for k in keys)]
+        for model, row in rows.items()
+    ]
+    for line, row in zip(lines, rows.values(), strict=True):
+        for key in ("words_median", "words_median_all"):
+            line.append(cell(row[key]["change"]["value"], "{:.2f}", row[key]["change"]["interval"]))
+    return ["model", *(COLUMNS[key][0] for key in keys), "growth (EOS)", "growth (all)"], lines
+
+
 def draw(folders: dict[str, str], title: str) -> Any:
     """Every answer's words as a dot (hollow = not ended by EOS), the median of the ended ones with its interval."""
     from matplotlib.figure import Figure
@@ -503,6 +516,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, loop.
     add("--try", dest="tries", nargs="+", default=TRIES, help="settings of train.py")
     add("--until", choices=PHASES, default=PHASES[-1], help="the last phase to run")
     add("--show", action="store_true", help="print what is there, start nothing")
+    add("--save", default="", metavar="NAME", help="also write bench/results/NAME.json")
     args, more = parser.parse_known_args(argv)
     for text in args.tries:
         setting_of(text)
@@ -543,6 +557,11 @@ def main(argv: list[str] | None = None) -> None:
     show(result)
     cli.say(f"{study.run}/growth.json, growth.png; {result['seconds']} s of stages")
     cli.emit(result)
+    if args.save:
+        import harness
+
+        table = harness.table("held out", *as_table(result["rows"]["eval"]))
+        harness.finish("growth", argv, args.save, [table], result)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUOTED = re.compile(r"(<!-- bench/results/([\w.-]+)\.json: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 ENVIRONMENT = dict(os.environ)  # the user's: importing lengthen, which comes later, adds our waiting policy
-PLACES = ("--save", "--folder", "--python", "--wheels", "--out")
+PLACES = ("--save", "--run", "--folder", "--python", "--wheels", "--out")
 SETS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}  # flag of /proc/cpuinfo: name
 
 
