@@ -558,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.say(f"{study.run}/growth.json, growth.png; {result['seconds']} s of stages")
     cli.emit(result)
     if args.save:
-        import harness
+        import harness  # beside this file: there when it runs as a script
 
         table = harness.table("held out", *as_table(result["rows"]["eval"]))
         harness.finish("growth", argv, args.save, [table], result)

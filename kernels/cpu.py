@@ -116,23 +116,23 @@ def exp(x: Any) -> Any:
 
 @njit(inline="always")
 def _dots(q: Any, k: Any, scores: Any, M: int, n: int, D: int) -> None:
-    """scores [M, n] = q [M, D] k [n, D]^T."""
+    """scores [M, n] = q [M, D] k [n, D]^T; of a product q are rows of the weight, k the tokens."""
     m = 0
     while m + 3 <= M:
         for s in range(n):
             x, y, z = ZERO, ZERO, ZERO
             for d in range(D):
                 key = wide(k[s, d])
-                x += q[m, d] * key
-                y += q[m + 1, d] * key
-                z += q[m + 2, d] * key
+                x += wide(q[m, d]) * key
+                y += wide(q[m + 1, d]) * key
+                z += wide(q[m + 2, d]) * key
             scores[m, s], scores[m + 1, s], scores[m + 2, s] = x, y, z
         m += 3
     while m < M:
         for s in range(n):
             x = ZERO
             for d in range(D):
-                x += q[m, d] * wide(k[s, d])
+                x += wide(q[m, d]) * wide(k[s, d])
             scores[m, s] = x
         m += 1
 
@@ -454,41 +454,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # them as long as that. So a layer is one call, and its weights are read as they lie.
 
 
-@njit(inline="always")
-def _add(y: Any, at: int, more: Any, bias: Any, o: int) -> None:
-    y[at + o] = narrow(y, wide(y[at + o]) + (more + wide(bias[o]) if len(bias) else more))
-
-
 @njit(**OPTIONS)
 def _times(x: Any, w: Any, bias: Any, y: Any, apart: int, part: int, parts: int) -> None:
-    """y += x W^T + bias, this part of its columns. x [T, in] fp32, W [out, in], bias or [0]; y: T rows, as_rows.
-
-    Four rows of W are read side by side; a second token finds them in the first cache.
-    """
-    T, N = x.shape
-    fours, last = len(w) // 4, len(w) if part + 1 == parts else (part + 1) * (len(w) // 4) // parts * 4
-    o = part * fours // parts * 4
-    while o + 4 <= last:
-        for t in range(T):
-            a, b, c, e = ZERO, ZERO, ZERO, ZERO
-            for d in range(N):
-                z = x[t, d]
-                a += z * wide(w[o, d])
-                b += z * wide(w[o + 1, d])
-                c += z * wide(w[o + 2, d])
-                e += z * wide(w[o + 3, d])
-            _add(y, t * apart, a, bias, o)
-            _add(y, t * apart, b, bias, o + 1)
-            _add(y, t * apart, c, bias, o + 2)
-            _add(y, t * apart, e, bias, o + 3)
-        o += 4
-    while o < last:
-        for t in range(T):
-            a = ZERO
-            for d in range(N):
-                a += x[t, d] * wide(w[o, d])
-            _add(y, t * apart, a, bias, o)
-        o += 1
+    """y += x W^T + bias, this part of its columns. x [T, in] fp32, W [out, in], bias or [0]; y: T rows, as_rows."""
+    first, last, T = part * len(w) // parts, (part + 1) * len(w) // parts, len(x)
+    more = np.empty((last - first, T), f32)
+    _dots(w[first:last], x, more, last - first, T, x.shape[1])  # a second token finds the weights in the first cache
+    for t in range(T):
+        for o in range(first, last):
+            if len(bias):
+                more[o - first, t] += wide(bias[o])
+            y[t * apart + o] = narrow(y, wide(y[t * apart + o]) + more[o - first, t])
 
 
 @njit(parallel=True, **OPTIONS)
