@@ -77,7 +77,7 @@ def assumptions(parameters: float) -> dict[str, Assumption]:
         "judged": Assumption(0.7, 0.4, 0.28, "share of drawn instructions that are kept", f"{demo}: 0.3 to 0.5"),
         "answer": Assumption(0.75 * answer, answer, 1.5 * answer, "tokens of an answer, median", known),
         "growth": Assumption(
-            1.0, growth, max(1.3, growth), "times longer after each training", "study: 1.02 to 1.15; paper, 7B: 2"
+            1.0, growth, max(1.3, growth), "times longer after each training", "study: 1.02 to 1.17; paper, 7B: 2"
         ),
         "filters": Assumption(0.97, 0.88, 0.75, "share of ended drafts that pass the filters", f"{demo}: 0.82 to 0.91"),
         "stage": Assumption(0.92, 0.85, 0.75, "share of stages that the next one can go on from", f"{demo}: 0.83-0.87"),
