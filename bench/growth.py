@@ -7,11 +7,11 @@ Four phases, each of which ends in a table that can be reported by itself. --unt
             is taken (where all are worse, the result says so), and these instructions are not reported on. Then the
             answers of base and iteration 1 to the other held-out instructions and to some of its own, and the controls
             told, eos-ban and drafts (run.py --controls).
-    parts   What one stage instead of two, and no length bias, would have made of iteration 1.
     iter_2  Its texts. Restarting on all pairs and continuing on the new ones are tried with half of the new
             instructions, the better one (chosen as above) is trained whole; its own drafts control.
     final   Answers, length demands, the Generator that learns them; 64 demands to it, to base, and to base told to
             write more.
+    parts   What one stage instead of two, and no length bias, would have made of iteration 1.
 
 Every fine-tune but those that are tried sees as many target tokens as the Generator of its iteration. Intervals are of
 95 %, over queries, paired. What the study reads from its folder it writes to growth.json there, with what every stage
@@ -60,7 +60,7 @@ SMOLLM2: loop.Preset = {
 }
 # 4e-4 for 3 epochs looped; 3e-4 for 4 wrote more than 2e-4 for 2, of the same 62 pairs (docs/study.md).
 TRIES = ["rank=8,learning_rate=3e-4,epochs=2", "rank=8,learning_rate=3e-4,epochs=4"]
-PHASES = ("iter_1", "parts", "iter_2", "final")
+PHASES = ("iter_1", "iter_2", "final", "parts")
 NOT_HERE = ("--plan", "--dry-run", "--iterations", "--controls")  # flags of run.py: the study's phases decide these
 OWN = 20  # of the instructions that iteration 1 was trained on, answered as well
 TOLERATED = 0.05  # EOS share and loop rate may be so much worse than the base model's
@@ -206,10 +206,6 @@ class Study:
                 *(self.asked(f"own/{name}", own, f"eval/{name}") for name in ("base", "iter_1")),
             ],
         )
-        yield (
-            "parts",
-            [*self.steps("controls/one-stage", "eval/control_one-stage", control="one-stage"), *self.no_bias()],
-        )
 
         yield "iter_2", self.steps("iter_1 train extender", *(f"iter_2 {name}" for name in texts))
         new = str(self.run / "iter_2/extended.jsonl")
@@ -240,6 +236,10 @@ class Study:
                 ),
                 self.asked("own/iter_2", own, "eval/iter_2"),
             ],
+        )
+        yield (
+            "parts",
+            [*self.steps("controls/one-stage", "eval/control_one-stage", control="one-stage"), *self.no_bias()],
         )
 
     def no_bias(self) -> list[Step]:
