@@ -349,9 +349,9 @@ def _turn(x: Any, apart: int, heads: int, cos: Any, sin: Any, norm: Any, eps: An
     row = np.empty(D, f32)
     for t in range(T):
         for h in range(heads):
-            head, size = t * apart + h * D, ZERO
+            head, size = x[t * apart + h * D : t * apart + (h + 1) * D], ZERO
             for d in range(D):
-                row[d] = wide(x[head + d])
+                row[d] = wide(head[d])
                 size += row[d] * row[d]
             if len(norm):
                 factor = ONE / np.sqrt(size / f32(D) + eps)
@@ -359,8 +359,16 @@ def _turn(x: Any, apart: int, heads: int, cos: Any, sin: Any, norm: Any, eps: An
                     row[d] = wide(narrow(x, row[d] * factor * wide(norm[d])))
             for d in range(half):
                 c, s = wide(cos[t, d]), wide(sin[t, d])
-                x[head + d] = narrow(x, row[d] * c - row[half + d] * s)
-                x[head + half + d] = narrow(x, row[half + d] * c + row[d] * s)
+                head[d] = narrow(x, row[d] * c - row[half + d] * s)
+                head[half + d] = narrow(x, row[half + d] * c + row[d] * s)
+
+
+@njit(parallel=True, **OPTIONS)
+def _turn_shared(parts: int, x: Any, apart: int, heads: int, cos: Any, sin: Any, norm: Any, eps: Any) -> None:
+    T = len(cos)
+    for i in prange(parts):
+        first, last = i * T // parts, (i + 1) * T // parts
+        _turn(x[first * apart :], apart, heads, cos[first:last], sin[first:last], norm, eps)
 
 
 @njit(**OPTIONS)
@@ -371,20 +379,29 @@ def _store(k: Any, k_apart: int, v: Any, v_apart: int, keys: Any, values: Any, s
         if slots[t] >= 0:
             page, slot = slots[t] // S, slots[t] % S
             for h in range(Hkv):
+                key, value = k[t * k_apart + h * D :], v[t * v_apart + h * Dv :]
                 for d in range(D):
-                    keys[page, h, slot, d] = k[t * k_apart + h * D + d]
+                    keys[page, h, slot, d] = key[d]
                 for d in range(Dv):
-                    values[page, h, slot, d] = v[t * v_apart + h * Dv + d]
+                    values[page, h, slot, d] = value[d]
 
 
 def place(q: Tensor | None, k: Tensor, v: Tensor, pages: Any, slots: Tensor, turn: Any) -> None:
     """As attention.place, or store_pages without `turn` and q; fp32 and bf16 on a CPU, heads side by side."""
     if turn is not None and q is not None:
-        cos, sin = as_array(turn.cos), as_array(turn.sin)
         for x, norm in zip((q, k), turn.norms or (turn.cos[0, :0],) * 2, strict=True):
-            _turn(*as_rows(x), x.shape[1], cos, sin, as_array(norm), f32(turn.eps))
+            rotate_(x, turn.cos, turn.sin, norm, turn.eps)
     k, v = (x if in_rows(x) else x.contiguous() for x in (k, v))
     _store(*as_rows(k), *as_rows(v), as_array(pages.keys), as_array(pages.values), slots.numpy())
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, eps: float = 0.0) -> None:
+    """heads [T, n, D], a row's numbers side by side: RMSNorm of each by norm [D], or none by [0], then turned."""
+    given = *as_rows(heads), heads.shape[1], *map(as_array, (cos, sin, norm)), f32(eps)
+    if heads.numel() < SMALL or (parts := threads()) == 1:
+        _turn(*given)
+    else:
+        _turn_shared(parts, *given)
 
 
 # ---- between the matrix products -------------------------------------------------------------------------------------
@@ -413,10 +430,12 @@ def _rms_norm_shared(parts: int, x: Any, weight: Any, eps: Any, out: Any) -> Non
 
 @njit(**OPTIONS)
 def _swiglu(gate: Any, up: Any, apart: int, first: int, last: int, out: Any) -> None:
+    N = out.shape[1]
     for t in range(first, last):
-        for i in range(out.shape[1]):
-            g = wide(gate[t * apart + i])
-            out[t, i] = narrow(out, g / (ONE + exp(-g)) * wide(up[t * apart + i]))
+        gates, ups = gate[t * apart : t * apart + N], up[t * apart : t * apart + N]
+        for i in range(N):
+            g = wide(gates[i])
+            out[t, i] = narrow(out, g / (ONE + exp(-g)) * wide(ups[i]))
 
 
 @njit(parallel=True, **OPTIONS)
@@ -447,6 +466,73 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     else:
         _swiglu_shared(parts, g, u, apart, as_array(out))
     return out
+
+
+# ---- their gradients -------------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def _rms_norm_backward(dn: Any, x: Any, weight: Any, eps: Any, dx: Any, adds: bool) -> None:
+    """dx may be dn, where nothing is added."""
+    T, N = x.shape
+    for t in range(T):
+        size, inner = ZERO, ZERO
+        for i in range(N):
+            y = wide(x[t, i])
+            size += y * y
+            inner += wide(dn[t, i]) * wide(weight[i]) * y
+        r = ONE / np.sqrt(size / f32(N) + eps)
+        inner *= r * r * r / f32(N)
+        for i in range(N):
+            more = wide(dn[t, i]) * wide(weight[i]) * r - wide(x[t, i]) * inner
+            dx[t, i] = narrow(dx, wide(dx[t, i]) + more if adds else more)
+
+
+@njit(parallel=True, **OPTIONS)
+def _rms_norm_backward_shared(parts: int, dn: Any, x: Any, weight: Any, eps: Any, dx: Any, adds: bool) -> None:
+    T = len(x)
+    for i in prange(parts):
+        rows = slice(i * T // parts, (i + 1) * T // parts)
+        _rms_norm_backward(dn[rows], x[rows], weight, eps, dx[rows], adds)
+
+
+@njit(**OPTIONS)
+def _swiglu_backward(gate: Any, up: Any, da: Any) -> None:
+    """gate and up become their gradients, da silu(gate) * up."""
+    for i in range(len(gate)):
+        g, u, d = wide(gate[i]), wide(up[i]), wide(da[i])
+        s = ONE / (ONE + exp(-g))
+        gate[i] = narrow(gate, d * u * s * (ONE + g * (ONE - s)))
+        up[i] = narrow(up, d * g * s)
+        da[i] = narrow(da, g * s * u)
+
+
+@njit(parallel=True, **OPTIONS)
+def _swiglu_backward_shared(parts: int, gate: Any, up: Any, da: Any) -> None:
+    n = len(gate)
+    for i in prange(parts):
+        some = slice(i * n // parts, (i + 1) * n // parts)
+        _swiglu_backward(gate[some], up[some], da[some])
+
+
+def parts_of(x: Tensor) -> int:
+    """In how many parts a pass over x is shared out."""
+    most = threads()  # asked also where one is enough: what is compiled as parallel starts Numba's threads
+    return most if x.numel() >= SMALL else 1
+
+
+def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor | None) -> Tensor:
+    """As layer_passes.rms_norm_backward_; fp32 and bf16 on a CPU, contiguous."""
+    into = dn if dx is None else dx
+    d, rows, out = (as_array(y.flatten(0, -2)) for y in (dn, x, into))
+    _rms_norm_backward_shared(parts_of(x), d, rows, as_array(weight), f32(eps), out, dx is not None)
+    return into
+
+
+def swiglu_backward_(gate: Tensor, up: Tensor, da: Tensor) -> Tensor:
+    """As layer_passes.swiglu_backward_; fp32 and bf16 on a CPU, contiguous. a takes da's memory."""
+    _swiglu_backward_shared(parts_of(gate), *(as_array(y.flatten()) for y in (gate, up, da)))
+    return da
 
 
 # ---- a whole decoder layer, for few tokens ---------------------------------------------------------------------------

@@ -7,8 +7,7 @@ It replaces, for the Llama, Mistral, Qwen2 and Qwen3 families,
 and what autograd makes of them. Each is one pass over its data on a GPU (layer_passes_triton.py), computes in fp32 and
 rounds once; gradients are written over what is no longer needed. On a 16K step of Qwen2.5-7B torch's own passes for
 these take about as long as a tenth of the matrix products: an I-vector (18,944 numbers) read and written once more per
-token and layer is 0.6 % of the step on a 4090, 1.1 % on an H100. On a CPU the two that sampling needs, RMSNorm and
-SwiGLU forwards, are one pass as well (cpu.py).
+token and layer is 0.6 % of the step on a 4090, 1.1 % on an H100. On a CPU each is one pass as well (cpu.py).
 
 The mathematics, with r = (mean(x^2) + eps)^(-1/2) and s = sigmoid(g):
     RMSNorm  n = r x w          dx = r (dn w) - x r^3 mean(dn w x)
@@ -26,6 +25,7 @@ one device. Not supported: trained norm weights, other activations.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import HAS_NUMBA, HAS_TRITON
 
@@ -62,10 +62,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor | None = None) -> Tensor:
     """dn [..., N] -> dx: added to `dx` in place where one is given, else written over dn."""
+    increment_version(dn if dx is None else dx)  # of what kernels change, autograd would not know
     if _fast(x):
         from . import layer_passes_triton
 
         return layer_passes_triton.rms_norm_backward_(dn, x, weight, eps, dx)
+    if _on_numba(x) and all(y is None or y.is_contiguous() for y in (dn, x, dx)):
+        from . import cpu
+
+        return cpu.rms_norm_backward_(dn, x, weight, eps, dx)
     x32, d = _wide(x), _wide(dn) * weight
     r = _inverse_size(x32, eps)
     inner = (d * x32).sum(-1, keepdim=True).mul_(r**3).mul_(-1 / x.shape[-1])
@@ -100,10 +105,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward_(gate: Tensor, up: Tensor, da: Tensor) -> Tensor:
     """gate becomes its gradient, up becomes its; returns a = silu(gate) * up. da is used up."""
+    increment_version([gate, up, da])
     if _fast(gate):
         from . import layer_passes_triton
 
         return layer_passes_triton.swiglu_backward_(gate, up, da)
+    if _on_numba(gate) and all(y.is_contiguous() for y in (gate, up, da)):
+        from . import cpu
+
+        return cpu.swiglu_backward_(gate, up, da)
     g, u, d = _wide(gate), _wide(up), _wide(da)
     silu, a = F.silu(g), d * u
     dg = torch.ops.aten.silu_backward.grad_input(a, g, grad_input=g)
@@ -120,10 +130,16 @@ def swiglu_backward_(gate: Tensor, up: Tensor, da: Tensor) -> Tensor:
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """heads [T, n, D] turned by their positions' angles, in place; `back`: by the negative angles, the gradient."""
+    increment_version(heads)
     if _fast(heads):
         from . import layer_passes_triton
 
         return layer_passes_triton.rotate_(heads, cos, sin, back)
+    if _on_numba(heads) and heads[0].is_contiguous():
+        from . import cpu
+
+        cpu.rotate_(heads, cos, -sin if back else sin, cos[0, :0])
+        return heads
     half = heads.shape[-1] // 2
     c, s = (_wide(one[:, None, :half]) for one in (cos, sin))
     s = -s if back else s

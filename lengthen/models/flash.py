@@ -232,7 +232,8 @@ def attend_backward(
             *(dout_s, q_s, k_s, v_s, out_s, lse[None, :, sample], 0.0, band is None), attn_mask=band, scale=scaling
         )
         dq, dk, dv = (x[0].transpose(0, 1) for x in raw)  # [n, Hq, D]
-        gradients.append((dq, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2)))
+        dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+        gradients.append((dq.contiguous(), dk.contiguous(), dv))  # token by token, as the next passes read them
     if len(gradients) == 1:
         return gradients[0]
     dqs, dks, dvs = zip(*gradients, strict=True)

@@ -38,6 +38,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from kernels import HAS_NUMBA
 from kernels.linear_cross_entropy import CPU_TILE_ELEMENTS, TORCH_ROWS, WORKSPACE_BYTES
 from lengthen.records import UserError
 from lengthen.training import offload
@@ -120,9 +121,9 @@ def lean_backward(shape: Shape, tokens: int, how: Recompute) -> float:
     """Bytes of the working set of its backward pass: the MLP's tiles, or attention, whichever is more.
 
     In both there are dY [T, H] and dO [T, Q]. MLP, per tile: X' and its norm; gate, up and one gradient, overwritten
-    (torch's own passes on a CPU: two more). Attention: q, k, v and their gradients, those of k and v first once per
-    query head; FlashAttention 2 sums dQ in fp32, torch on a CPU repeats k and v. NF4: the weights of the half that is
-    computed, dequantised. Where queries and keys have norms of their own, they are there twice.
+    (torch's own passes on a CPU, without Numba: two more). Attention: q, k, v and their gradients, those of k and v
+    first once per query head; FlashAttention 2 sums dQ in fp32, torch on a CPU repeats k and v. NF4: the weights of the
+    half that is computed, dequantised. Where queries and keys have norms of their own, they are there twice.
     """
     f, level = shape, how.checkpoint
     h, q, k, i = (f.item * n for n in (f.hidden, f.query, f.key, f.intermediate))
@@ -137,7 +138,7 @@ def lean_backward(shape: Shape, tokens: int, how: Recompute) -> float:
     if f.cuda:
         attention += tokens * 4 * f.query
     else:
-        mlp, attention = mlp + rows * 2 * i, attention + tokens * 2 * q
+        mlp, attention = mlp + (0 if HAS_NUMBA else rows * 2 * i), attention + tokens * 2 * q
     if f.nf4:
         mlp += 3 * f.hidden * i + f.hidden * q
         attention += f.hidden * (q + 2 * k)
