@@ -116,3 +116,14 @@ def test_nothing_is_written_past_the_end(passes):
     passes.rotate_(u.view(3, 5, 20), *(random(3, 20) for _ in range(2)))
     for buffer in buffers:
         assert buffer[:2].isnan().all() and buffer[5:].isnan().all() and buffer[2:5].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autograd_is_told_of_what_is_changed_in_place(dtype):
+    """It sees torch's operations only: a second backward pass would have read gradients as if they were activations."""
+    g, u, d, dn, heads = changed = [random(2, 3, 8, dtype=dtype) for _ in range(5)]
+    before = [x._version for x in changed]
+    layer_passes.swiglu_backward_(*(x.flatten(0, 1) for x in (g, u, d)))
+    layer_passes.rms_norm_backward_(dn, random(2, 3, 8, dtype=dtype), random(8, dtype=dtype), EPS)
+    layer_passes.rotate_(heads, *(random(2, 8, dtype=dtype) for _ in range(2)))
+    assert all(x._version > version for x, version in zip(changed, before, strict=True))
