@@ -305,6 +305,12 @@ def _start(wanted: int) -> None:
     torch.set_num_threads(wanted)
 
 
+def parts_of(x: Tensor) -> int:
+    """In how many parts a pass over x is shared out."""
+    most = threads()  # asked also where one is enough: what is compiled as parallel starts Numba's threads
+    return most if x.numel() >= SMALL else 1
+
+
 def decode(q: Tensor, pages: Any, table: Tensor, lengths: Tensor, *, splits: int, **settings: Any) -> Tensor:
     """As attention.paged_attention, for fp32 and bf16 on a CPU; a text is not split."""
     counts = torch.full((len(q),), q.shape[1], dtype=torch.int32)
@@ -398,7 +404,7 @@ def place(q: Tensor | None, k: Tensor, v: Tensor, pages: Any, slots: Tensor, tur
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, eps: float = 0.0) -> None:
     """heads [T, n, D], a row's numbers side by side: RMSNorm of each by norm [D], or none by [0], then turned."""
     given = *as_rows(heads), heads.shape[1], *map(as_array, (cos, sin, norm)), f32(eps)
-    if heads.numel() < SMALL or (parts := threads()) == 1:
+    if (parts := parts_of(heads)) == 1:
         _turn(*given)
     else:
         _turn_shared(parts, *given)
@@ -432,6 +438,7 @@ def _rms_norm_shared(parts: int, x: Any, weight: Any, eps: Any, out: Any) -> Non
 def _swiglu(gate: Any, up: Any, apart: int, first: int, last: int, out: Any) -> None:
     N = out.shape[1]
     for t in range(first, last):
+        # Rows of their own: an index that could be negative is checked for each number, and nothing is vectorised.
         gates, ups = gate[t * apart : t * apart + N], up[t * apart : t * apart + N]
         for i in range(N):
             g = wide(gates[i])
@@ -450,7 +457,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     given = *(as_array(y) for y in (x.flatten(0, -2), weight)), f32(eps), as_array(out.flatten(0, -2))
-    if x.numel() < SMALL or (parts := threads()) == 1:
+    if (parts := parts_of(x)) == 1:
         _rms_norm(*given)
     else:
         _rms_norm_shared(parts, *given)
@@ -461,7 +468,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As layer_passes.swiglu; fp32 and bf16 on a CPU, rows as far apart in both."""
     out = gate.new_empty(gate.shape)
     (g, apart), (u, _) = as_rows(gate), as_rows(up)
-    if out.numel() < SMALL or (parts := threads()) == 1:
+    if (parts := parts_of(out)) == 1:
         _swiglu(g, u, apart, 0, len(out), as_array(out))
     else:
         _swiglu_shared(parts, g, u, apart, as_array(out))
@@ -513,12 +520,6 @@ def _swiglu_backward_shared(parts: int, gate: Any, up: Any, da: Any) -> None:
     for i in prange(parts):
         some = slice(i * n // parts, (i + 1) * n // parts)
         _swiglu_backward(gate[some], up[some], da[some])
-
-
-def parts_of(x: Tensor) -> int:
-    """In how many parts a pass over x is shared out."""
-    most = threads()  # asked also where one is enough: what is compiled as parallel starts Numba's threads
-    return most if x.numel() >= SMALL else 1
 
 
 def rms_norm_backward_(dn: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor | None) -> Tensor:
