@@ -363,9 +363,8 @@ class Products(TorchDispatchMode):
         if "flash_attention" in name:
             back = "backward" in name
             query = args[1] if back else args[0]
-            _, heads, n, width = query.shape
             self.counts["attention", "backward" if back else "forward"] += 1
-            self.flops += (2.5 if back else 1) * 2 * heads * width * n * n
+            self.flops += (2.5 if back else 1) * 2 * query.numel() * query.shape[-2]
         return func(*args, **(kwargs or {}))
 
 

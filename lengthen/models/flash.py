@@ -223,17 +223,17 @@ def attend_backward(
     if q.device.type != "cpu":
         samples = Varlen(cu_seq_lens, cu_seq_lens, longest, longest)
         return _torch_flash_backward(dout, q, k, v, out, lse, samples, scaling, window)
-    gradients, groups = [], q.shape[1] // k.shape[1]
+    # torch's backward pass on a CPU has no grouped heads: the query heads of a key are a batch, which expands it
+    gradients, heads = [], (k.shape[1], q.shape[1] // k.shape[1])
     for sample, band in _samples(cu_seq_lens, window, q):
-        dout_s, q_s, out_s = (x[sample].transpose(0, 1)[None] for x in (dout, q, out))
-        # torch's backward pass on a CPU has no grouped heads: keys and values are repeated, their gradients summed
-        k_s, v_s = (x[sample].repeat_interleave(groups, 1).transpose(0, 1)[None] for x in (k, v))
-        raw = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(dout_s, q_s, k_s, v_s, out_s, lse[None, :, sample], 0.0, band is None), attn_mask=band, scale=scaling
+        dout_s, q_s, out_s = (x[sample].unflatten(1, heads).permute(2, 1, 0, 3) for x in (dout, q, out))
+        k_s, v_s = (x[sample].transpose(0, 1).expand(len(q_s), -1, -1, -1) for x in (k, v))  # [G, Hkv, n, D]
+        lse_s = lse[:, sample].unflatten(0, heads).transpose(0, 1)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(dout_s, q_s, k_s, v_s, out_s, lse_s, 0.0, band is None), attn_mask=band, scale=scaling
         )
-        dq, dk, dv = (x[0].transpose(0, 1) for x in raw)  # [n, Hq, D]
-        dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
-        gradients.append((dq.contiguous(), dk.contiguous(), dv))  # token by token, as the next passes read them
+        dk, dv = (x.sum(0).transpose(0, 1).contiguous() for x in (dk, dv))
+        gradients.append((dq.permute(2, 1, 0, 3).flatten(1, 2).contiguous(), dk, dv))  # token by token
     if len(gradients) == 1:
         return gradients[0]
     dqs, dks, dvs = zip(*gradients, strict=True)

@@ -38,6 +38,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from kernels import HAS_NUMBA
 from kernels.linear_cross_entropy import CPU_TILE_ELEMENTS, TORCH_ROWS, WORKSPACE_BYTES
 from lengthen.records import UserError
@@ -50,6 +52,7 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits, a scale of 8 bits for 64 weights
 MOMENT_BYTES = {32: 8, 8: 2 + 2 * 4 / 256}  # AdamW's two, per parameter; 8 bits: and an fp32 scale for 256 of each
 CONTEXT_BYTES = 1.0e9  # CUDA context, cuBLAS workspaces
 SLACK = 0.10  # of the activations: free blocks of the allocator that are too small for what is asked for
+SCORE_BYTES = 2**20  # of torch's attention on a CPU, backward: scores and their gradient, fp32 [256, 512], per thread
 BUFFERED_LAYERS = 2  # offloading: one layer is copied while another is in use
 
 
@@ -122,8 +125,9 @@ def lean_backward(shape: Shape, tokens: int, how: Recompute) -> float:
 
     In both there are dY [T, H] and dO [T, Q]. MLP, per tile: X' and its norm; gate, up and one gradient, overwritten
     (torch's own passes on a CPU, without Numba: two more). Attention: q, k, v and their gradients, those of k and v
-    first once per query head; FlashAttention 2 sums dQ in fp32, torch on a CPU repeats k and v. NF4: the weights of the
-    half that is computed, dequantised. Where queries and keys have norms of their own, they are there twice.
+    once per query head and then summed; FlashAttention 2 sums dQ in fp32, torch on a CPU copies dO where query heads
+    share keys, and has scores of each thread. NF4: the weights of the half that is computed, dequantised. Where queries
+    and keys have norms of their own, they are there twice.
     """
     f, level = shape, how.checkpoint
     h, q, k, i = (f.item * n for n in (f.hidden, f.query, f.key, f.intermediate))
@@ -134,11 +138,12 @@ def lean_backward(shape: Shape, tokens: int, how: Recompute) -> float:
         mlp, attention = rows * (2 * h + 3 * i), tokens * (q + 2 * k)
     if level == "full":  # attention runs once more, first
         mlp, attention = mlp + tokens * (2 * q + 2 * k), attention + tokens * q
-    attention += tokens * (3 * q + 2 * k + f.item * f.normed)
+    attention += tokens * (3 * q + f.item * f.normed)
     if f.cuda:
-        attention += tokens * 4 * f.query
-    else:
-        mlp, attention = mlp + (0 if HAS_NUMBA else rows * 2 * i), attention + tokens * 2 * q
+        attention += tokens * (2 * k + 4 * f.query)
+    else:  # the copy is gone when the sums come
+        mlp += 0 if HAS_NUMBA else rows * 2 * i
+        attention += max(tokens * 2 * k, tokens * q + SCORE_BYTES * torch.get_num_threads())
     if f.nf4:
         mlp += 3 * f.hidden * i + f.hidden * q
         attention += f.hidden * (q + 2 * k)
