@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -229,6 +230,17 @@ def test_a_run_learns_and_writes_everything(run, tmp_path, model_folder):
         with applied.disable_adapter():
             assert (applied(input_ids=ids).logits - expected).abs().max() > 0.1
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", ["", "256"])
+def test_few_compiled_products_are_kept_unless_the_user_says_how_many(run, monkeypatch, own):
+    """oneDNN's 1,024 were 0.6 GB after 40 steps in bf16 on a CPU, for rows of 40 lengths."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, own)
+    if not own:
+        monkeypatch.delenv(name)
+    run("--epochs", "1")
+    assert os.environ[name] == (own or "64")
 
 
 def test_a_control_trains_on_as_many_target_tokens(run, tmp_path):
