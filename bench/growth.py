@@ -464,17 +464,25 @@ def show(result: dict) -> None:
         cli.say(f"{'met' if one['met'] else 'MISSED'}  {one['bar']}: {low}")
 
 
-def as_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of the answers to held-out instructions, as a document has them."""
-    keys = [key for key, (*_, where) in COLUMNS.items() if "eval" in where.split()]
-    lines = [
-        [model, *(cell(row[k]["value"], COLUMNS[k][1], row[k]["interval"]) for k in keys)]
-        for model, row in rows.items()
-    ]
-    for line, row in zip(lines, rows.values(), strict=True):
-        for key in ("words_median", "words_median_all"):
-            line.append(cell(row[key]["change"]["value"], "{:.2f}", row[key]["change"]["interval"]))
-    return ["model", *(COLUMNS[key][0] for key in keys), "growth (EOS)", "growth (all)"], lines
+QUOTED = {  # group: (its table's name, {measure: column of its change from the base model})
+    "eval": ("held out", {"words_median": "growth (EOS)", "words_median_all": "growth (all)"}),
+    "own": ("trained on", {"words_median": "growth (EOS)", "words_median_all": "growth (all)"}),
+    "demands": ("length demands", {"rank_correlation": "wanted/written - base", "length_score": "score - base"}),
+}
+
+
+def as_table(group: str, rows: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
+    """A group's table as a document has it: name, columns, rows; every measure, and how much some of them changed."""
+    name, changes = QUOTED[group]
+    columns = {key: (title, form) for key, (title, form, where) in COLUMNS.items() if group in where.split()}
+    lines = []
+    for model, row in rows.items():
+        values = [cell(row[key]["value"], form, row[key]["interval"]) for key, (_, form) in columns.items()]
+        for key in changes:
+            form, change = signed(key, columns[key][1]).removeprefix("x"), row[key]["change"]
+            values.append(cell(change["value"], form, change["interval"]))
+        lines.append([model, *values])
+    return name, ["model", *(title for title, _ in columns.values()), *changes.values()], lines
 
 
 def draw(folders: dict[str, str], title: str) -> Any:
@@ -560,8 +568,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.save:
         import harness  # beside this file: there when it runs as a script
 
-        table = harness.table("held out", *as_table(result["rows"]["eval"]))
-        harness.finish("growth", argv, args.save, [table], result)
+        tables = [harness.table(*as_table(group, rows)) for group, rows in result["rows"].items() if rows]
+        harness.finish("growth", argv, args.save, tables, result)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ def test_every_phase_ends_in_a_result_and_the_last_has_all(tmp_path, monkeypatch
     assert result["rows"]["demands"]["final"]["answers"] == 20
     assert [one["met"] for one in result["bars"]] == [True] * 7, result["bars"]
     assert result["texts"]["iter_1 extend"] == {"before": [10, 5, 2], "after": [8, 4, 2]}  # of 12 drafts 2 are dropped
+    quoted = {group: growth.as_table(group, rows) for group, rows in result["rows"].items()}
+    assert {group: len(lines) for group, (_, _, lines) in quoted.items()} == {"eval": 10, "own": 3, "demands": 3}
+    _, columns, lines = quoted["demands"]
+    by = {line[0]: dict(zip(columns, line, strict=True)) for line in lines}
+    assert by["base"]["score - base"] == "+0.0" and by["final"]["wanted/written - base"].startswith("+")
     one = next(c for c in result["cost"] if (c["part"], c["stage"]) == ("iter_2", "extend"))
     assert one["tokens"] == 100 and one["records"] == 8
 
